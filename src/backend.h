@@ -69,10 +69,13 @@ struct powerattn_plan {
   powerattn::Tiling tiling;  // shared by forward and backward
   powerattn::Sizes sizes;
   const powerattn::Backend *backend = nullptr;
+  // Null: this plan cannot run the operation; the refusal says why.
   const powerattn::Implementation *forward = nullptr;
   const powerattn::Implementation *backward = nullptr;
-  const powerattn::Implementation *step = nullptr;     // null: this plan cannot step; why is in step_refusal
-  const powerattn::Implementation *summary = nullptr;  // null: likewise
+  const powerattn::Implementation *step = nullptr;
+  const powerattn::Implementation *summary = nullptr;
+  std::string forward_refusal;
+  std::string backward_refusal;
   std::string step_refusal;
   std::string summary_refusal;
   std::string text;  // powerattn_plan_describe

@@ -16,5 +16,6 @@ namespace powerattn {
 powerattn_status fail(powerattn_status status, const char *format, ...) POWERATTN_PRINTF(2, 3);
 
 const char *last_error();
+void clear_error();
 
 }  // namespace powerattn
