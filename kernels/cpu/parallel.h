@@ -7,14 +7,26 @@
 namespace powerattn {
 
 struct ParallelFor {
-  // Calls body(context, i) once for each 0 <= i < count, in any order, and returns when all are done.
-  void (*run)(void *pool, int64_t count, void (*body)(const void *context, int64_t index), const void *context);
-  void *pool;
+  using Body = void (*)(const void *context, int64_t index, int worker);
 
-  template <typename F>
+  int workers = 1;
+  // Calls body(context, i, worker) once for each 0 <= i < count, in any order, and returns when all are done.
+  // worker is in 0 .. workers-1, and one worker runs one item at a time: it selects scratch memory.
+  void (*run)(int workers, int64_t count, Body body, const void *context) = nullptr;
+
+  template <typename F>  // f(i)
   void operator()(int64_t count, const F &f) const {
     if (count <= 0) return;
-    run(pool, count, [](const void *context, int64_t i) { (*static_cast<const F *>(context))(i); }, &f);
+    run(
+        workers, count, [](const void *context, int64_t i, int) { (*static_cast<const F *>(context))(i); }, &f);
+  }
+
+  template <typename F>  // f(i, worker)
+  void with_worker(int64_t count, const F &f) const {
+    if (count <= 0) return;
+    run(
+        workers, count,
+        [](const void *context, int64_t i, int worker) { (*static_cast<const F *>(context))(i, worker); }, &f);
   }
 };
 

@@ -7,6 +7,9 @@
 #include "status.h"
 
 namespace powerattn {
+
+const Implementation &reference_implementation();
+
 namespace {
 
 powerattn_status device_count(int32_t *count) {
@@ -15,27 +18,33 @@ powerattn_status device_count(int32_t *count) {
 }
 
 powerattn_status open_device(int32_t, uint64_t *memory_bytes) {
-  *memory_bytes = static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<uint64_t>(sysconf(_SC_PAGE_SIZE));
+  *memory_bytes =
+      static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<uint64_t>(sysconf(_SC_PAGE_SIZE));
   return POWERATTN_OK;
 }
 
 // Host memory cannot be told from other addresses; a wrong pointer is the caller's.
 powerattn_status check_pointer(const Problem &, const void *, const char *) { return POWERATTN_OK; }
 
-const Implementation *const implementations[] = {nullptr};
+// Fastest first; the reference runs what nothing above it takes.
+const Implementation *const *implementations() {
+  static const Implementation *const table[] = {&reference_implementation(), nullptr};
+  return table;
+}
 
 powerattn_status none() { return fail(POWERATTN_ERROR_UNSUPPORTED, "the CPU backend does not run this yet"); }
 powerattn_status compose(const powerattn_plan &, const powerattn_compose_args &) { return none(); }
 powerattn_status convert(const powerattn_plan &, const powerattn_convert_args &) { return none(); }
 powerattn_status pack(const powerattn_plan &, const powerattn_pack_args &, Dtype, void *) { return none(); }
-powerattn_status unpack(const powerattn_plan &, const powerattn_pack_args &, Dtype, const void *) { return none(); }
+powerattn_status unpack(const powerattn_plan &, const powerattn_pack_args &, Dtype, const void *) {
+  return none();
+}
 
 }  // namespace
 
 const Backend &cpu_backend() {
-  static const Backend backend = {"cpu",         implementations, device_count, open_device,
-                                  check_pointer, compose,         convert,      pack,
-                                  unpack};
+  static const Backend backend = {"cpu",   implementations(), device_count, open_device, check_pointer,
+                                  compose, convert,           pack,         unpack};
   return backend;
 }
 
