@@ -17,7 +17,7 @@ struct Monomial {
   int64_t index[kMaxDegree] = {};
   double weight = 1;
 
-  Monomial(int64_t head_dim, int p) : dim(head_dim), degree(p) {}
+  Monomial(int64_t head_dim, int p) : dim(head_dim), degree(p < kMaxDegree ? p : kMaxDegree) {}
 
   // The next row; false after the last one.
   bool next() {
@@ -28,7 +28,7 @@ struct Monomial {
     for (; m < degree; ++m) index[m] = value;
     double permutations = 1;
     int run = 0;
-    for (int i = 0; i < degree; ++i) {
+    for (int i = 0; i < kMaxDegree && i < degree; ++i) {
       run = i > 0 && index[i] == index[i - 1] ? run + 1 : 1;
       permutations = permutations * (i + 1) / run;
     }

@@ -4,7 +4,8 @@
 
 #include <unistd.h>
 
-#include "status.h"
+#include "kernels/cpu/states.h"
+#include "threads.h"
 
 namespace powerattn {
 
@@ -32,12 +33,25 @@ const Implementation *const *implementations() {
   return table;
 }
 
-powerattn_status none() { return fail(POWERATTN_ERROR_UNSUPPORTED, "the CPU backend does not run this yet"); }
-powerattn_status compose(const powerattn_plan &, const powerattn_compose_args &) { return none(); }
-powerattn_status convert(const powerattn_plan &, const powerattn_convert_args &) { return none(); }
-powerattn_status pack(const powerattn_plan &, const powerattn_pack_args &, Dtype, void *) { return none(); }
-powerattn_status unpack(const powerattn_plan &, const powerattn_pack_args &, Dtype, const void *) {
-  return none();
+powerattn_status compose(const powerattn_plan &plan, const powerattn_compose_args &args) {
+  compose_states(plan.problem, args, parallel(plan.problem.threads));
+  return POWERATTN_OK;
+}
+
+powerattn_status convert(const powerattn_plan &plan, const powerattn_convert_args &args) {
+  convert_states(plan.problem, args, parallel(plan.problem.threads));
+  return POWERATTN_OK;
+}
+
+powerattn_status pack(const powerattn_plan &plan, const powerattn_pack_args &args, Dtype dtype, void *payload) {
+  pack_states(plan.problem, args, dtype, payload, parallel(plan.problem.threads));
+  return POWERATTN_OK;
+}
+
+powerattn_status unpack(const powerattn_plan &plan, const powerattn_pack_args &args, Dtype dtype,
+                        const void *payload) {
+  unpack_states(plan.problem, args, dtype, payload, parallel(plan.problem.threads));
+  return POWERATTN_OK;
 }
 
 }  // namespace
