@@ -34,7 +34,7 @@ struct ConvertArgs {
 cudaError_t convert(const ConvertArgs &args, cudaStream_t stream);
 
 // Canonical float32 (S [n, h, D, e] and z [n, h, D], strided as in powerattn_state) <-> the element order of
-// tile_layout.h in float32: S [n, h, tile_rows * e] and, degree 2, Z [n, h, d, d] symmetric with
+// tiles.h in float32: S [n, h, tile_rows * e] and, degree 2, Z [n, h, d, d] symmetric with
 // Z = sum w k k^T (degree 1: z [n, h, d]). Contiguous; z may be null.
 cudaError_t to_tiles(const Problem &p, const powerattn_state &canonical, float *tiles, float *z, int64_t sequences,
                      cudaStream_t stream);
