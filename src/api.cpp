@@ -285,8 +285,9 @@ powerattn_status powerattn_state_pack(const powerattn_plan *plan, const poweratt
 
 powerattn_status powerattn_state_unpack(const powerattn_plan *plan, const powerattn_pack_args *args) {
   return execute(plan, args, check_unpack, [](const powerattn_plan &p, const powerattn_pack_args &a) {
-    PackedHeader header;
-    powerattn_status status = read_packed_header(p.problem, a.count, a.packed, a.packed_bytes, &header);
+    PackedHeader header;  // again, after check_unpack: for the dtype
+    const powerattn_status status =
+        read_packed_header(p.problem, a.count, a.packed, a.packed_bytes, &header);
     if (status != POWERATTN_OK) return status;
     return p.backend->unpack(p, a, header.dtype, static_cast<const unsigned char *>(a.packed) + kPackedHeaderBytes);
   });

@@ -9,6 +9,7 @@ namespace powerattn {
 
 constexpr int64_t kMaxDim = 256;
 constexpr int32_t kMaxDegree = 8;
+constexpr int32_t kMaxThreads = 1024;
 constexpr uint64_t kBufferAlignment = 256;  // workspace and saved
 
 powerattn_status check_desc(const powerattn_desc &d);

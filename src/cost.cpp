@@ -31,11 +31,11 @@ double backward_io(const Problem &p) {
   return size(p) * (tokens_q(p) * (2 * d(p) + 2 * e(p)) + tokens_kv(p) * (2 * d(p) + 2 * e(p)));
 }
 
+// Packed sequences: about as many full chunks as the tokens fill, and at least one each.
 double chunks(const Problem &p, int64_t chunk) {
-  const int64_t per_sequence = (p.max_seq_len + chunk - 1) / chunk;
-  // Packed sequences: about as many full chunks as the tokens fill, at least one each.
-  const int64_t filled = p.packed ? p.seq_len / chunk + p.sequences : p.sequences * per_sequence;
-  return static_cast<double>(std::min(filled, p.sequences * per_sequence));
+  const double sequences = static_cast<double>(p.sequences);
+  const double all = sequences * static_cast<double>((p.max_seq_len + chunk - 1) / chunk);
+  return p.packed ? std::min(all, static_cast<double>(p.seq_len / chunk) + sequences) : all;
 }
 
 double state_traffic(const Problem &p, int64_t chunk, int64_t element) {

@@ -19,8 +19,6 @@
 namespace powerattn {
 namespace {
 
-constexpr int kMaxThreads = 1024;
-
 POWERATTN_PRINTF(2, 3) void append(std::string *text, const char *format, ...) {
   char line[512];
   va_list arguments;
@@ -221,7 +219,8 @@ powerattn_status make_plan(const powerattn_desc &d, std::unique_ptr<powerattn_pl
   plan->problem = resolve(d, memory);
   const Problem &p = plan->problem;
 
-  const bool fits = p.state_bytes <= p.state_limit;
+  const bool fits = p.state_bytes <= p.state_limit && p.state_bytes != kBytesOverflow &&
+                    p.state_rows != kRowsOverflow;
   if (!fits && (p.use_state || d.form == POWERATTN_FORM_CHUNKED)) {
     const std::string need = human(p.state_bytes), limit = human(p.state_limit);
     return fail(POWERATTN_ERROR_STATE_TOO_LARGE,

@@ -15,8 +15,13 @@ thread_local char message[1024] = "";
 powerattn_status fail(powerattn_status status, const char *format, ...) {
   va_list arguments;
   va_start(arguments, format);
-  std::vsnprintf(message, sizeof(message), format, arguments);
+  fail_list(status, format, arguments);
   va_end(arguments);
+  return status;
+}
+
+powerattn_status fail_list(powerattn_status status, const char *format, va_list arguments) {
+  std::vsnprintf(message, sizeof(message), format, arguments);
   return status;
 }
 
