@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of arrays: any object that speaks DLPack, and NumPy arrays, as address, shape and strides."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any, NamedTuple
+
+from ._errors import DtypeError, InvalidArgumentError
+
+
+class _DLDevice(ctypes.Structure):
+    _fields_ = (("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32))
+
+
+class _DLDataType(ctypes.Structure):
+    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", _DLDevice),
+        ("ndim", ctypes.c_int32),
+        ("dtype", _DLDataType),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+_LITTLE = sys.byteorder == "little"
+_KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
+_DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}  # host, CUDA, pinned host, CUDA managed
+
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+
+
+class View(NamedTuple):
+    """An array's memory. ``owner`` keeps it alive; strides count elements."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    device: str
+    device_index: int
+    owner: Any
+
+    def bth(self) -> tuple[int, int, int, int]:
+        """Address and strides of (batch, token, head), as an execute call takes a tensor."""
+        return (self.address, *self.strides[:3])
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1] * len(shape)
+    for i in range(len(shape) - 2, -1, -1):
+        strides[i] = strides[i + 1] * max(shape[i + 1], 1)
+    return tuple(strides)
+
+
+def view(array: Any, name: str) -> View:
+    """The memory of ``array``, without a copy.
+
+    Args:
+        array: a NumPy array or an object with ``__dlpack__``.
+        name: the argument's name, for messages.
+    """
+    interface = getattr(array, "__array_interface__", None)
+    if interface is not None and hasattr(array, "itemsize"):  # NumPy, whose DLPack has no bfloat16
+        dtype = array.dtype
+        if dtype.byteorder not in "=|" + ("<" if _LITTLE else ">"):
+            raise DtypeError(f"{name} has byte order {dtype.byteorder!r}; only the machine's own is allowed")
+        size = array.itemsize
+        if any(s % size for s in array.strides):
+            raise InvalidArgumentError(f"{name} has strides {array.strides} that are no multiple of {size} bytes")
+        return View(
+            interface["data"][0],
+            array.shape,
+            tuple(s // size for s in array.strides),
+            dtype.name,
+            "cpu",
+            0,
+            array,
+        )
+    if not hasattr(array, "__dlpack__"):
+        raise DtypeError(f"{name} is a {type(array).__name__}; a NumPy array or an array with __dlpack__ is needed")
+    kind, index = array.__dlpack_device__()
+    device = _DEVICES.get(int(kind))
+    if device is None:
+        raise InvalidArgumentError(f"{name} is on DLPack device type {int(kind)}; allowed are the CPU and CUDA")
+    capsule = array.__dlpack__()
+    address = _capsule_pointer(capsule, b"dltensor")
+    tensor = _DLTensor.from_address(address)
+    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    strides = tuple(tensor.strides[i] for i in range(tensor.ndim)) if tensor.strides else _contiguous(shape)
+    code = _KINDS.get(tensor.dtype.code, f"type{tensor.dtype.code}_")
+    # The capsule stays unconsumed: its own destructor gives the memory back when the view goes.
+    return View(
+        (tensor.data or 0) + tensor.byte_offset,
+        shape,
+        strides,
+        f"{code}{tensor.dtype.bits}",
+        device,
+        int(index) if device == "cuda" else 0,
+        (capsule, array),
+    )
+
+
+

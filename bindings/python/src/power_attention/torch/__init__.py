@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Power attention for PyTorch: the function, states for decoding, and a module."""
+
+from __future__ import annotations
+
+from .._plan import Rope
+from .function import State, power_attention
+
+__all__ = ["Rope", "State", "power_attention"]

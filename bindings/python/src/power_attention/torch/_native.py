@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Execute calls on torch tensors: addresses, strides, the caller's stream and the caller's allocator.
+
+Nothing here knows of autograd or of the dispatcher; :mod:`.ops` registers these functions as operators.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from .. import _check
+from .._errors import DtypeError, InvalidArgumentError, NoDeviceError
+from .._plan import (
+    ABSENT,
+    CUSTOM_SCALE,
+    ENV_THREADS,
+    NO_STATE,
+    UNNORMALIZED,
+    USE_STATE,
+    Plan,
+    cached_plan,
+    cuda_available,
+    native,
+    state_rows,
+)
+
+NUMBERS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.float64: 4}
+STATE_NUMBERS = {torch.float32: 1, torch.bfloat16: 3, torch.float64: 4}
+MaybeTensor = Optional[Tensor]
+
+
+class Options(NamedTuple):
+    """What is not a tensor, in the order of the operators' schemas."""
+
+    degree: int
+    scale: float | None
+    eps: float
+    chunk_size: int
+    form: int
+    normalize: bool
+    max_seq_len: int
+    rope_style: int
+    rope_dim: int
+    rope_base: float
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Type of log_g, row_norm and of states by default."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def check_like(q: Tensor, tensors: tuple[tuple[str, MaybeTensor, torch.dtype], ...]) -> None:
+    """Refuses tensors of another device or type than the call's."""
+    device = q.device
+    for name, tensor, dtype in tensors:
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise InvalidArgumentError(f"{name} is on {tensor.device}; q is on {device}: one device is needed")
+        if tensor.dtype is not dtype:
+            raise DtypeError(f"{name} is {tensor.dtype}; {dtype} is needed (q is {q.dtype})")
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: MaybeTensor,
+    cu_seqlens: MaybeTensor,
+    rope_offset: MaybeTensor,
+    sequences: Any,
+    options: Options,
+) -> None:
+    """The checks of a call, on shapes, types and devices."""
+    if q.dtype not in NUMBERS:
+        raise DtypeError(f"q is {q.dtype}; allowed are float32, float16, bfloat16 and, on the CPU, float64")
+    check_like(
+        q,
+        (
+            ("k", k, q.dtype),
+            ("v", v, q.dtype),
+            ("log_g", log_g, wide(q.dtype)),
+            ("cu_seqlens", cu_seqlens, torch.int64),
+            ("rope_offset", rope_offset, torch.int64),
+        ),
+    )
+    _check.shapes(q.shape, k.shape, v.shape, None if log_g is None else log_g.shape)
+    _check.packed(q.shape[0], None if cu_seqlens is None else cu_seqlens.shape)
+    _check.degree(options.degree, options.normalize)
+    if rope_offset is not None and (rope_offset.dim() != 1 or rope_offset.shape[0] != sequences):
+        raise InvalidArgumentError(f"rope_offset has shape {list(rope_offset.shape)}; [{sequences}] is needed")
+
+
+def check_state(name: str, s: MaybeTensor, z: MaybeTensor, q: Tensor, v: Tensor, n: Any, degree: int) -> None:
+    """Checks a state that goes with q and v."""
+    if s is None and z is None:
+        return
+    if s is None or z is None:
+        raise InvalidArgumentError(f"{name}: S and z are needed together")
+    check_like(q, ((f"{name} S", s, wide(q.dtype)), (f"{name} z", z, wide(q.dtype))))
+    _check.state(name, s.shape, z.shape, n, v.shape[2], state_rows(int(q.shape[3]), degree), v.shape[3])
+
+
+def check_device(q: Tensor) -> None:
+    """Refuses a device that this build cannot run on, by name."""
+    kind = q.device.type
+    if kind == "cpu":
+        return
+    if kind != "cuda":
+        raise NoDeviceError(f"q is on {q.device}; the library runs on cpu and cuda")
+    if not cuda_available():
+        raise NoDeviceError(
+            f"q is on {q.device}, and this build of libpowerattn finds no CUDA device it can use; "
+            "move q, k and v to the CPU or install a build with the CUDA backend"
+        )
+
+
+def unit(x: Tensor) -> Tensor:
+    """x itself where its last dimension has stride 1, which is all that the library asks of a layout."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def blocks(s: Tensor) -> Tensor:
+    """A state with contiguous blocks per (sequence, head), copied only where they are not."""
+    return s if s[0, 0].is_contiguous() or s.numel() == 0 else s.contiguous()
+
+
+def tensor_numbers(x: MaybeTensor) -> tuple[int, int, int, int]:
+    """Address and strides of a [b, t, h, ...] tensor."""
+    if x is None:
+        return ABSENT
+    strides = x.stride()
+    return (x.data_ptr(), strides[0], strides[1], strides[2])
+
+
+def state_numbers(s: MaybeTensor, z: MaybeTensor) -> tuple[int, int, int, int, int, int]:
+    """Addresses and strides of a state."""
+    if s is None or z is None:
+        return NO_STATE
+    a, b = s.stride(), z.stride()
+    return (s.data_ptr(), z.data_ptr(), a[0], a[1], b[0], b[1])
+
+
+def workspace(nbytes: int, like: Tensor) -> tuple[int, MaybeTensor]:
+    """Scratch memory from torch's allocator, aligned as the library asks."""
+    if nbytes == 0:
+        return 0, None
+    buffer = torch.empty(nbytes + 256, dtype=torch.uint8, device=like.device)
+    return (buffer.data_ptr() + 255) // 256 * 256, buffer
+
+
+def stream_of(x: Tensor) -> int:
+    """The current stream of x's device."""
+    return int(torch.cuda.current_stream(x.device).cuda_stream) if x.is_cuda else 0
+
+
+def guard(x: Tensor) -> Any:
+    """Makes x's device the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def get_plan(q: Tensor, v: Tensor, sequences: int, use_state: bool, options: Options, state_number: int = 0) -> Plan:
+    """The plan of a call, from the cache."""
+    b, t, h, d = q.shape
+    cuda = q.is_cuda
+    scale = options.scale
+    return cached_plan(
+        1 if cuda else 0,
+        (q.device.index or 0) if cuda else 0,
+        NUMBERS[q.dtype],
+        state_number,
+        options.degree,
+        (0 if options.normalize else UNNORMALIZED)
+        | (0 if scale is None else CUSTOM_SCALE)
+        | (USE_STATE if use_state else 0),
+        options.form,
+        b,
+        t,
+        h,
+        v.shape[2],
+        d,
+        v.shape[3],
+        sequences,
+        options.max_seq_len,
+        options.chunk_size,
+        0.0 if scale is None else scale,
+        options.eps,
+        options.rope_base,
+        options.rope_dim,
+        options.rope_style,
+        0 if ENV_THREADS or cuda else torch.get_num_threads(),
+        0,
+    )
+
+
+def address(x: MaybeTensor) -> int:
+    """Address of a contiguous vector, 0 if there is none."""
+    return 0 if x is None else x.data_ptr()
+
+
+def empty_state(q: Tensor, v: Tensor, n: Any, degree: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised states, also of symbolic sizes."""
+    rows = state_rows(int(q.shape[3]), degree)
+    dtype = wide(q.dtype)
+    s = q.new_empty((n, v.shape[2], rows, v.shape[3]), dtype=dtype)
+    return s, q.new_empty((n, v.shape[2], rows), dtype=dtype)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: MaybeTensor,
+    s0: MaybeTensor,
+    z0: MaybeTensor,
+    cu_seqlens: MaybeTensor,
+    rope_offset: MaybeTensor,
+    return_state: bool,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, row_norm and the final state; empty tensors for what was not asked for."""
+    options = Options(*numbers)
+    check_device(q)
+    sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    n = sequences or q.shape[0]
+    check_inputs(q, k, v, log_g, cu_seqlens, rope_offset, n, options)
+    check_state("initial_state", s0, z0, q, v, n, options.degree)
+    q, k, v = unit(q), unit(k), unit(v)
+    if s0 is not None and z0 is not None:
+        s0, z0 = blocks(s0), unit(z0)
+    use_state = return_state or s0 is not None
+    b, t, h, _ = q.shape
+    with guard(q):
+        plan = get_plan(q, v, sequences, use_state, options)
+        y = q.new_empty((b, t, h, v.shape[3]))
+        row_norm = q.new_empty((b, t, h) if options.normalize else (0,), dtype=wide(q.dtype))
+        if return_state:
+            s, z = empty_state(q, v, n, options.degree)
+        else:
+            s, z = q.new_empty((0,), dtype=wide(q.dtype)), q.new_empty((0,), dtype=wide(q.dtype))
+        work, _work = workspace(plan.workspace_forward, q)
+        native.forward(
+            plan.handle,
+            *tensor_numbers(q),
+            *tensor_numbers(k),
+            *tensor_numbers(v),
+            *tensor_numbers(log_g),
+            *tensor_numbers(y),
+            *(tensor_numbers(row_norm) if options.normalize else ABSENT),
+            *state_numbers(s0, z0),
+            *(state_numbers(s, z) if return_state else NO_STATE),
+            address(cu_seqlens),
+            address(rope_offset),
+            0,
+            0,
+            work,
+            plan.workspace_forward,
+            stream_of(q),
+        )
+    return y, row_norm, s, z
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: MaybeTensor,
+    y: Tensor,
+    row_norm: Tensor,
+    d_y: Tensor,
+    s0: MaybeTensor,
+    z0: MaybeTensor,
+    d_s: MaybeTensor,
+    d_z: MaybeTensor,
+    cu_seqlens: MaybeTensor,
+    rope_offset: MaybeTensor,
+    return_state: bool,
+    need_d_state: bool,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_g and of the initial state; empty tensors for what has none."""
+    options = Options(*numbers)
+    sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    n = sequences or q.shape[0]
+    check_like(q, (("d_y", d_y, q.dtype), ("y", y, q.dtype), ("row_norm", row_norm, wide(q.dtype))))
+    check_state("gradient of the final state", d_s, d_z, q, v, n, options.degree)
+    q, k, v, d_y, y = unit(q), unit(k), unit(v), unit(d_y), unit(y)
+    if s0 is not None and z0 is not None:
+        s0, z0 = blocks(s0), unit(z0)
+    if d_s is not None and d_z is not None:
+        d_s, d_z = blocks(d_s), unit(d_z)
+    high = wide(q.dtype)
+    with guard(q):
+        plan = get_plan(q, v, sequences, return_state or s0 is not None, options)
+        d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        d_log_g = q.new_empty((0,) if log_g is None else log_g.shape, dtype=high)
+        if need_d_state:
+            d_s0, d_z0 = empty_state(q, v, n, options.degree)
+        else:
+            d_s0, d_z0 = q.new_empty((0,), dtype=high), q.new_empty((0,), dtype=high)
+        work, _work = workspace(plan.workspace_backward, q)
+        native.backward(
+            plan.handle,
+            *tensor_numbers(q),
+            *tensor_numbers(k),
+            *tensor_numbers(v),
+            *tensor_numbers(log_g),
+            *tensor_numbers(y),
+            *(tensor_numbers(row_norm) if options.normalize else ABSENT),
+            *tensor_numbers(d_y),
+            *tensor_numbers(d_q),
+            *tensor_numbers(d_k),
+            *tensor_numbers(d_v),
+            *(ABSENT if log_g is None else tensor_numbers(d_log_g)),
+            *state_numbers(s0, z0),
+            *state_numbers(d_s, d_z),
+            *(state_numbers(d_s0, d_z0) if need_d_state else NO_STATE),
+            address(cu_seqlens),
+            address(rope_offset),
+            0,
+            0,
+            work,
+            plan.workspace_backward,
+            stream_of(q),
+        )
+    return d_q, d_k, d_v, d_log_g, d_s0, d_z0
+
+
+def check_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: MaybeTensor,
+    s: Tensor,
+    z: Tensor,
+    slots: MaybeTensor,
+    lengths: MaybeTensor,
+    rope_offset: MaybeTensor,
+    options: Options,
+) -> None:
+    """The checks of a step."""
+    check_inputs(q, k, v, log_g, None, rope_offset, q.shape[0], options)
+    if s.dtype not in STATE_NUMBERS:
+        raise DtypeError(f"state S is {s.dtype}; float32, bfloat16 or float64 is needed")
+    check_like(
+        q,
+        (
+            ("state S", s, s.dtype),
+            ("state z", z, s.dtype),
+            ("slots", slots, torch.int64),
+            ("lengths", lengths, torch.int64),
+        ),
+    )
+    for name, x in (("slots", slots), ("lengths", lengths)):
+        if x is not None and (x.dim() != 1 or x.shape[0] != q.shape[0]):
+            raise InvalidArgumentError(f"{name} has shape {list(x.shape)}; [{q.shape[0]}] is needed")
+    rows = state_rows(int(q.shape[3]), options.degree)
+    n = s.shape[0] if s.dim() else 0
+    _check.state("state", s.shape, z.shape, n, v.shape[2], rows, v.shape[3])
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: MaybeTensor,
+    s: Tensor,
+    z: Tensor,
+    slots: MaybeTensor,
+    lengths: MaybeTensor,
+    rope_offset: MaybeTensor,
+    *numbers: Any,
+) -> Tensor:
+    """Feeds tokens to the states s and z, in place; returns y."""
+    options = Options(*numbers)
+    check_device(q)
+    check_step(q, k, v, log_g, s, z, slots, lengths, rope_offset, options)
+    if (s.numel() and not s[0, 0].is_contiguous()) or z.stride(-1) != 1:
+        raise InvalidArgumentError(
+            f"state: [D, value_dim] blocks must be contiguous to be changed in place; strides are {s.stride()}"
+        )
+    q, k, v = unit(q), unit(k), unit(v)
+    with guard(q):
+        plan = get_plan(q, v, 0, True, options, STATE_NUMBERS[s.dtype])
+        y = q.new_empty((*q.shape[:3], v.shape[3]))
+        work, _work = workspace(plan.workspace_step, q)
+        native.step(
+            plan.handle,
+            *tensor_numbers(q),
+            *tensor_numbers(k),
+            *tensor_numbers(v),
+            *tensor_numbers(log_g),
+            *tensor_numbers(y),
+            *state_numbers(s, z),
+            s.shape[0],
+            address(slots),
+            address(lengths),
+            address(rope_offset),
+            work,
+            plan.workspace_step,
+            stream_of(q),
+        )
+    return y
