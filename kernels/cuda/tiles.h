@@ -25,10 +25,12 @@
 
 #include <cstdint>
 
+#if !defined(POWERATTN_HD)
 #if defined(__CUDACC__)
-#define POWERATTN_HD __host__ __device__ __forceinline__
+#define POWERATTN_HD __host__ __device__
 #else
-#define POWERATTN_HD inline
+#define POWERATTN_HD
+#endif
 #endif
 
 namespace powerattn {
@@ -68,7 +70,7 @@ POWERATTN_HD constexpr uint32_t swizzle(int rows, int row, int piece) {
 }
 
 // Runtime twin of swizzle, in elements: (row, column) of one state tile.
-POWERATTN_HD int64_t tile_element(int value_dim, int row, int col) {
+POWERATTN_HD inline int64_t tile_element(int value_dim, int row, int col) {
   const int piece = col >> 3;
   const uint32_t byte =
       value_dim == 32 ? swizzle<32>(kTileRows, row, piece) : swizzle<64>(kTileRows, row, piece);
@@ -77,10 +79,10 @@ POWERATTN_HD int64_t tile_element(int value_dim, int row, int col) {
 
 // Stored value = tile_scale * canonical value, and back with tile_unscale: canonical rows carry
 // sqrt(multinomial), tiles carry W. sqrt(2) off the diagonal tiles; inside one, 1/sqrt(2) for i != j.
-POWERATTN_HD float tile_scale(bool same_block, bool same_feature) {
+POWERATTN_HD inline float tile_scale(bool same_block, bool same_feature) {
   return same_feature ? 1.f : same_block ? 0.70710678118654752f : 1.41421356237309505f;
 }
-POWERATTN_HD float tile_unscale(bool same_block, bool same_feature) {
+POWERATTN_HD inline float tile_unscale(bool same_block, bool same_feature) {
   return same_feature ? 1.f : same_block ? 1.41421356237309505f : 0.70710678118654752f;
 }
 

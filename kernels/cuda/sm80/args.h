@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+// Arguments of the mma.sync kernels. Plain data and host-callable launches; no device code.
+//
+// Notation: s_ij = q_i . k_j (no scale), g = cumulative log gate inside the chunk, c = scale^p, l_i = row norm,
+// r_i = 1 / l_i (0 where l_i = 0; 1 when unnormalised), delta_i = d_y_i . y_i (0 when unnormalised).
+// Shapes: g [b, heads_kv, t], r and delta [b, heads_q, t], contiguous float. Slots are chunk * heads_kv + head.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../chunks.h"
+#include "problem.h"
+
+namespace powerattn::cuda::sm80 {
+
+constexpr int kRowTile = 128;  // rows of a thread block that owns rows
+
+struct Shape {
+  ChunkTable table;  // with tiles of kRowTile rows
+  bool packed = false;
+  int32_t degree = 2;
+  int32_t heads_q = 1;
+  int32_t heads_kv = 1;
+  int32_t head_dim = 64;  // = value_dim
+  int64_t seq_len = 0;
+  Dtype dtype = Dtype::kBfloat16;
+};
+
+// out_r = sum over visible columns c of f(x_r . z_c) u_c + the state's part, divided by its own sum if asked.
+//   forward (reverse = false): rows are queries, x = q, z = k, u = v, columns j <= i of the chunk
+//     y_i = (c e^{g_i} phi(q_i) S + sum_j c e^{g_i - g_j} s_ij^p v_j) / l_i
+//   reverse: rows are keys, x = k, z = q, u = d_y, columns i >= j, summed over the query heads of the group
+//     dv_j = e^{g_end - g_j} phi(k_j) dS + sum_i c e^{g_i - g_j} r_i s_ij^p d_y_i
+struct OutputArgs {
+  Shape shape;
+  bool reverse = false;
+  bool normalize = false;  // forward only
+  powerattn_tensor x{}, z{}, u{}, out{};
+  const float *g = nullptr;      // or null: no gates
+  const float *r = nullptr;      // reverse; null = 1
+  const void *state = nullptr;   // tiles of S (dS) per slot, or null: no state
+  const void *z_state = nullptr; // forward, normalised: Z in two parts per slot
+  float scale = 1.f;             // c
+  float eps = 0.f;
+  powerattn_tensor row_norm{};   // forward: optional out, [b, t, heads_q] float
+};
+cudaError_t output(const OutputArgs &a, cudaStream_t stream);
+
+// The gradient of x, with e_rc the gradient of s_rc (m = u_r . y_c):
+//   dq: x = q, u = d_y, z = k, y = v      e_ij = p c e^{g_i - g_j} s_ij^{p-1} (m - delta_i) r_i
+//   dk: x = k, u = v, z = q, y = d_y      the same e_ij; reverse = true, summed over the group
+//   dx_r = sum_c e_rc z_c + state part: d/dx_r of phi(x_r) State u_r + x_r Z x_r
+struct GradientArgs {
+  Shape shape;
+  bool reverse = false;
+  powerattn_tensor x{}, u{}, z{}, y{}, out{};
+  const float *g = nullptr;
+  const float *r = nullptr;      // null = 1
+  const float *delta = nullptr;  // null = 0
+  const void *state = nullptr;   // S for dq, dS for dk
+  const void *z_state = nullptr; // Z for dq, dZ for dk
+  float scale = 1.f;
+  float *dot = nullptr;          // optional out: x_r . dx_r in float, [b, heads of x, t]
+};
+cudaError_t gradient(const GradientArgs &a, cudaStream_t stream);
+
+// Sums of one chunk into state tiles, or, as_z, into Z: float [slot][d][d] (degree 1 of x with u = x).
+//   forward: local = W sum_t e^{g_end - g_t} phi(k_t) v_t^T
+//   reverse: local = W sum_t c e^{g_t} r_t phi(q_t) d_y_t^T over the group; as_z: with -delta_t, u = q
+struct UpdateArgs {
+  Shape shape;
+  bool reverse = false;
+  bool as_z = false;
+  powerattn_tensor x{}, u{};
+  const float *g = nullptr;
+  const float *r = nullptr;
+  const float *delta = nullptr;
+  float scale = 1.f;
+  void *local = nullptr;  // bfloat16 tiles, or float when as_z
+};
+cudaError_t update(const UpdateArgs &a, cudaStream_t stream);
+
+// local -> prefix in place: slot n becomes the carry before chunk n (reverse: after), carry = e^{g_end} carry +
+// local, float. States at the ends are canonical. Z: float locals in, [slot][2 d][d] high and low parts out.
+struct ScanArgs {
+  Shape shape;
+  bool reverse = false;
+  const float *g = nullptr;
+  void *tiles = nullptr;            // bfloat16, in place
+  const float *z_local = nullptr;   // or null: no normaliser
+  void *z_tiles = nullptr;
+  powerattn_state initial{};        // canonical float32, or s = null
+  powerattn_state final{};          // canonical float32 out, or s = null
+  void *last = nullptr;             // optional: the last carry in tiles [sequences * heads_kv]
+  float *z_last = nullptr;          // optional: [sequences * heads_kv][d][d]
+};
+cudaError_t scan(const ScanArgs &a, cudaStream_t stream);
+
+// r_i and delta_i from the row norms and outputs; row_norm null: r = 1, delta = 0 is implied and nothing runs.
+struct RowsArgs {
+  Shape shape;
+  powerattn_tensor y{}, d_y{}, row_norm{};
+  float *r = nullptr;
+  float *delta = nullptr;
+};
+cudaError_t rows(const RowsArgs &a, cudaStream_t stream);
+
+// dlog_g_t = X + sum over tokens i >= t of the chunk (q_i . dq_i - k_i . dk_i) / p, where X = <state after the
+// chunk, its gradient>. Normalised, q_i . dq_i / p = r_i delta_i eps exactly.
+struct GateArgs {
+  Shape shape;
+  const float *q_dot = nullptr;  // [b, heads_q, t], unnormalised; null: use r, delta, eps
+  const float *k_dot = nullptr;  // [b, heads_kv, t]
+  const float *r = nullptr;
+  const float *delta = nullptr;
+  float eps = 0.f;
+  const void *s_tiles = nullptr;   // prefix of S per slot, or null: no state, X = 0
+  const void *ds_tiles = nullptr;
+  const void *z_tiles = nullptr;   // or null
+  const void *dz_tiles = nullptr;
+  const void *last = nullptr;      // S at the end of each sequence, or null: its gradient is zero
+  const float *z_last = nullptr;
+  float *boundary = nullptr;       // scratch [slots]
+  powerattn_tensor d_log_g{};
+};
+cudaError_t gate_gradient(const GateArgs &a, cudaStream_t stream);
+
+}  // namespace powerattn::cuda::sm80

@@ -1,0 +1,444 @@
+// SPDX-License-Identifier: Apache-2.0
+// Gradients of queries and, with rows and columns exchanged, of keys. Per block: 128 rows of one chunk and head,
+// phases on the same accumulators:
+//   1. state:     T = u State^T per tile; dx_j += T_ij x_i, dx_i += T_ij x_j; + x Z
+//   2. full:      e = (s^{p-1} f) (m - delta), s = x z^T, m = u y^T; dx += e z, columns away from the diagonal
+//   3. diagonal:  the same with a mask and exact gate differences
+#pragma once
+
+#include "load.h"
+#include "weights.h"
+
+namespace powerattn {
+namespace cuda {
+namespace sm80 {
+
+template <int D>
+struct GradientShape {
+  static constexpr int kM = D == 128 ? 1 : 2;  // 16-row fragments per warp: 64 + 64 registers of x, u at most
+  static constexpr int kWarps = kRowTile / (16 * kM), kThreads = 32 * kWarps;
+  static constexpr int kBlocksPerSM = D == 128 ? 1 : 2;
+  static constexpr int kColumns = 64;
+  static constexpr int kStep = 16;
+  static constexpr int kTileBytes = kTileRows * D * 2;
+  static constexpr int kRowBytes = kRowTile * D * 2;
+  // x rows | u rows | 4 buffers | factors, gates, deltas of 2 x 64 columns    d=64: 64 KB, d=128: 128 KB
+  static constexpr int kShared = 2 * kRowBytes + 4 * kTileBytes + 6 * kColumns * 4;
+};
+
+template <typename T, int D, int P>
+__global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::kBlocksPerSM)
+    gradient_kernel(const __grid_constant__ GradientArgs a) {
+  using S = GradientShape<D>;
+  constexpr int kN = D / 8, kK = D / 16, kM = S::kM, kStep = S::kStep;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t base = shared_address(shared);
+  float *const factors = reinterpret_cast<float *>(shared + 2 * S::kRowBytes + 4 * S::kTileBytes);
+  float *const gates = factors + 2 * S::kColumns;
+  float *const deltas = gates + 2 * S::kColumns;
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, quad = lane & 3;
+
+  const Shape &shape = a.shape;
+  const int group = shape.heads_q / shape.heads_kv;
+  const int heads_x = a.reverse ? shape.heads_kv : shape.heads_q;
+  const int64_t num_tiles = shape.table.num_tiles;
+  const int head_x = static_cast<int>(blockIdx.x / num_tiles);
+  int64_t tile_id = blockIdx.x % num_tiles;
+  if (!a.reverse) tile_id = num_tiles - 1 - tile_id;  // heaviest first
+  const Tile tile = shape.table.tiles[tile_id];
+  if (tile.length == 0) return;
+  const Chunk chunk = shape.table.chunks[tile.chunk];
+  const int head_kv = a.reverse ? head_x : head_x / group;
+  const int64_t batch = shape.packed ? 0 : tile.sequence;
+
+  const float *const g =
+      a.g ? a.g + (batch * shape.heads_kv + head_kv) * shape.seq_len + chunk.start : nullptr;
+  const SharedTile<D> xs{base, kRowTile}, us{base + S::kRowBytes, kRowTile};
+  const uint32_t buffers = base + 2 * S::kRowBytes;
+  load_rows<kRowTile, D, S::kThreads>(xs.base, row_pointer<T>(a.x, batch, tile.start, head_x), a.x.stride_t,
+                                      tile.length, thread);
+  load_rows<kRowTile, D, S::kThreads>(us.base, row_pointer<T>(a.u, batch, tile.start, head_x), a.u.stride_t,
+                                      tile.length, thread);
+  copy_commit();
+
+  const int row0 = warp * 16 * kM;
+  const float g_ref = !g ? 0.f
+                      : a.reverse ? g[tile.offset + tile.length - 1]
+                      : tile.offset > 0 ? g[tile.offset - 1] : 0.f;
+  const float g_end = g ? g[chunk.length - 1] : 0.f;
+  float g_row[kM][2], delta_row[kM][2], r_row[kM][2];
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = row0 + 16 * m + 8 * h + lane / 4;
+      const bool in = row < tile.length;
+      const int64_t at = (batch * shape.heads_q + head_x) * shape.seq_len + tile.start + row;  // of a query
+      g_row[m][h] = g && in ? g[tile.offset + row] : g_ref;
+      delta_row[m][h] = !a.reverse && a.delta && in ? a.delta[at] : 0.f;
+      r_row[m][h] = !a.reverse && a.r && in ? a.r[at] : 1.f;
+    }
+
+  copy_wait<0>();
+  __syncthreads();
+  uint32_t uf[kM][kK][4];
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int k = 0; k < kK; ++k) us.a(uf[m][k], row0 + 16 * m, k, lane);
+
+  float dx[kM][kN][4] = {};
+
+  // ---- 1. State.
+  if (a.state != nullptr) {
+    constexpr int kTiles = tile_count(P == 1 ? 1 : 2, D);
+    constexpr int kZTiles = 2 * D / kTileRows;
+    const int64_t slot = static_cast<int64_t>(tile.chunk) * shape.heads_kv + head_kv;
+    const char *const state = static_cast<const char *>(a.state) + slot * kTiles * S::kTileBytes;
+    const bool with_z = P == 2 && a.z_state != nullptr;
+    const char *const zs = static_cast<const char *>(a.z_state) + slot * kZTiles * S::kTileBytes;
+    const int first = with_z ? -kZTiles : 0;  // the tiles of Z come first
+    auto fetch = [&](int n) {
+      if (n < kTiles)
+        load_tile<S::kTileBytes, S::kThreads>(
+            buffers + (n & 3) * S::kTileBytes,
+            n < 0 ? zs + static_cast<int64_t>(n + kZTiles) * S::kTileBytes
+                  : state + static_cast<int64_t>(n) * S::kTileBytes,
+            thread);
+      copy_commit();
+    };
+    auto next = [&](int n) {
+      copy_wait<2>();
+      __syncthreads();
+      fetch(n + 3);
+      return SharedTile<D>{buffers + (n & 3) * S::kTileBytes, kTileRows};
+    };
+    fetch(first);
+    fetch(first + 1);
+    fetch(first + 2);
+    // dx = 2 Z x, times -delta_i for queries (the gradient of the row sum is -r_i delta_i; r_i comes last)
+    if constexpr (P == 2) {
+      if (with_z) {
+#pragma unroll 1
+        for (int n = first; n < 0; ++n) {
+          const auto t = next(n);
+#pragma unroll
+          for (int s = 0; s < 4; ++s)
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+              uint32_t f[4];
+              xs.a(f, row0 + 16 * m, (4 * (n - first) + s) % kK, lane);
+#pragma unroll
+              for (int c = 0; c < kN / 2; ++c) {
+                uint32_t b[4];
+                t.b_trans(b, 16 * s, c, lane);
+                mma<T>(dx[m][2 * c], f, b[0], b[1]);
+                mma<T>(dx[m][2 * c + 1], f, b[2], b[3]);
+              }
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+          for (int i = 0; i < kN; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) dx[m][i][e] *= a.reverse ? 2.f : -2.f * delta_row[m][e >> 1];
+      }
+      int n = 0;
+#pragma unroll 1
+      for (int ib = 0; ib < kN; ++ib) {
+        uint32_t scalar[kM][2][4];  // x[row][8 ib .. 8 ib + 7]
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const uint4 v = load16(xs.at(row0 + 16 * m + 8 * h + lane / 4, ib));
+            scalar[m][h][0] = v.x, scalar[m][h][1] = v.y, scalar[m][h][2] = v.z, scalar[m][h][3] = v.w;
+          }
+        float side[kM][2][8] = {};  // sum over j of T_ij x_j, the part of this lane's columns
+#pragma unroll
+        for (int jb = 0; jb < kN; ++jb) {
+          if (jb < ib) continue;
+          const auto t = next(n);
+          ++n;
+          float xj[kM][2][2];
+          if constexpr (kM == 2) {
+            uint32_t f[4];
+            xs.columns32(f, row0, jb, lane);
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+              xj[q >> 1][q & 1][0] = Pair<T>::lo(f[q]);
+              xj[q >> 1][q & 1][1] = Pair<T>::hi(f[q]);
+            }
+          } else {
+            uint32_t f[4];
+            xs.columns32(f, row0 & ~31, jb, lane);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const uint32_t v = (row0 & 16) ? f[2 + h] : f[h];
+              xj[0][h][0] = Pair<T>::lo(v);
+              xj[0][h][1] = Pair<T>::hi(v);
+            }
+          }
+#pragma unroll
+          for (int s = 0; s < 4; ++s) {  // rows i = 2s, 2s + 1 of the tile's eight
+            float w[kM][2][4] = {};
+#pragma unroll
+            for (int k = 0; k < kK; ++k) {
+              uint32_t b[4];
+              t.b(b, 16 * s, k, lane);
+#pragma unroll
+              for (int m = 0; m < kM; ++m) {
+                mma<T>(w[m][0], uf[m][k], b[0], b[1]);
+                mma<T>(w[m][1], uf[m][k], b[2], b[3]);
+              }
+            }
+#pragma unroll
+            for (int m = 0; m < kM; ++m)
+#pragma unroll
+              for (int h = 0; h < 2; ++h) {
+                const float x0 = Pair<T>::lo(scalar[m][h][s]), x1 = Pair<T>::hi(scalar[m][h][s]);
+                dx[m][jb][2 * h] += w[m][0][2 * h] * x0 + w[m][1][2 * h] * x1;
+                dx[m][jb][2 * h + 1] += w[m][0][2 * h + 1] * x0 + w[m][1][2 * h + 1] * x1;
+                side[m][h][2 * s] += w[m][0][2 * h] * xj[m][h][0] + w[m][0][2 * h + 1] * xj[m][h][1];
+                side[m][h][2 * s + 1] += w[m][1][2 * h] * xj[m][h][0] + w[m][1][2 * h + 1] * xj[m][h][1];
+              }
+          }
+        }
+        // Sum over the quad; lane c keeps i = 2c, 2c + 1, the accumulator's columns.
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const bool high = (quad & 2) != 0, odd = (quad & 1) != 0;
+            float half[4], mine[2];
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+              const float give = high ? side[m][h][q] : side[m][h][4 + q];
+              const float keep = high ? side[m][h][4 + q] : side[m][h][q];
+              half[q] = keep + __shfl_xor_sync(0xffffffffu, give, 2);
+            }
+#pragma unroll
+            for (int q = 0; q < 2; ++q) {
+              const float give = odd ? half[q] : half[2 + q];
+              const float keep = odd ? half[2 + q] : half[q];
+              mine[q] = keep + __shfl_xor_sync(0xffffffffu, give, 1);
+            }
+#pragma unroll
+            for (int i = 0; i < kN; ++i)
+              if (i == ib) {
+                dx[m][i][2 * h] += mine[0];
+                dx[m][i][2 * h + 1] += mine[1];
+              }
+          }
+      }
+    } else if constexpr (P == 1) {  // dx = u State^T
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const auto t = next(n);
+#pragma unroll
+        for (int s = 0; s < (D < 64 ? D / 16 : 4); ++s)
+#pragma unroll
+          for (int k = 0; k < kK; ++k) {
+            uint32_t b[4];
+            t.b(b, 16 * s, k, lane);
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+              mma<T>(dx[m][8 * n + 2 * s], uf[m][k], b[0], b[1]);
+              mma<T>(dx[m][8 * n + 2 * s + 1], uf[m][k], b[2], b[3]);
+            }
+          }
+      }
+    }
+    const float factor = a.reverse ? __expf(g_end - g_ref) : a.scale * __expf(g_ref);
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int i = 0; i < kN; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dx[m][i][e] *= factor;
+  }
+
+  // ---- 2., 3. Blocks of columns, double-buffered. The factor of a column is p c e^{...} (r_i for keys).
+  const Walk walk = make_walk<S::kColumns>(tile, chunk.length, a.reverse, a.reverse ? group : 1);
+  const int total = walk.total();
+  const float pair_scale = a.scale * static_cast<float>(shape.degree);
+  auto fetch = [&](int n) {
+    if (n < total) {
+      int part, block;
+      bool diagonal;
+      walk.at(n, &part, &block, &diagonal);
+      const int head = a.reverse ? head_kv * group + part : head_kv;
+      const int col0 = block * S::kColumns, valid = chunk.length - col0;
+      const uint32_t dst = buffers + (n & 1) * 2 * S::kTileBytes;
+      load_rows<S::kColumns, D, S::kThreads>(dst, row_pointer<T>(a.z, batch, chunk.start + col0, head),
+                                             a.z.stride_t, valid, thread);
+      load_rows<S::kColumns, D, S::kThreads>(dst + S::kTileBytes,
+                                             row_pointer<T>(a.y, batch, chunk.start + col0, head),
+                                             a.y.stride_t, valid, thread);
+      if (thread < S::kColumns) {
+        const int64_t at = (batch * shape.heads_q + head) * shape.seq_len + chunk.start;
+        const float *r = a.reverse && a.r ? a.r + at : nullptr;
+        const Columns columns{g, r, pair_scale, g_ref, a.reverse};
+        const int to = (n & 1) * S::kColumns + thread, col = col0 + thread;
+        fill_column(columns, diagonal, col, chunk.length, &factors[to], &gates[to]);
+        deltas[to] = a.reverse && a.delta && col < chunk.length ? a.delta[at + col] : 0.f;
+      }
+    }
+    copy_commit();
+  };
+  __syncthreads();
+  fetch(0);
+  copy_wait<0>();
+  __syncthreads();
+
+  uint32_t xf[kM][kK][4];
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int k = 0; k < kK; ++k) xs.a(xf[m][k], row0 + 16 * m, k, lane);
+  auto to_rows = [&] {
+    if (g == nullptr) return;
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float f = __expf(a.reverse ? g_ref - g_row[m][h] : g_row[m][h] - g_ref);
+#pragma unroll
+        for (int i = 0; i < kN; ++i) {
+          dx[m][i][2 * h] *= f;
+          dx[m][i][2 * h + 1] *= f;
+        }
+      }
+  };
+  if (walk.full_total() == 0) to_rows();
+
+#pragma unroll 1
+  for (int n = 0; n < total; ++n) {
+    if (n > 0) {
+      copy_wait<0>();
+      __syncthreads();
+    }
+    fetch(n + 1);
+    int part, block;
+    bool diagonal;
+    walk.at(n, &part, &block, &diagonal);
+    const uint32_t src = buffers + (n & 1) * 2 * S::kTileBytes;
+    const SharedTile<D> zt{src, S::kColumns}, yt{src + S::kTileBytes, S::kColumns};
+    const float *const factor = factors + (n & 1) * S::kColumns;
+    const float *const gate = gates + (n & 1) * S::kColumns;
+    const float *const delta_col = deltas + (n & 1) * S::kColumns;
+    const int offset = block * S::kColumns - tile.offset;
+#pragma unroll 1
+    for (int col = 0; col < S::kColumns; col += kStep) {
+      if (diagonal) {
+        if (!a.reverse && offset + col > row0 + 16 * kM - 1) continue;
+        if (a.reverse && offset + col + kStep - 1 < row0) continue;
+      }
+      // s = x z^T, e = u y^T
+      float s[kM][2][4] = {}, e[kM][2][4] = {};
+#pragma unroll
+      for (int k = 0; k < kK; ++k) {
+        uint32_t b[4];
+        zt.b(b, col, k, lane);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          mma<T>(s[m][0], xf[m][k], b[0], b[1]);
+          mma<T>(s[m][1], xf[m][k], b[2], b[3]);
+        }
+        yt.b(b, col, k, lane);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          mma<T>(e[m][0], uf[m][k], b[0], b[1]);
+          mma<T>(e[m][1], uf[m][k], b[2], b[3]);
+        }
+      }
+      // e = factor s^{p-1} (e - delta), on the diagonal times e^{g_i - g_j} where visible, else 0
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int at = col + 8 * c + 2 * quad;
+        const float2 f = *reinterpret_cast<const float2 *>(factor + at);
+        const float2 dc = *reinterpret_cast<const float2 *>(delta_col + at);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          power_minus_one<P>(s[m][c], shape.degree);
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            const float d = a.reverse ? ((q & 1) ? dc.y : dc.x) : delta_row[m][q >> 1];
+            e[m][c][q] = (s[m][c][q] * ((q & 1) ? f.y : f.x)) * (e[m][c][q] - d);
+          }
+        }
+        if (diagonal) {
+          const float2 gc = *reinterpret_cast<const float2 *>(gate + at);
+#pragma unroll
+          for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+              const int row = row0 + 16 * m + 8 * (q >> 1) + lane / 4, column = offset + at + (q & 1);
+              const float d = g_row[m][q >> 1] - ((q & 1) ? gc.y : gc.x);
+              const bool seen = a.reverse ? column >= row : column <= row;
+              const float w = g != nullptr ? e[m][c][q] * __expf(a.reverse ? -d : d) : e[m][c][q];
+              e[m][c][q] = seen ? w : 0.f;
+            }
+        }
+      }
+      // dx += e z
+      uint32_t w[kM][4];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        w[m][0] = Pair<T>::pack(e[m][0][0], e[m][0][1]);
+        w[m][1] = Pair<T>::pack(e[m][0][2], e[m][0][3]);
+        w[m][2] = Pair<T>::pack(e[m][1][0], e[m][1][1]);
+        w[m][3] = Pair<T>::pack(e[m][1][2], e[m][1][3]);
+      }
+#pragma unroll
+      for (int c = 0; c < kN / 2; ++c) {
+        uint32_t b[4];
+        zt.b_trans(b, col, c, lane);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          mma<T>(dx[m][2 * c], w[m], b[0], b[1]);
+          mma<T>(dx[m][2 * c + 1], w[m], b[2], b[3]);
+        }
+      }
+    }
+    if (n + 1 == walk.full_total()) to_rows();
+  }
+
+  // ---- dx, times r_i for queries; x . dx before rounding.
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = row0 + 16 * m + 8 * h + lane / 4;
+      const bool in = row < tile.length;
+      float dot = 0.f;
+      T *const out = row_pointer<T>(a.out, batch, tile.start + (in ? row : 0), head_x) + 2 * quad;
+#pragma unroll
+      for (int i = 0; i < kN; ++i) {
+        const float lo = dx[m][i][2 * h] * r_row[m][h], hi = dx[m][i][2 * h + 1] * r_row[m][h];
+        const uint32_t x2 = *reinterpret_cast<const uint32_t *>(shared + (xs.at(row, i) - base) + 4 * quad);
+        dot += lo * Pair<T>::lo(x2) + hi * Pair<T>::hi(x2);
+        if (in) store_pair(out + 8 * i, lo, hi);
+      }
+      dot = quad_sum(dot);
+      if (a.dot != nullptr && in && quad == 0)
+        a.dot[(batch * heads_x + head_x) * shape.seq_len + tile.start + row] = dot;
+    }
+}
+
+template <typename T, int D, int P>
+cudaError_t launch_gradient(const GradientArgs &a, cudaStream_t stream) {
+  using S = GradientShape<D>;
+  const int64_t blocks = a.shape.table.num_tiles * (a.reverse ? a.shape.heads_kv : a.shape.heads_q);
+  if (blocks == 0) return cudaSuccess;
+  const cudaError_t e = cudaFuncSetAttribute(gradient_kernel<T, D, P>,
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
+  if (e != cudaSuccess) return e;
+  gradient_kernel<T, D, P><<<static_cast<unsigned>(blocks), S::kThreads, S::kShared, stream>>>(a);
+  return cudaGetLastError();
+}
+
+}  // namespace sm80
+}  // namespace cuda
+}  // namespace powerattn
