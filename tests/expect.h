@@ -12,7 +12,7 @@
 
 namespace powerattn_test {
 
-enum class Method { kAttention, kAttentionDescending, kRecurrence };
+enum class Method { kAttention, kAttentionBackwards, kRecurrence, kRecurrenceBackwards };
 
 template <typename A, typename R>
 Outputs compute(const Case &c, const Inputs &in, const R &round, Method method) {
@@ -39,14 +39,15 @@ Outputs compute(const Case &c, const Inputs &in, const R &round, Method method) 
     const int64_t slot = in.slots.empty() ? n : in.slots[n];
     if (slot < 0) continue;
     for (int64_t g = 0; g < c.heads_kv; ++g) {
-      const HeadInput head = head_input(c, in, n, g);
+      HeadInput head = head_input(c, in, n, g);
+      head.backwards = method == Method::kAttentionBackwards || method == Method::kRecurrenceBackwards;
       const int64_t at_b = c.packed ? 0 : n, start = start_of(c, in, n), first = g * c.group();
-      const bool recurrence = method == Method::kRecurrence;
+      const bool recurrence = method == Method::kRecurrence || method == Method::kRecurrenceBackwards;
       HeadOutput f;
       // The states come from the recurrence in every method; the outputs from the method's own form.
       if (recurrence || states) f = recurrent_forward<A>(head, round);
       if (!recurrence && c.op != CaseOp::kSummary) {
-        HeadOutput a = attention_forward<A>(head, round, method == Method::kAttentionDescending);
+        HeadOutput a = attention_forward<A>(head, round);
         f.y = a.y;
         f.norm = a.norm;
       }
@@ -95,10 +96,12 @@ inline std::vector<Outputs> plain_versions(const Case &c, const Inputs &in, bool
   std::vector<Outputs> all;
   std::vector<Method> methods;
   if (c.op != CaseOp::kSummary && c.op != CaseOp::kStep) {
-    methods = {Method::kAttention};
-    if (c.op == CaseOp::kForward) methods.push_back(Method::kAttentionDescending);
+    methods = {Method::kAttention, Method::kAttentionBackwards};
   }
-  if (states || c.op == CaseOp::kSummary || c.op == CaseOp::kStep) methods.push_back(Method::kRecurrence);
+  if (states || c.op == CaseOp::kSummary || c.op == CaseOp::kStep) {
+    methods.push_back(Method::kRecurrence);
+    methods.push_back(Method::kRecurrenceBackwards);
+  }
   for (Method m : methods) {
     if (c.dtype == POWERATTN_FLOAT64) all.push_back(compute<double>(c, in, Exact(), m));
     else all.push_back(compute<float>(c, in, Rounded{c.dtype}, m));

@@ -27,6 +27,7 @@ struct HeadInput {
   int32_t rope = POWERATTN_ROPE_NONE;
   int64_t rope_dim = 0, position = 0;
   double rope_base = 10000;
+  bool backwards = false;  // sums run from the other end: one more sample of the rounding errors of plain loops
   Vector q, k, v;    // [group, t, d], [t, d], [t, e]
   Vector log_g;      // [t] or empty
   Vector s0, z0;     // [D, e], [D] or empty
@@ -157,7 +158,8 @@ void rotate(const HeadInput &in, int direction, int64_t heads, const R &round, s
     A *x = rows->data() + row * in.d;
     const A m = static_cast<A>(in.position + row % in.t);
     for (int64_t c = 0; c < half; ++c) {
-      const A angle = m / std::pow(static_cast<A>(in.rope_base), static_cast<A>(2 * c) / static_cast<A>(in.rope_dim));
+      const A exponent = static_cast<A>(2 * c) / static_cast<A>(in.rope_dim), base = static_cast<A>(in.rope_base);
+      const A angle = in.backwards ? m * std::pow(base, -exponent) : m / std::pow(base, exponent);
       const A cosine = std::cos(angle), sine = static_cast<A>(direction) * std::sin(angle);
       A &a = in.rope == POWERATTN_ROPE_HALF ? x[c] : x[2 * c];
       A &b = in.rope == POWERATTN_ROPE_HALF ? x[half + c] : x[2 * c + 1];
@@ -199,9 +201,9 @@ A int_power(A x, int p) {
 }
 
 template <typename A>
-A dot(const A *a, const A *b, int64_t n) {
+A dot(const A *a, const A *b, int64_t n, bool backwards = false) {
   A sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  for (int64_t i = 0; i < n; ++i) sum += backwards ? a[n - 1 - i] * b[n - 1 - i] : a[i] * b[i];
   return sum;
 }
 
@@ -221,7 +223,7 @@ struct Operands {
 // w_ij = exp(G_i - G_j) (scale q_i . k_j)^p; an initial state adds exp(G_i) scale^p phi(q_i) (S0, z0).
 
 template <typename A, typename R>
-HeadOutput attention_forward(const HeadInput &in, const R &round, bool descending = false) {
+HeadOutput attention_forward(const HeadInput &in, const R &round) {
   const int64_t t = in.t, d = in.d, e = in.e;
   const Operands<A> x(in, round);
   const Decay<A> decay(in);
@@ -235,8 +237,8 @@ HeadOutput attention_forward(const HeadInput &in, const R &round, bool descendin
     std::fill(sum.begin(), sum.end(), A(0));
     A norm = 0;
     for (int64_t step = 0; step <= i; ++step) {
-      const int64_t j = descending ? i - step : step;
-      const A score = round(round(dot(&x.q[row * d], &x.k[j * d], d)) * scale);
+      const int64_t j = in.backwards ? i - step : step;
+      const A score = round(round(dot(&x.q[row * d], &x.k[j * d], d, in.backwards)) * scale);
       const A w = round(round(int_power(score, in.p)) * decay(i, j));
       for (int64_t c = 0; c < e; ++c) sum[c] += w * x.v[j * e + c];
       norm += w;
@@ -285,12 +287,13 @@ HeadGradient attention_backward(const HeadInput &in, const HeadOutput &fwd, cons
     dl[row] = !in.normalize || norm == 0 ? A(0) : -delta / norm;
   }
   std::vector<A> dq_row(static_cast<size_t>(d));
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t i = row % t;
-    for (int64_t j = 0; j <= i; ++j) {
-      const A score = round(round(dot(&x.q[row * d], &x.k[j * d], d)) * scale), g = decay(i, j);
+  for (int64_t step = 0; step < rows; ++step) {
+    const int64_t row = in.backwards ? rows - 1 - step : step, i = row % t;
+    for (int64_t other = 0; other <= i; ++other) {
+      const int64_t j = in.backwards ? i - other : other;
+      const A score = round(round(dot(&x.q[row * d], &x.k[j * d], d, in.backwards)) * scale), g = decay(i, j);
       const A w = round(round(int_power(score, in.p)) * g);
-      const A dw = round(round(dot(&dn[row * e], &x.v[j * e], e)) + dl[row]);
+      const A dw = round(round(dot(&dn[row * e], &x.v[j * e], e, in.backwards)) + dl[row]);
       const A ds = round(dw * g * static_cast<A>(in.p) * int_power(score, in.p - 1) * scale);
       for (int64_t c = 0; c < d; ++c) {
         dq[row * d + c] += ds * x.k[j * d + c];

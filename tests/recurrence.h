@@ -34,10 +34,11 @@ HeadOutput recurrent_forward(const HeadInput &in, const R &round) {
       const int64_t row = h * t + i;
       embed.apply(&x.q[row * d], round, phi.data());
       std::fill(sum.begin(), sum.end(), A(0));
-      for (int64_t r = 0; r < big; ++r) {
+      for (int64_t step = 0; step < big; ++step) {
+        const int64_t r = in.backwards ? big - 1 - step : step;
         for (int64_t c = 0; c < e; ++c) sum[c] += phi[r] * s[r * e + c];
       }
-      const A norm = round(factor * dot(phi.data(), z.data(), big) + static_cast<A>(in.eps));
+      const A norm = round(factor * dot(phi.data(), z.data(), big, in.backwards) + static_cast<A>(in.eps));
       out.norm[row] = static_cast<double>(norm);
       for (int64_t c = 0; c < e; ++c) {
         const A numerator = round(factor * sum[c]);
