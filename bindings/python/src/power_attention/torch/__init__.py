@@ -5,5 +5,15 @@ from __future__ import annotations
 
 from .._plan import Rope
 from .function import State, power_attention
+from .layer import PowerAttention, PowerAttentionCache
+from .state import PowerAttentionState, step
 
-__all__ = ["Rope", "State", "power_attention"]
+__all__ = [
+    "PowerAttention",
+    "PowerAttentionCache",
+    "PowerAttentionState",
+    "Rope",
+    "State",
+    "power_attention",
+    "step",
+]

@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States for decoding: a pool of slots that tokens are fed to, in place."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._errors import DtypeError, InvalidArgumentError
+from .._plan import RopeLike, cached_plan, native, state_rows
+from . import _native
+from .function import State, autocast, index, numbers
+
+_compiling = torch.compiler.is_compiling
+_modes = torch._C._len_torch_dispatch_stack
+_function_mode = torch._C._is_torch_function_mode_enabled
+
+
+def _direct(q: Tensor) -> bool:
+    """Whether a step may go past the dispatcher: plain tensors, nothing that traces or intercepts."""
+    return not _compiling() and type(q) is Tensor and not _modes() and not _function_mode()
+
+
+def _refuse_grad(*tensors: Tensor) -> None:
+    """A step that silently cut the graph would be a model that silently does not train."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise InvalidArgumentError(
+            "an input of step requires grad, and step has no gradient; call it under torch.no_grad(), or train "
+            "through power_attention with initial_state and return_final_state"
+        )
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: State | tuple[Tensor, Tensor],
+    *,
+    log_g: Tensor | None = None,
+    degree: int = 2,
+    scale: float | None = None,
+    normalize: bool = True,
+    eps: float = 0.0,
+    slots: Tensor | Sequence[int] | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    rope: RopeLike = None,
+    rope_offset: Tensor | Sequence[int] | None = None,
+    inplace: bool = True,
+) -> Any:
+    """Feeds one or a few tokens of each sequence to its state.
+
+    Has no gradient. Costs the same at every position. In place it may be captured in a CUDA graph.
+
+    Args:
+        q: queries ``[b, t, h, d]``, t tokens of this step.
+        k: keys ``[b, t, hk, d]``.
+        v: values ``[b, t, hk, e]``.
+        state: pool ``(S, z)`` of float32, bfloat16 or float64: ``[slots, hk, D, e]`` and ``[slots, hk, D]``.
+        log_g: log of the decay ``[b, t, hk]``, float32 (float64 with float64).
+        degree: the power p.
+        scale: of the scores; ``None`` means ``1/sqrt(d)``.
+        normalize: divide by the sum of the weights.
+        eps: added to that sum.
+        slots: slot of each sequence, all different; negative skips it. Default: sequence b uses slot b.
+        lengths: valid tokens of each sequence; the rest is padding, touches no state and gives zeros.
+        rope: rotary embedding.
+        rope_offset: position of the first token of each sequence.
+        inplace: change ``state`` and return y; otherwise leave it alone and return ``(y, new_state)``.
+    """
+    options = numbers(degree, scale, eps, None, "auto", normalize, 0, rope)
+    q, k, v = autocast(q, k, v)
+    s, z = state
+    rest = (index(slots, q), index(lengths, q), index(rope_offset, q))
+    if not inplace:
+        y, s, z = torch.ops.powerattn.step(q, k, v, log_g, s, z, *rest, *options)
+        return y, State(s, z)
+    _refuse_grad(q, k, v, s, z)
+    if _direct(q):
+        return _native.step(q, k, v, log_g, s, z, *rest, *options)
+    return torch.ops.powerattn.step_(q, k, v, log_g, s, z, *rest, *options)
+
+
+class _Scratch(threading.local):
+    """Host scratch memory of a thread: calls on the CPU are over when they return, so it can be used again."""
+
+    buffer: Tensor | None = None
+
+    def address(self, nbytes: int) -> int:
+        buffer = self.buffer
+        if buffer is None or buffer.shape[0] < nbytes + 256:
+            buffer = self.buffer = torch.empty(nbytes + 256, dtype=torch.uint8)
+        return (buffer.data_ptr() + 255) // 256 * 256
+
+
+_scratch = _Scratch()
+
+
+class PowerAttentionState:
+    """A pool of states for continuous batching, with the position that each slot has reached.
+
+    The size does not depend on how many tokens a slot has seen.
+
+    Attributes:
+        s: ``[slots, heads_kv, D, value_dim]``.
+        z: ``[slots, heads_kv, D]``.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        heads_kv: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        *,
+        degree: int = 2,
+        scale: float | None = None,
+        normalize: bool = True,
+        eps: float = 0.0,
+        rope: RopeLike = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Makes states that have seen no token.
+
+        Args:
+            slots: sequences that the pool can hold.
+            heads_kv: key and value heads.
+            head_dim: dimension of q and k.
+            value_dim: dimension of v; ``None`` means ``head_dim``.
+            degree: the power p.
+            scale: of the scores; ``None`` means ``1/sqrt(head_dim)``.
+            normalize: divide by the sum of the weights.
+            eps: added to that sum.
+            rope: rotary embedding, at the positions that the pool counts.
+            dtype: float32, bfloat16 (half the memory traffic, less precise) or float64.
+            device: where the states live.
+        """
+        if dtype not in _native.STATE_NUMBERS:
+            raise DtypeError(f"dtype is {dtype}; states are float32, bfloat16 or float64")
+        value_dim = head_dim if value_dim is None else value_dim
+        rows = state_rows(head_dim, degree)
+        self.s = torch.zeros((slots, heads_kv, rows, value_dim), dtype=dtype, device=device)
+        self.z = torch.zeros((slots, heads_kv, rows), dtype=dtype, device=device)
+        self.head_dim, self.degree, self.scale = head_dim, degree, scale
+        self.normalize, self.eps, self.rope = normalize, eps, rope
+        self._options = numbers(degree, scale, eps, None, "auto", normalize, 0, rope)
+        self._position = torch.zeros((slots,), dtype=torch.int64, device=device)
+        self._pending = 0  # tokens that every slot has seen and _position does not count yet
+        self._ready: dict[Any, Any] = {}  # calls that were checked, by the shapes and types of their tensors
+        self._ready_for: tuple[Tensor, Tensor] = (self.s, self.z)
+
+    @property
+    def slots(self) -> int:
+        """Number of slots."""
+        return int(self.s.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of S and z."""
+        return self.s.nbytes + self.z.nbytes
+
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        log_g: Tensor | None = None,
+        slots: Tensor | Sequence[int] | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """Feeds tokens to the slots, in place, and returns y. See :func:`step`."""
+        if slots is None and lengths is None and _direct(q):
+            y = self._step_again(q, k, v, log_g)
+            if y is not None:
+                return y
+        slots, lengths = index(slots, q), index(lengths, q)
+        position = None
+        b, t = q.shape[0], q.shape[1]
+        if self.rope is not None:
+            now = self.position
+            position = now[:b] if slots is None else now[slots.clamp(min=0)]
+        y = step(
+            q,
+            k,
+            v,
+            (self.s, self.z),
+            log_g=log_g,
+            degree=self.degree,
+            scale=self.scale,
+            normalize=self.normalize,
+            eps=self.eps,
+            slots=slots,
+            lengths=lengths,
+            rope=self.rope,
+            rope_offset=position,
+        )
+        self._advance(b, t, slots, lengths)
+        if slots is None and lengths is None and not q.is_cuda and _direct(q):
+            self._remember(q, k, v, log_g)
+        return y
+
+    # The general path checks everything, at several times the cost of a small step. A call like one that was
+    # checked before needs no more than the addresses and strides of its tensors.
+
+    @staticmethod
+    def _signature(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> tuple[Any, ...]:
+        gate = None if log_g is None else (log_g.shape, log_g.dtype, log_g.is_cpu)
+        kinds = (q.dtype, k.dtype, v.dtype, q.is_cpu, k.is_cpu, v.is_cpu)
+        return (q.shape, k.shape, v.shape, kinds, gate, torch.get_num_threads())
+
+    def _remember(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> None:
+        if torch.is_autocast_enabled("cpu") or _native.unit(self.z) is not self.z:
+            return
+        if self._ready_for[0] is not self.s or self._ready_for[1] is not self.z or len(self._ready) > 64:
+            self._ready, self._ready_for = {}, (self.s, self.z)
+        plan = _native.get_plan(q, v, 0, True, _native.Options(*self._options), _native.STATE_NUMBERS[self.s.dtype])
+        shape = (*q.shape[:3], v.shape[3])
+        strides = _native.state_numbers(self.s, self.z)[2:]
+        self._ready[self._signature(q, k, v, log_g)] = (plan, plan.handle, shape, strides, plan.workspace_step)
+
+    def _step_again(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> Tensor | None:
+        """A step like an earlier one, on the CPU; None if there was none."""
+        s, z = self.s, self.z
+        ready = self._ready.get(self._signature(q, k, v, log_g))
+        if ready is None or self._ready_for[0] is not s or self._ready_for[1] is not z:
+            return None
+        if torch.is_autocast_enabled("cpu"):
+            return None
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return None
+        _plan, handle, shape, state_strides, nbytes = ready
+        q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+        if q_strides[3] != 1 or k_strides[3] != 1 or v_strides[3] != 1:
+            return None
+        t = shape[1]
+        offset = 0
+        if self.rope is not None:
+            position = self.position
+            offset = position.data_ptr()
+        y = q.new_empty(shape)
+        native.step(
+            handle,
+            q.data_ptr(), q_strides[0], q_strides[1], q_strides[2],
+            k.data_ptr(), k_strides[0], k_strides[1], k_strides[2],
+            v.data_ptr(), v_strides[0], v_strides[1], v_strides[2],
+            *((0, 0, 0, 0) if log_g is None else (log_g.data_ptr(), *log_g.stride())),
+            y.data_ptr(), *y.stride()[:3],
+            s.data_ptr(), z.data_ptr(), *state_strides,
+            s.shape[0], 0, 0, offset,
+            _scratch.address(nbytes) if nbytes else 0, nbytes, 0,
+        )  # fmt: skip
+        if shape[0] == s.shape[0]:
+            self._pending += t
+        else:
+            self._advance(shape[0], t, None, None)
+        return y
+
+    @property
+    def position(self) -> Tensor:
+        """Tokens seen by each slot, int64 ``[slots]``; the offset of rotary embeddings."""
+        if self._pending:
+            self._position += self._pending
+            self._pending = 0
+        return self._position
+
+    @position.setter
+    def position(self, value: Tensor) -> None:
+        self._position, self._pending = value, 0
+
+    def _advance(self, b: int, t: int, slots: Tensor | None, lengths: Tensor | None) -> None:
+        now = self.position
+        if slots is None:
+            now[:b] += t if lengths is None else lengths
+            return
+        valid = (slots >= 0) & (slots < self.slots)  # the others were skipped
+        amount = torch.full_like(slots, t) if lengths is None else lengths
+        now.index_add_(0, torch.where(valid, slots, 0), torch.where(valid, amount, 0))
+
+    def write(self, slots: Tensor | Sequence[int], state: State | tuple[Tensor, Tensor], position: Any) -> None:
+        """Puts states, such as a prefill's final ones, into slots.
+
+        Args:
+            slots: where to.
+            state: as many states as slots.
+            position: tokens that they have seen, one number or one for each.
+        """
+        where = index(slots, self.s)
+        assert where is not None
+        self.s[where] = state[0].to(self.s.dtype)
+        self.z[where] = state[1].to(self.z.dtype)
+        self.position[where] = position
+
+    def reset(self, slots: Tensor | Sequence[int] | None = None) -> None:
+        """Forgets everything, or what some slots have seen."""
+        if slots is None:
+            self.s.zero_()
+            self.z.zero_()
+            self.position.zero_()
+            return
+        where = index(slots, self.s)
+        self.s[where] = 0
+        self.z[where] = 0
+        self.position[where] = 0
+
+    def fork(self, source: Tensor | Sequence[int], target: Tensor | Sequence[int]) -> None:
+        """Copies slots to other slots: shared prefixes, beams, rollback."""
+        src, dst = index(source, self.s), index(target, self.s)
+        self.s[dst] = self.s[src]
+        self.z[dst] = self.z[src]
+        self.position[dst] = self.position[src]
+
+    def clone(self) -> PowerAttentionState:
+        """A copy that shares nothing."""
+        new = object.__new__(PowerAttentionState)
+        new.__dict__.update(self.__dict__)
+        new.s, new.z, new.position = self.s.clone(), self.z.clone(), self.position.clone()
+        new._ready, new._ready_for = {}, (new.s, new.z)
+        return new
+
+    def _plan(self) -> Any:
+        wide = torch.float64 if self.s.dtype is torch.float64 else torch.float32
+        s, cuda = self.s, self.s.is_cuda
+        return cached_plan(
+            1 if cuda else 0, (s.device.index or 0) if cuda else 0, _native.NUMBERS[wide],
+            _native.STATE_NUMBERS[s.dtype], self.degree, 4 | (1 if self.degree % 2 else 0), 0, s.shape[0], 1,
+            s.shape[1], s.shape[1], self.head_dim, s.shape[3], 0, 0, 0, 0.0, 0.0, 0.0, 0, 0, 0, 0,
+        )  # fmt: skip
+
+    def to_bytes(self, dtype: torch.dtype | None = None) -> bytes:
+        """The states, without positions, as a versioned block that any machine and device can read.
+
+        Args:
+            dtype: of the packed numbers; ``None`` keeps the type.
+        """
+        plan, count = self._plan(), self.slots
+        number = _native.STATE_NUMBERS[dtype or self.s.dtype]
+        size = native.state_pack_size(plan.handle, number, count)
+        block = torch.empty(size, dtype=torch.uint8)
+        with _native.guard(self.s):
+            native.state_pack(
+                plan.handle,
+                number,
+                *_native.state_numbers(self.s, self.z),
+                count,
+                block.data_ptr(),
+                size,
+                _native.stream_of(self.s),
+            )
+        return bytes(memoryview(block.numpy())) if size else b""
+
+    def from_bytes(self, block: bytes) -> None:
+        """Reads what :meth:`to_bytes` of a pool with the same shape made; positions stay as they are."""
+        plan = self._plan()
+        raw = torch.frombuffer(bytearray(block) or bytearray(1), dtype=torch.uint8)
+        with _native.guard(self.s):
+            native.state_unpack(
+                plan.handle,
+                *_native.state_numbers(self.s, self.z),
+                self.slots,
+                raw.data_ptr(),
+                len(block),
+                _native.stream_of(self.s),
+            )
