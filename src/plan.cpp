@@ -103,26 +103,42 @@ Problem resolve(const powerattn_desc &d, uint64_t memory) {
   return p;
 }
 
-// The first implementation of the ordered table that takes the operation; else null and every reason.
+const char *name_of(Op op) {
+  switch (op) {
+    case Op::kForward: return "forward";
+    case Op::kBackward: return "backward";
+    case Op::kStep: return "step";
+    case Op::kSummary: return "summary";
+  }
+  return "?";
+}
+
+// The first implementation of the ordered table that takes the operation; else null and every reason. Those
+// passed over before it are noted in *passed, so that nothing slower runs unseen.
 const Implementation *choose(const Backend &backend, Op op, const Problem &p, const Pins &pins, Tiling *tiling,
-                             std::string *refusal) {
+                             std::string *refusal, std::string *passed) {
+  std::string reasons;
   for (const Implementation *const *i = backend.implementations; *i != nullptr; ++i) {
     std::string why;
     Tiling candidate;
     if ((*i)->choose(op, p, pins, &candidate, &why)) {
       *tiling = candidate;
+      if (!reasons.empty()) {
+        passed->append("          passed over for ").append(name_of(op)).append(": ").append(reasons).append("\n");
+      }
       return *i;
     }
-    if (!refusal->empty()) refusal->append("; ");
-    refusal->append((*i)->name).append(": ").append(why);
+    if (!reasons.empty()) reasons.append("; ");
+    reasons.append((*i)->name).append(": ").append(why);
   }
-  if (refusal->empty()) refusal->assign("this build has no implementation for the device");
+  *refusal = reasons.empty() ? "this build has no implementation for the device" : reasons;
   return nullptr;
 }
 
 const char *name_or_none(const Implementation *i) { return i != nullptr ? i->name : "none"; }
 
-void describe(const powerattn_desc &d, const std::string &form_reason, powerattn_plan *plan) {
+void describe(const powerattn_desc &d, const std::string &form_reason, const std::string &passed,
+              powerattn_plan *plan) {
   const Problem &p = plan->problem;
   const Tiling &t = plan->tiling;
   std::string &text = plan->text;
@@ -150,6 +166,7 @@ void describe(const powerattn_desc &d, const std::string &form_reason, powerattn
   }
   append(&text, "runs      forward %s, backward %s, step %s, summary %s\n", name_or_none(plan->forward),
          name_or_none(plan->backward), name_or_none(plan->step), name_or_none(plan->summary));
+  text.append(passed);
   const struct {
     const char *name;
     const std::string *why;
@@ -241,14 +258,15 @@ powerattn_status make_plan(const powerattn_desc &d, std::unique_ptr<powerattn_pl
     reason = "the states of the chunked form need " + human(p.state_bytes) + ", the limit is " +
              human(p.state_limit);
   }
-  plan->forward = choose(*backend, Op::kForward, p, pins, &plan->tiling, &plan->forward_refusal);
+  std::string passed;
+  plan->forward = choose(*backend, Op::kForward, p, pins, &plan->tiling, &plan->forward_refusal, &passed);
 
   // Backward shares the forward's form and chunk.
   if (plan->forward != nullptr) {
     Tiling tiling;
     const Pins same{static_cast<int32_t>(plan->tiling.form),
                     plan->tiling.form == Form::kChunked ? plan->tiling.chunk : 0};
-    plan->backward = choose(*backend, Op::kBackward, p, same, &tiling, &plan->backward_refusal);
+    plan->backward = choose(*backend, Op::kBackward, p, same, &tiling, &plan->backward_refusal, &passed);
     if (plan->backward != nullptr) plan->tiling.backward_s = tiling.backward_s;
   } else {
     plan->backward_refusal = "no forward";
@@ -260,13 +278,13 @@ powerattn_status make_plan(const powerattn_desc &d, std::unique_ptr<powerattn_pl
     plan->step_refusal = plan->summary_refusal = "the states need " + human(p.state_bytes) + ", the limit is " +
                                                  human(p.state_limit);
   } else {
-    plan->summary = choose(*backend, Op::kSummary, p, Pins{}, &unused, &plan->summary_refusal);
+    plan->summary = choose(*backend, Op::kSummary, p, Pins{}, &unused, &plan->summary_refusal, &passed);
     if (!p.use_state) {
       plan->step_refusal = "needs POWERATTN_USE_STATE";
     } else if (p.packed) {
       plan->step_refusal = "not for packed sequences";
     } else {
-      plan->step = choose(*backend, Op::kStep, p, Pins{}, &unused, &plan->step_refusal);
+      plan->step = choose(*backend, Op::kStep, p, Pins{}, &unused, &plan->step_refusal, &passed);
     }
   }
   if (plan->forward == nullptr && plan->step == nullptr) {
@@ -287,7 +305,7 @@ powerattn_status make_plan(const powerattn_desc &d, std::unique_ptr<powerattn_pl
   if (plan->step != nullptr) s.step = plan->step->sizes(p, plan->tiling).step;
   if (plan->summary != nullptr) s.summary = plan->summary->sizes(p, plan->tiling).summary;
 
-  describe(d, reason, plan.get());
+  describe(d, reason, passed, plan.get());
   *made = std::move(plan);
   return POWERATTN_OK;
 }
