@@ -35,7 +35,7 @@ else()
   endif()
   if(CMAKE_CUDA_COMPILER AND TARGET CUDA::cudart_static AND CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.0)
     set(POWERATTN_HAVE_CUDA ON)
-    set(POWERATTN_CUDA_LIBRARIES $<BUILD_INTERFACE:CUDA::cudart_static>)
+    set(POWERATTN_CUDA_LIBRARIES CUDA::cudart_static)
     message(STATUS "powerattn: CUDA backend on (nvcc ${CMAKE_CUDA_COMPILER_VERSION}, "
                    "architectures ${CMAKE_CUDA_ARCHITECTURES})")
   else()
