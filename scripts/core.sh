@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+# The library on the CPU: every CTest label, the sanitizers, the fuzzer, the checks of the tree, the documentation.
+
+core_tools() {
+  need_build_tools
+  need_apt doctest-dev abigail-tools binutils python3
+}
+
+core_setup() {
+  core_tools
+  need_apt clang-16 libclang-rt-16-dev doxygen
+  . scripts/lint.sh
+  . scripts/docs.sh
+  say "building: Release"
+  build_library ON
+  say "building: address and undefined-behaviour sanitizers"
+  core_sanitized asan "address;undefined"
+  say "building: thread sanitizer"
+  core_sanitized tsan thread
+}
+
+# A sanitized build of the library and its tests, optimised enough to be quick and with line numbers.
+core_sanitized() {
+  cmake_build "$BUILD/$1" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPOWERATTN_SANITIZE="$2" -DPOWERATTN_CUDA=OFF \
+    -DPOWERATTN_WERROR=ON -DPOWERATTN_BUILD_BENCH=OFF -DPOWERATTN_BUILD_EXAMPLES=OFF
+}
+
+core_ctest() {
+  local folder=$1
+  shift
+  run_counted ctest ctest --test-dir "$folder" -j "$JOBS" --no-tests=error --output-on-failure --progress --timeout 900 "$@"
+}
+
+core_test() {
+  say "tests: Release"
+  core_ctest "$LIBRARY_BUILD" -LE 'gpu|fuzz'
+  say "tests: address and undefined-behaviour sanitizers"
+  ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+    core_ctest "$BUILD/asan" -L core
+  say "tests: thread sanitizer, concurrent use"
+  TSAN_OPTIONS=halt_on_error=1 core_ctest "$BUILD/tsan" -L core -R '[Cc]oncurren|[Tt]hread'
+  if [ -f tests/fuzz/CMakeLists.txt ]; then
+    check "fuzzing the descriptions and arguments, 60 s" core_fuzz
+  fi
+  check "includes point one way" check_includes
+  check "clang-format" check_format
+  check "shell scripts parse" check_shell
+  check "documentation builds without warnings" docs_build
+  check "examples of the documentation compile and run" core_doc_examples
+  check "demo, short: gradients by finite differences" "$LIBRARY_BUILD/examples/train_lm" --check-gradients
+  check "demo, short: trains, generates, time per token" "$LIBRARY_BUILD/examples/train_lm" --short
+}
+
+core_fuzz() {
+  cmake_build "$BUILD/fuzz" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_C_COMPILER=clang-16 -DCMAKE_CXX_COMPILER=clang++-16 \
+    -DPOWERATTN_SANITIZE="address;undefined" -DPOWERATTN_BUILD_FUZZ=ON -DPOWERATTN_CUDA=OFF -DPOWERATTN_BUILD_BENCH=OFF \
+    -DPOWERATTN_BUILD_EXAMPLES=OFF
+  ctest --test-dir "$BUILD/fuzz" -L fuzz --no-tests=error --output-on-failure
+}
+
+core_doc_examples() {
+  python3 scripts/doc_examples.py "$LIBRARY_PREFIX" "$BUILD/doc-examples" README.md docs/*.md
+}
