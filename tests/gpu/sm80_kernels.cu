@@ -199,13 +199,14 @@ void reference_pair(const Case &c, const Data &in, Result &o, bool plain, int se
         for (int e = 0; e < d; ++e) m += dy[e] * in.v[ki(j) + e];
         m = (m - delta) * inv;
         const double es = rt(m * c.p * std::exp(G[i] - G[j]) * std::pow(s[j], c.p - 1)) * scale, wr = rt(w[j] * inv);
+        const double gate = es / scale * s[j] / c.p;  // m w, through the rounded gradient of s
         for (int e = 0; e < d; ++e) {
           dq[e] += es * in.k[ki(j) + e];
           dk[j * d + e] += es * q[e];
           dv[j * d + e] += wr * dy[e];
         }
-        own += m * w[j];
-        dG[j] -= m * w[j];
+        own += gate;
+        dG[j] -= gate;
       }
       if (c.state) {
         Vec t(D);
@@ -438,7 +439,7 @@ struct Run {
     a.out = reverse ? tensor(dk.p, c.hk, c.d) : tensor(dq.p, c.hq, c.d);
     a.state = !c.chunk ? nullptr : reverse ? dS.p : S.p;
     a.z_state = !c.chunk || !c.normalize ? nullptr : reverse ? dZt.p : Zt.p;
-    a.dot = reverse ? kdot.p : c.normalize ? nullptr : qdot.p;
+    a.dot = reverse ? kdot.p : qdot.p;
     CK(k80::gradient(a, stream));
   }
   void prepare() {
@@ -453,7 +454,10 @@ struct Run {
       scan(false);
     }
     output(false);
-    if (p.packed) CK(pa::cuda::zero_padding(p, table, tensor(y.p, c.hq, c.d), c.dtype, c.hq, c.d, stream));
+    if (p.packed) {
+      CK(pa::cuda::zero_padding(p, table, tensor(y.p, c.hq, c.d), c.dtype, c.hq, c.d, stream));
+      CK(pa::cuda::zero_padding(p, table, stat(norm.p, c.hq), Dtype::kFloat32, c.hq, 1, stream));
+    }
   }
   void rows() {
     k80::RowsArgs a;
@@ -468,11 +472,8 @@ struct Run {
   void gate_gradient() {
     k80::GateArgs a;
     a.shape = shape;
-    a.q_dot = c.normalize ? nullptr : qdot.p;
+    a.q_dot = qdot.p;
     a.k_dot = kdot.p;
-    a.r = r.p;
-    a.delta = delta.p;
-    a.eps = float(c.eps);
     if (c.chunk) {
       a.s_tiles = S.p, a.ds_tiles = dS.p;
       if (c.normalize) a.z_tiles = Zt.p, a.dz_tiles = dZt.p;

@@ -109,14 +109,12 @@ struct RowsArgs {
 cudaError_t rows(const RowsArgs &a, cudaStream_t stream);
 
 // dlog_g_t = X + sum over tokens i >= t of the chunk (q_i . dq_i - k_i . dk_i) / p, where X = <state after the
-// chunk, its gradient>. Normalised, q_i . dq_i / p = r_i delta_i eps exactly.
+// chunk, its gradient>. Normalised, q_i . dq_i / p = r_i delta_i eps in exact arithmetic, but what was computed is
+// used: the rounding error of delta_i is in q_i . dq_i and in the k_j . dk_j alike, and cancels.
 struct GateArgs {
   Shape shape;
-  const float *q_dot = nullptr;  // [b, heads_q, t], unnormalised; null: use r, delta, eps
+  const float *q_dot = nullptr;  // [b, heads_q, t]
   const float *k_dot = nullptr;  // [b, heads_kv, t]
-  const float *r = nullptr;
-  const float *delta = nullptr;
-  float eps = 0.f;
   const void *s_tiles = nullptr;   // prefix of S per slot, or null: no state, X = 0
   const void *ds_tiles = nullptr;
   const void *z_tiles = nullptr;   // or null

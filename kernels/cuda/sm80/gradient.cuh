@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
     gradient_kernel(const __grid_constant__ GradientArgs a) {
   using S = GradientShape<D>;
   constexpr int kN = D / 8, kK = D / 16, kM = S::kM, kStep = S::kStep;
+  constexpr bool kState = P != 0 && has_states<T>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   float *const factors = reinterpret_cast<float *>(shared + 2 * S::kRowBytes + 4 * S::kTileBytes);
@@ -66,18 +67,12 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
                       : a.reverse ? g[tile.offset + tile.length - 1]
                       : tile.offset > 0 ? g[tile.offset - 1] : 0.f;
   const float g_end = g ? g[chunk.length - 1] : 0.f;
-  float g_row[kM][2], delta_row[kM][2], r_row[kM][2];
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = row0 + 16 * m + 8 * h + lane / 4;
-      const bool in = row < tile.length;
-      const int64_t at = (batch * shape.heads_q + head_x) * shape.seq_len + tile.start + row;  // of a query
-      g_row[m][h] = g && in ? g[tile.offset + row] : g_ref;
-      delta_row[m][h] = !a.reverse && a.delta && in ? a.delta[at] : 0.f;
-      r_row[m][h] = !a.reverse && a.r && in ? a.r[at] : 1.f;
-    }
+  // Per-row numbers are read where they are needed: the state phase has no registers to spare.
+  const int64_t query = (batch * shape.heads_q + head_x) * shape.seq_len + tile.start;  // when rows are queries
+  auto row_of = [&](int m, int h) { return row0 + 16 * m + 8 * h + lane / 4; };
+  auto read = [&](const float *p, int64_t at, int row, float otherwise) {
+    return p != nullptr && row < tile.length ? p[at + row] : otherwise;
+  };
 
   copy_wait<0>();
   __syncthreads();
@@ -90,7 +85,7 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
   float dx[kM][kN][4] = {};
 
   // ---- 1. State.
-  if (a.state != nullptr) {
+  if constexpr (kState) if (a.state != nullptr) {
     constexpr int kTiles = tile_count(P == 1 ? 1 : 2, D);
     constexpr int kZTiles = 2 * D / kTileRows;
     const int64_t slot = static_cast<int64_t>(tile.chunk) * shape.heads_kv + head_kv;
@@ -140,9 +135,14 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
 #pragma unroll
         for (int m = 0; m < kM; ++m)
 #pragma unroll
-          for (int i = 0; i < kN; ++i)
+          for (int h = 0; h < 2; ++h) {
+            const float f = a.reverse ? 2.f : -2.f * read(a.delta, query, row_of(m, h), 0.f);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) dx[m][i][e] *= a.reverse ? 2.f : -2.f * delta_row[m][e >> 1];
+            for (int i = 0; i < kN; ++i) {
+              dx[m][i][2 * h] *= f;
+              dx[m][i][2 * h + 1] *= f;
+            }
+          }
       }
       int n = 0;
 #pragma unroll 1
@@ -156,11 +156,10 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
             scalar[m][h][0] = v.x, scalar[m][h][1] = v.y, scalar[m][h][2] = v.z, scalar[m][h][3] = v.w;
           }
         float side[kM][2][8] = {};  // sum over j of T_ij x_j, the part of this lane's columns
-#pragma unroll
-        for (int jb = 0; jb < kN; ++jb) {
-          if (jb < ib) continue;
+#pragma unroll 1
+        for (int jb = ib; jb < kN; ++jb, ++n) {
           const auto t = next(n);
-          ++n;
+          float mine[kM][4] = {};  // sum over i of T_ij x_i
           float xj[kM][2][2];
           if constexpr (kM == 2) {
             uint32_t f[4];
@@ -198,12 +197,20 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
 #pragma unroll
               for (int h = 0; h < 2; ++h) {
                 const float x0 = Pair<T>::lo(scalar[m][h][s]), x1 = Pair<T>::hi(scalar[m][h][s]);
-                dx[m][jb][2 * h] += w[m][0][2 * h] * x0 + w[m][1][2 * h] * x1;
-                dx[m][jb][2 * h + 1] += w[m][0][2 * h + 1] * x0 + w[m][1][2 * h + 1] * x1;
+                mine[m][2 * h] += w[m][0][2 * h] * x0 + w[m][1][2 * h] * x1;
+                mine[m][2 * h + 1] += w[m][0][2 * h + 1] * x0 + w[m][1][2 * h + 1] * x1;
                 side[m][h][2 * s] += w[m][0][2 * h] * xj[m][h][0] + w[m][0][2 * h + 1] * xj[m][h][1];
                 side[m][h][2 * s + 1] += w[m][1][2 * h] * xj[m][h][0] + w[m][1][2 * h + 1] * xj[m][h][1];
               }
           }
+#pragma unroll
+          for (int i = 0; i < kN; ++i)  // registers have no run-time index
+            if (i == jb) {
+#pragma unroll
+              for (int m = 0; m < kM; ++m)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) dx[m][i][e] += mine[m][e];
+            }
         }
         // Sum over the quad; lane c keeps i = 2c, 2c + 1, the accumulator's columns.
 #pragma unroll
@@ -211,7 +218,7 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const bool high = (quad & 2) != 0, odd = (quad & 1) != 0;
-            float half[4], mine[2];
+            float half[4], own[2];
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
               const float give = high ? side[m][h][q] : side[m][h][4 + q];
@@ -222,13 +229,13 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
             for (int q = 0; q < 2; ++q) {
               const float give = odd ? half[q] : half[2 + q];
               const float keep = odd ? half[2 + q] : half[q];
-              mine[q] = keep + __shfl_xor_sync(0xffffffffu, give, 1);
+              own[q] = keep + __shfl_xor_sync(0xffffffffu, give, 1);
             }
 #pragma unroll
             for (int i = 0; i < kN; ++i)
               if (i == ib) {
-                dx[m][i][2 * h] += mine[0];
-                dx[m][i][2 * h + 1] += mine[1];
+                dx[m][i][2 * h] += own[0];
+                dx[m][i][2 * h + 1] += own[1];
               }
           }
       }
@@ -292,11 +299,18 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
   copy_wait<0>();
   __syncthreads();
 
+  float g_row[kM][2], delta_row[kM][2];
   uint32_t xf[kM][kK][4];
 #pragma unroll
-  for (int m = 0; m < kM; ++m)
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      g_row[m][h] = read(g, tile.offset, row_of(m, h), g_ref);
+      delta_row[m][h] = a.reverse ? 0.f : read(a.delta, query, row_of(m, h), 0.f);
+    }
 #pragma unroll
     for (int k = 0; k < kK; ++k) xs.a(xf[m][k], row0 + 16 * m, k, lane);
+  }
   auto to_rows = [&] {
     if (g == nullptr) return;
 #pragma unroll
@@ -410,13 +424,14 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = row0 + 16 * m + 8 * h + lane / 4;
+      const int row = row_of(m, h);
       const bool in = row < tile.length;
+      const float r_row = a.reverse ? 1.f : read(a.r, query, row, 1.f);
       float dot = 0.f;
       T *const out = row_pointer<T>(a.out, batch, tile.start + (in ? row : 0), head_x) + 2 * quad;
 #pragma unroll
       for (int i = 0; i < kN; ++i) {
-        const float lo = dx[m][i][2 * h] * r_row[m][h], hi = dx[m][i][2 * h + 1] * r_row[m][h];
+        const float lo = dx[m][i][2 * h] * r_row, hi = dx[m][i][2 * h + 1] * r_row;
         const uint32_t x2 = *reinterpret_cast<const uint32_t *>(shared + (xs.at(row, i) - base) + 4 * quad);
         dot += lo * Pair<T>::lo(x2) + hi * Pair<T>::hi(x2);
         if (in) store_pair(out + 8 * i, lo, hi);

@@ -30,6 +30,7 @@ template <typename T, int D, int P>
 __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ OutputArgs a) {
   using S = OutputShape<D>;
   constexpr int kN = D / 8, kK = D / 16, kStep = S::kStep;
+  constexpr bool kState = P != 0 && has_states<T>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   float *const factors = reinterpret_cast<float *>(shared + S::kRowBytes + 4 * S::kTileBytes);
@@ -64,17 +65,9 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
                       : a.reverse ? g[tile.offset + tile.length - 1]
                       : tile.offset > 0 ? g[tile.offset - 1] : 0.f;
   const float g_end = g ? g[chunk.length - 1] : 0.f;
-  float g_row[S::kM][2];
-#pragma unroll
-  for (int m = 0; m < S::kM; ++m)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = row0 + 16 * m + 8 * h + lane / 4;
-      g_row[m][h] = g && row < tile.length ? g[tile.offset + row] : g_ref;
-    }
 
   // ---- 1. O = phi(x) State: k runs over the 64 rows of each tile. l = sum_n x_n (x Z)_n, Z in two parts.
-  if (a.state != nullptr) {
+  if constexpr (kState) if (a.state != nullptr) {
     constexpr int kTiles = tile_count(P == 1 ? 1 : 2, D);
     constexpr int kZTiles = 2 * D / kTileRows;
     const int64_t slot = static_cast<int64_t>(tile.chunk) * shape.heads_kv + head_kv;
@@ -236,6 +229,14 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
   copy_wait<0>();
   __syncthreads();
 
+  float g_row[S::kM][2];
+#pragma unroll
+  for (int m = 0; m < S::kM; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = row0 + 16 * m + 8 * h + lane / 4;
+      g_row[m][h] = g && row < tile.length ? g[tile.offset + row] : g_ref;
+    }
   uint32_t xf[D == 128 ? 1 : S::kM][D == 128 ? 1 : kK][4];
   if constexpr (D != 128) {
 #pragma unroll

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) gates_kernel(const __grid_constant__
     if (t >= 0) {
       for (int h = head * group; h < (head + 1) * group; ++h) {
         const int64_t at = (batch * s.heads_q + h) * s.seq_len + chunk.start + t;
-        v += a.q_dot ? a.q_dot[at] * inverse : a.eps * a.r[at] * a.delta[at];
+        v += a.q_dot[at] * inverse;
       }
       v -= a.k_dot[(batch * s.heads_kv + head) * s.seq_len + chunk.start + t] * inverse;
     }

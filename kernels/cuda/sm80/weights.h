@@ -9,6 +9,12 @@ namespace powerattn {
 namespace cuda {
 namespace sm80 {
 
+// Chunk states are bfloat16, and both operands of an mma share one type.
+template <typename T>
+constexpr bool has_states = false;
+template <>
+inline constexpr bool has_states<__nv_bfloat16> = true;
+
 // s^p for a block of accumulators. P = 1, 2 at compile time; P = 0: any degree, by repeated squaring with the
 // bits of `degree` as a uniform branch around whole blocks.
 template <int P, int N>
