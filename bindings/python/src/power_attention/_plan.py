@@ -115,10 +115,14 @@ class Plan:
 
     def __init__(self, *numbers: float) -> None:
         self.handle: int = 0
+        self.degree = int(numbers[4])
+        self.heads_q, self.heads_kv, self.head_dim, self.value_dim = (int(n) for n in numbers[9:13])
+        self.form: str = ""
+        self.chunk_size: int = 0
         self.handle = native.plan_create(*numbers)
         info = _swig.plan_query(self.handle)
-        self.form: str = "attention" if info.form == _swig.FORM_ATTENTION else "chunked"
-        self.chunk_size: int = info.chunk_size
+        self.form = "attention" if info.form == _swig.FORM_ATTENTION else "chunked"
+        self.chunk_size = info.chunk_size
         self.sequences: int = info.sequences
         self.state_rows: int = info.state_rows
         self.state_bytes: int = info.state_bytes
@@ -131,8 +135,6 @@ class Plan:
         self.scale: float = info.scale
         self.predicted_forward_s: float = info.predicted_forward_s
         self.predicted_backward_s: float = info.predicted_backward_s
-        self.degree = int(numbers[4])
-        self.heads_q, self.heads_kv, self.head_dim, self.value_dim = (int(n) for n in numbers[9:13])
 
     def __del__(self, destroy: Any = native.plan_destroy) -> None:
         if self.handle:

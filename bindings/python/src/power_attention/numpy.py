@@ -110,7 +110,7 @@ def _host(array: Array, name: str, dtype: str | None = None, unit_last: bool = T
         )
     if dtype is not None and v.dtype != dtype:
         raise DtypeError(f"{name} is {v.dtype}; {dtype} is needed")
-    if unit_last and v.shape and v.shape[-1] > 1 and v.strides[-1] != 1:
+    if unit_last and v.shape and v.shape[-1] > 1 and v.strides[-1] != 1 and 0 not in v.shape:
         raise InvalidArgumentError(f"{name} has stride {v.strides[-1]} in its last dimension; 1 is needed")
     return v
 

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding: steps, pools of states, the module and its cache."""
+
+from __future__ import annotations
+
+import power_attention as pa
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from power_attention.torch import PowerAttention, PowerAttentionState, Rope, power_attention, step  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def tokens(b=2, t=10, h=4, hk=2, d=6, e=5, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(b, t, h, d, dtype=dtype, generator=g)
+    k = torch.randn(b, t, hk, d, dtype=dtype, generator=g)
+    v = torch.randn(b, t, hk, e, dtype=dtype, generator=g)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    return q, k, v, -torch.rand(b, t, hk, dtype=wide, generator=g)
+
+
+def pool(slots, rope=None, dtype=torch.float64, **options):
+    return PowerAttentionState(slots, 2, 6, 5, rope=rope, dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("rope", [None, "half", Rope("interleaved", dim=4)])
+@pytest.mark.parametrize("pieces", [[1] * 10, [3, 1, 1, 5]])
+def test_steps_are_the_whole(rope, pieces):
+    q, k, v, g = tokens()
+    whole, final = power_attention(q, k, v, log_g=g, rope=rope, return_final_state=True)
+    state, ys = pool(2, rope), []
+    for part in zip(*(x.split(pieces, 1) for x in (q, k, v, g)), strict=True):
+        ys.append(state.step(*part[:3], log_g=part[3]))
+    torch.testing.assert_close(torch.cat(ys, 1), whole)
+    torch.testing.assert_close(state.s, final.s)
+    assert state.position.tolist() == [10, 10]
+
+
+def test_pool_of_slots():
+    q, k, v, g = tokens(b=3)
+    state = pool(5, "half")
+    state.step(q[:2], k[:2], v[:2], log_g=g[:2], slots=[3, 1])
+    before = state.clone()
+    y = state.step(q, k, v, log_g=g, slots=[1, -1, 4], lengths=[10, 10, 4])
+    assert state.position.tolist() == [0, 20, 0, 10, 4]
+    assert not y[1].any()
+    assert not y[2, 4:].any()
+    for slot in (0, 2, 3):
+        assert torch.equal(state.s[slot], before.s[slot])
+    alone = pool(1, "half")
+    torch.testing.assert_close(alone.step(q[2:, :4], k[2:, :4], v[2:, :4], log_g=g[2:, :4]), y[2:, :4])
+    torch.testing.assert_close(alone.s[0], state.s[4])
+
+
+def test_fork_write_reset_and_bytes():
+    q, k, v, g = tokens()
+    state = pool(4)
+    _, final = power_attention(q, k, v, log_g=g, return_final_state=True)
+    state.write([2, 0], final, 10)
+    assert torch.equal(state.s[0], final.s[1])
+    state.fork([2], [3])
+    assert torch.equal(state.s[3], final.s[0])
+    assert state.position.tolist() == [10, 0, 10, 10]
+    block = state.to_bytes()
+    state.reset([2])
+    assert not state.s[2].any()
+    other = pool(4)
+    other.from_bytes(block)
+    assert torch.equal(other.s[2], final.s[0])
+    state.reset()
+    assert not state.s.any()
+    assert not state.position.any()
+    with pytest.raises(pa.InvalidArgumentError, match="count"):
+        pool(3).from_bytes(block)
+    damaged = bytearray(block)
+    damaged[8] ^= 0x7F
+    with pytest.raises(pa.StateVersionError, match="version"):
+        pool(4).from_bytes(bytes(damaged))
+
+
+def test_functional_twin_leaves_the_state_alone():
+    q, k, v, g = tokens()
+    state = pool(2)
+    kept = state.clone()
+    y, new = step(q, k, v, (state.s, state.z), log_g=g, inplace=False)
+    assert torch.equal(state.s, kept.s)
+    again = state.step(q, k, v, log_g=g)
+    assert torch.equal(y, again)
+    assert torch.equal(new.s, state.s)
+
+
+def test_repeated_calls_take_the_short_way_and_agree():
+    """The second of equal calls skips the checks; it must compute the same, also after the state is replaced."""
+    q, k, v, g = tokens(t=1, dtype=torch.float32)
+    a, b = pool(2, dtype=torch.float32), pool(2, dtype=torch.float32)
+    for i in range(6):
+        if i == 3:
+            a.s, a.z = a.s.clone(), a.z.clone()
+        if i == 4:
+            q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        ya = a.step(q, k, v, log_g=g)
+        yb, (b.s, b.z) = step(q, k, v, (b.s, b.z), log_g=g, inplace=False)
+        assert torch.equal(ya, yb)
+        assert torch.equal(a.s, b.s)
+    assert a._ready
+    with pytest.raises(TypeError):
+        a.step(q.double(), k, v, log_g=g)
+    with pytest.raises(ValueError, match="log_g"):
+        a.step(q, k, v, log_g=g[:, :0])
+    assert a.position.tolist() == [6, 6]
+
+
+def test_bfloat16_state():
+    q, k, v, g = tokens(dtype=torch.float32)
+    wide, narrow = pool(2, dtype=torch.float32), pool(2, dtype=torch.bfloat16)
+    assert narrow.nbytes * 2 == wide.nbytes
+    for _ in range(2):  # the first step reads a state of zeros, which both types hold exactly
+        a, b = wide.step(q, k, v, log_g=g), narrow.step(q, k, v, log_g=g)
+    assert (a - b).abs().max() < 0.1
+    assert not torch.equal(a, b)
+
+
+def test_gradients_are_refused_not_dropped():
+    q, k, v, _ = tokens()
+    with torch.enable_grad(), pytest.raises(pa.InvalidArgumentError, match="no gradient"):
+        pool(2).step(q.requires_grad_(), k, v)
+
+
+def test_compile_fullgraph():
+    q, k, v, g = tokens(t=1)
+
+    def decode(q, k, v, g, s, z):
+        y = step(q * 1.0, k, v, (s, z), log_g=g)
+        return y + 1
+
+    a, b = pool(2), pool(2)
+    torch._dynamo.reset()
+    compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        torch.testing.assert_close(compiled(q, k, v, g, a.s, a.z), decode(q, k, v, g, b.s, b.z))
+        torch.testing.assert_close(a.s, b.s)
+
+
+def test_bad_input_is_named():
+    q, k, v, g = tokens()
+    state = pool(2)
+    with pytest.raises(pa.InvalidArgumentError, match="slots has shape"):
+        state.step(q, k, v, slots=[0])
+    with pytest.raises(pa.InvalidArgumentError, match="slot"):
+        state.step(q, k, v, slots=[0, 5])
+    with pytest.raises(pa.InvalidArgumentError, match="slot"):
+        state.step(q, k, v, slots=[1, 1])
+    with pytest.raises(pa.InvalidArgumentError, match="lengths"):
+        state.step(q, k, v, lengths=[11, 0])
+    with pytest.raises(pa.InvalidArgumentError, match="state: S has shape"):
+        PowerAttentionState(2, 2, 7, 5, dtype=torch.float64).step(q, k, v)
+    with pytest.raises(pa.DtypeError, match="float16"):
+        PowerAttentionState(2, 2, 7, dtype=torch.float16)
+    with pytest.raises(pa.StateTooLargeError, match="B"):
+        pa.plan(seq_len=1, heads=1, head_dim=128, degree=6, use_state=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"rope": "half"}, {"gated": False, "degree": 4}, {"num_kv_heads": 1}])
+def test_module_generates_what_it_was_trained_on(options):
+    torch.manual_seed(0)
+    layer = PowerAttention(24, 4, **{"num_kv_heads": 2, **options})
+    x = torch.randn(2, 21, 24)
+    whole = layer(x)
+    cache = layer.make_cache(2)
+    size = cache.nbytes
+    parts = [layer(p, cache=cache) for p in x.split([12, 3, 1, 1, 1, 1, 1, 1], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+    assert cache.nbytes == size
+
+
+def test_module_trains_under_autocast_and_compile():
+    torch.manual_seed(0)
+    layer = PowerAttention(24, 4, num_kv_heads=2, rope="half")
+    x = torch.randn(2, 16, 24)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = compiled(x)
+        y.float().square().mean().backward()
+    assert y.dtype is torch.bfloat16
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())
+
+
+def test_module_packed():
+    torch.manual_seed(0)
+    layer = PowerAttention(24, 4, rope="half")
+    x = torch.randn(1, 12, 24)
+    y = layer(x, cu_seqlens=torch.tensor([0, 5, 12]))
+    torch.testing.assert_close(y[:, 5:], layer(x[:, 5:]))
