@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+# The dynamic symbols of the library are the functions of the header, no more and no fewer, all of one version
+# node; and the library needs nothing of CUDA. cmake -DLIBRARY=... -DHEADER=... -DNODE=... -P this
+cmake_minimum_required(VERSION 3.24)
+
+execute_process(COMMAND nm -D --defined-only --with-symbol-versions "${LIBRARY}"
+  OUTPUT_VARIABLE output COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX MATCHALL "[^\n]+" lines "${output}")
+set(exported "")
+foreach(line IN LISTS lines)
+  string(REGEX REPLACE "^[0-9a-fA-F]* *[A-Za-z] " "" symbol "${line}")
+  if(symbol STREQUAL "${NODE}" OR symbol STREQUAL "${NODE}@@${NODE}")
+    continue()  # the node itself
+  endif()
+  if(NOT symbol MATCHES "^(powerattn_[a-z_]+)@@${NODE}$")
+    message(FATAL_ERROR "exported, but not a powerattn_* function of version ${NODE}: ${symbol}")
+  endif()
+  list(APPEND exported "${CMAKE_MATCH_1}")
+endforeach()
+
+file(READ "${HEADER}" header)
+string(REGEX REPLACE "/\\*([^*]|\\*+[^*/])*\\*+/" "" header "${header}")
+string(REGEX MATCHALL "POWERATTN_API[^(;]*[ *]powerattn_[a-z_]+\\(" declarations "${header}")
+set(declared "")
+foreach(declaration IN LISTS declarations)
+  string(REGEX MATCH "(powerattn_[a-z_]+)\\($" match "${declaration}")
+  list(APPEND declared "${CMAKE_MATCH_1}")
+endforeach()
+list(SORT exported)
+list(SORT declared)
+if(NOT declared OR NOT exported STREQUAL declared)
+  message(FATAL_ERROR "declared: ${declared}\nexported: ${exported}")
+endif()
+
+execute_process(COMMAND readelf -d "${LIBRARY}" OUTPUT_VARIABLE dynamic COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX MATCHALL "\\(NEEDED\\)[^\n]*\\[[^]\n]*\\]" needed "${dynamic}")
+foreach(line IN LISTS needed)
+  string(REGEX MATCH "\\[([^]]*)\\]" match "${line}")
+  if(NOT CMAKE_MATCH_1 MATCHES "^(libstdc\\+\\+|libc\\+\\+|libc\\+\\+abi|libm|libgcc_s|libc|libdl|libpthread|librt|ld-linux[-a-z0-9_]*|libgcov)\\.so")
+    message(FATAL_ERROR "the library needs ${CMAKE_MATCH_1} to load")
+  endif()
+endforeach()
+if(NOT dynamic MATCHES "BIND_NOW" OR NOT dynamic MATCHES "SONAME[^\n]*libpowerattn\\.so\\.[0-9]+\\]")
+  message(FATAL_ERROR "SONAME or BIND_NOW is missing:\n${dynamic}")
+endif()
+list(LENGTH exported count)
+message(STATUS "${count} functions, as declared")
