@@ -9,7 +9,9 @@
 
 namespace powerattn {
 
+const Implementation &fast_implementation();
 const Implementation &reference_implementation();
+const Implementation &step_implementation();
 
 namespace {
 
@@ -29,7 +31,8 @@ powerattn_status check_pointer(const Problem &, const void *, const char *) { re
 
 // Fastest first; the reference runs what nothing above it takes.
 const Implementation *const *implementations() {
-  static const Implementation *const table[] = {&reference_implementation(), nullptr};
+  static const Implementation *const table[] = {&fast_implementation(), &step_implementation(),
+                                                &reference_implementation(), nullptr};
   return table;
 }
 

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// The fast implementation of the CPU's table: what it takes, what it needs, how it describes itself.
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "passes.h"
+#include "run.h"
+#include "threads.h"
+#include "tiling.h"
+
+namespace powerattn {
+namespace cpu {
+namespace {
+
+// The widest set that the processor has. POWERATTN_CPU_ISA may name a narrower one, for tests.
+const fast::Isa &detect() {
+  const char *asked = std::getenv("POWERATTN_CPU_ISA");
+  const auto allowed = [&](const char *name) { return asked == nullptr || std::strcmp(asked, name) == 0; };
+  (void)allowed;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return avx512::isa();
+  }
+  if ((allowed("avx2") || allowed("avx512")) && __builtin_cpu_supports("avx2") &&
+      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    return avx2::isa();
+  }
+#endif
+  return baseline::isa();
+}
+
+bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::string *why) {
+  if (op == Op::kStep) {
+    *why = "a step is bound by memory and has its own kernel";
+    return false;
+  }
+  if ((p.use_state || op == Op::kSummary) && p.state_dtype == Dtype::kBfloat16) {
+    *why = "bfloat16 states are for steps";
+    return false;
+  }
+  if (op == Op::kSummary) {
+    if (p.state_bytes > p.state_limit) {
+      *why = "the states do not fit";
+      return false;
+    }
+  } else if (!choose_tiling(p, pins, tiling, why)) {
+    return false;
+  }
+  start_threads(p.threads);
+  return true;
+}
+
+template <class T>
+uint64_t workspace(const Problem &p, const Tiling &tiling, Pass pass) {
+  const fast::Kernels<T> &kernels = chosen_kernels<T>();
+  const Geometry g = geometry(p, tiling, pass);
+  Carver carver(nullptr);
+  carve(p, g, make_call<T>(p, g, kernels), kernels, pass, &carver);
+  return carver.used();
+}
+
+template <class T>
+Sizes sizes_of(const Problem &p, const Tiling &tiling) {
+  Sizes s;
+  s.forward = workspace<T>(p, tiling, Pass::kForward);
+  s.backward = workspace<T>(p, tiling, Pass::kBackward);
+  s.backward_saved = workspace<T>(p, tiling, Pass::kBackwardSaved);
+  const bool states = p.state_bytes <= p.state_limit;
+  if (states) s.summary = workspace<T>(p, tiling, Pass::kSummary);
+  const Geometry g = geometry(p, tiling, Pass::kForward);
+  if (tiling.form == Form::kChunked && g.chunks > 1) {
+    s.saved = static_cast<uint64_t>(g.saved_slots * p.heads_kv *
+                                    state_elements(make_call<T>(p, g, chosen_kernels<T>()))) *
+              sizeof(T);
+  }
+  return s;
+}
+
+Sizes sizes(const Problem &p, const Tiling &tiling) {
+  return p.dtype == Dtype::kFloat64 ? sizes_of<double>(p, tiling) : sizes_of<float>(p, tiling);
+}
+
+void describe(const Problem &p, const Tiling &tiling, std::string *text) {
+  const Geometry g = geometry(p, tiling, Pass::kForward);
+  const bool wide = p.dtype == Dtype::kFloat64;
+  const int mr = wide ? chosen_isa().f64.mr : chosen_isa().f32.mr;
+  const int nr = wide ? chosen_isa().f64.nr : chosen_isa().f32.nr;
+  char line[512];
+  std::snprintf(
+      line, sizeof(line),
+      "  microkernel %d x %d %s: all but a few vector registers hold sums; phi is built while packing\n"
+      "  row tile %" PRId64
+      " tokens: each strip of the state in L1 serves all of them\n"
+      "  wave of %" PRId64 " of %" PRId64 " streams: %" PRId64
+      " tiles per chunk fill %d threads\n"
+      "  rate assumed %.0f GFLOP/s per thread\n",
+      mr, nr, wide ? "float64" : "float32", kTile, g.wave, g.streams, g.tiles * g.groups * g.wave, p.threads,
+      rate(p) * 1e-9);
+  text->append(line);
+}
+
+}  // namespace
+
+const fast::Isa &chosen_isa() {
+  static const fast::Isa &isa = detect();
+  return isa;
+}
+
+}  // namespace cpu
+
+const Implementation &fast_implementation() {
+  static const char *const name = [] {
+    static char text[32];
+    std::snprintf(text, sizeof(text), "cpu.%s", cpu::chosen_isa().f32.name);
+    return text;
+  }();
+  static const Implementation implementation = {name,          cpu::choose,  cpu::sizes,
+                                                cpu::describe, cpu::forward, cpu::backward,
+                                                nullptr,       cpu::summary, cpu::summary_reverse};
+  return implementation;
+}
+
+}  // namespace powerattn

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the passes share: a call set up on its workspace, its streams, and units spread over threads.
+#pragma once
+
+#include <cstring>
+
+#include "layout.h"
+#include "threads.h"
+
+namespace powerattn {
+namespace cpu {
+
+const fast::Isa &chosen_isa();
+template <class T>
+const fast::Kernels<T> &chosen_kernels();
+template <>
+inline const fast::Kernels<float> &chosen_kernels<float>() {
+  return chosen_isa().f32;
+}
+template <>
+inline const fast::Kernels<double> &chosen_kernels<double>() {
+  return chosen_isa().f64;
+}
+
+template <class T>
+struct Run {
+  const Problem &p;
+  const fast::Kernels<T> &kernels;
+  Geometry g;
+  fast::Call<T> call;
+  Buffers<T> buffers;
+  ParallelFor parallel;
+
+  Run(const Problem &problem, const Tiling &tiling, Pass pass, void *workspace, bool gated)
+      : p(problem),
+        kernels(chosen_kernels<T>()),
+        g(geometry(problem, tiling, pass)),
+        call(make_call<T>(problem, g, kernels)),
+        parallel(::powerattn::parallel(problem.threads)) {
+    Carver carver(workspace);
+    buffers = carve(p, g, call, kernels, pass, &carver);
+    call.rope_frequency = buffers.frequency;
+    call.gated = gated;
+  }
+
+  int64_t size() const { return size_of(p.dtype); }
+  bool rotates() const { return p.rope.style != POWERATTN_ROPE_NONE; }
+  void *scratch(int worker) const { return buffers.scratch + worker * buffers.scratch_bytes; }
+
+  // Fills the slots with streams first .. and returns how many.
+  int64_t start_wave(int64_t first, const int64_t *cu_seqlens, const int64_t *rope_offset) const {
+    const int64_t count = std::min(g.wave, g.streams - first);
+    for (int64_t i = 0; i < count; ++i) {
+      Slot<T> &s = buffers.slots[i];
+      s.sequence = (first + i) / p.heads_kv;
+      s.head = (first + i) % p.heads_kv;
+      s.batch = p.packed ? 0 : s.sequence;
+      s.begin = p.packed ? cu_seqlens[s.sequence] : 0;
+      s.tokens = p.packed ? cu_seqlens[s.sequence + 1] - s.begin : p.seq_len;
+      s.chunks = (s.tokens + g.chunk - 1) / g.chunk;
+      s.saved_slot = p.packed ? s.begin / g.chunk + 2 * s.sequence : s.sequence * (g.chunks + 1);
+      s.position = rope_offset != nullptr ? static_cast<double>(rope_offset[s.sequence]) : 0.0;
+      s.gates.decay = 1;
+      s.carried = false;
+    }
+    return count;
+  }
+  int64_t most_chunks(int64_t count) const {
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; ++i) most = std::max(most, buffers.slots[i].chunks);
+    return most;
+  }
+
+  // Tokens of chunk n of a stream; 0 past its end.
+  int64_t tokens(const Slot<T> &s, int64_t n) const {
+    return std::clamp<int64_t>(s.tokens - n * g.chunk, 0, g.chunk);
+  }
+  fast::Span tile_span(const Slot<T> &s, int64_t n, int64_t tile) const {
+    const int64_t first = tile * kTile;
+    return {n * g.chunk, first, std::min(kTile, tokens(s, n) - first)};
+  }
+
+  // The rows of a tensor for one head of a stream.
+  fast::Rows rows(const powerattn_tensor &t, const Slot<T> &s, int64_t head, int64_t element) const {
+    if (t.data == nullptr) return {nullptr, 0};
+    const int64_t at = s.batch * t.stride_b + s.begin * t.stride_t + head * t.stride_h;
+    return {static_cast<char *>(t.data) + at * element, t.stride_t};
+  }
+  fast::Rows rows(const powerattn_tensor &t, const Slot<T> &s, int64_t head) const {
+    return rows(t, s, head, size());
+  }
+  fast::Rows statistics(const powerattn_tensor &t, const Slot<T> &s, int64_t head) const {
+    return rows(t, s, head, static_cast<int64_t>(sizeof(T)));
+  }
+  int64_t query_head(const Slot<T> &s, int64_t h) const { return s.head * g.groups + h; }
+
+  // A user's state of the stream.
+  struct UserState {
+    char *s, *z;
+  };
+  UserState user(const powerattn_state &state, const Slot<T> &s) const {
+    const int64_t element = size_of(p.state_dtype);
+    UserState u = {nullptr, nullptr};
+    if (state.s != nullptr) {
+      u.s =
+          static_cast<char *>(state.s) + (s.sequence * state.s_stride_n + s.head * state.s_stride_h) * element;
+    }
+    if (state.z != nullptr) {
+      u.z =
+          static_cast<char *>(state.z) + (s.sequence * state.z_stride_n + s.head * state.z_stride_h) * element;
+    }
+    return u;
+  }
+
+  // f(slot, index, scratch) for index < per_slot of each of the first `count` slots.
+  template <class F>
+  void units(int64_t count, int64_t per_slot, const F &f) const {
+    parallel.with_worker(count * per_slot, [&](int64_t unit, int worker) {
+      f(buffers.slots[unit / per_slot], unit % per_slot, scratch(worker));
+    });
+  }
+
+  // Rows of a state in blocks: f(slot, first row, rows, scratch).
+  template <class F>
+  void state_units(int64_t count, const F &f) const {
+    units(count, state_blocks(call), [&](Slot<T> &s, int64_t block, void *memory) {
+      const int64_t row = block * fast::kUpdateRows;
+      f(s, row, std::min(fast::kUpdateRows, call.D - row), memory);
+    });
+  }
+
+  // Reads a user's states into slot.state (or where `to` says) for the streams that have one.
+  template <class F>
+  void import_states(int64_t count, const powerattn_state &from, const F &to) const {
+    state_units(count, [&](Slot<T> &s, int64_t row, int64_t n, void *) {
+      const UserState u = user(from, s);
+      kernels.import_state(call, static_cast<int>(p.state_dtype), u.s, u.z, row, n, to(s));
+    });
+  }
+
+  // Writes the streams' states: `from(slot)`; null there: a copy of `otherwise`, or zeros.
+  template <class F>
+  void export_states(int64_t count, const powerattn_state &to, const powerattn_state &otherwise,
+                     const F &from) const {
+    state_units(count, [&](Slot<T> &s, int64_t row, int64_t n, void *) {
+      const UserState u = user(to, s);
+      const fast::State<T> state = from(s);
+      if (state.s != nullptr) {
+        kernels.export_state(call, static_cast<int>(p.state_dtype), state, row, n, u.s, u.z);
+        return;
+      }
+      const UserState o = user(otherwise, s);
+      const uint64_t element = static_cast<uint64_t>(size_of(p.state_dtype));
+      copy_or_zero(u.s, o.s, static_cast<uint64_t>(row * call.e) * element,
+                   static_cast<uint64_t>(n * call.e) * element);
+      if (u.z != nullptr) {
+        copy_or_zero(u.z, o.z, static_cast<uint64_t>(row) * element, static_cast<uint64_t>(n) * element);
+      }
+    });
+  }
+
+  // Zeros for the padding rows past the last packed sequence.
+  void clear_padding(const powerattn_tensor &t, int64_t heads, int64_t width, int64_t element,
+                     const int64_t *cu_seqlens) const {
+    if (!p.packed || t.data == nullptr) return;
+    for (int64_t i = cu_seqlens[p.sequences]; i < p.seq_len; ++i) {
+      for (int64_t h = 0; h < heads; ++h) {
+        std::memset(static_cast<char *>(t.data) + (i * t.stride_t + h * t.stride_h) * element, 0,
+                    static_cast<size_t>(width * element));
+      }
+    }
+  }
+
+ private:
+  static void copy_or_zero(char *to, const char *from, uint64_t at, uint64_t bytes) {
+    if (from == nullptr) {
+      std::memset(to + at, 0, bytes);
+    } else if (to != from) {
+      std::memcpy(to + at, from + at, bytes);
+    }
+  }
+};
+
+}  // namespace cpu
+}  // namespace powerattn
