@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// Kernels for sm_90a: what they take and how they are launched. Plain data and host functions only.
+//
+// Forward:  chunk table and gate sums -> update (sums of phi(k) v^T per chunk) -> scan (state before each chunk)
+//           -> output.   Attention form: one chunk per sequence, output only.
+// Backward: preprocess (delta, 1/l, weights) -> update and scan with q, dy in reverse -> dq -> dkv -> gate gradient.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/chunks.h"
+
+namespace powerattn::cuda::sm90 {
+
+struct Tensor {  // element (b, t, h, i) at data[b*stride_b + t*stride_t + h*stride_h + i]
+  void *data = nullptr;
+  int64_t stride_b = 0, stride_t = 0, stride_h = 0;
+  int32_t vector = 0;  // every row starts at a multiple of 16 bytes
+};
+
+// What all kernels of a call share.
+struct Shape {
+  ChunkTable table;        // with row tiles of kRowsPerTile where a kernel owns rows
+  int64_t tokens = 0;      // per batch entry: extent of t in per-token arrays [b, heads, t]
+  int32_t packed = 0;
+  int32_t heads_q = 1, heads_kv = 1, group = 1;
+  int32_t degree = 2;
+  int32_t normalize = 1;
+  int32_t half = 0;        // fp16 instead of bf16
+  int32_t head_dim = 64;   // = value_dim: 64 or 128
+  float scale_p = 1.f;     // scale^degree
+  float eps = 0.f;
+};
+constexpr int kOutputRows = 256;  // rows per tile of `output`
+
+// Tiles of the padded state of one head: upper block pairs of 8-blocks (degree 2), or d / 64 slabs (degree 1).
+constexpr int state_tiles(int head_dim, int degree) {
+  return degree == 1 ? head_dim / 64 : (head_dim / 8) * (head_dim / 8 + 1) / 2;
+}
+constexpr int64_t state_bytes(int head_dim, int degree) {
+  return int64_t(state_tiles(head_dim, degree)) * 64 * head_dim * 2;
+}
+constexpr int64_t norm_bytes(int head_dim) { return int64_t(head_dim) * head_dim * 4; }
+
+// State sums of every chunk: state[chunk][h][tile] = sum_t weight_t phi(a_t) b_t^T (bf16, swizzled tiles) and,
+// normalised, norm[chunk][h] = sum_t norm_weight_t a_t a_t^T (fp32). Forward a = k, b = v; backward a = q, b = dy,
+// summed over the query heads of the group.
+struct UpdateArgs {
+  Shape p;
+  Tensor a, b;
+  const float *weight = nullptr;       // [heads of a][rows]; null: 1
+  const float *norm_weight = nullptr;  // null: 1
+  int32_t heads_a = 1;                 // heads of a and b: heads_kv, or heads_q in the backward
+  void *state = nullptr;
+  float *norm = nullptr;
+  int32_t *ticket = nullptr;  // 4, zero on entry
+};
+cudaError_t update64(const UpdateArgs &args, int sms, cudaStream_t stream);
+
+// Weight of a key in its chunk's sum, exp(G_end - G_t) as [b, heads_kv, t], and decay [chunk, heads_kv] = exp(G_end).
+struct GateArgs {
+  Shape p;
+  const double *gate = nullptr;
+  float *weight = nullptr;
+  float *decay = nullptr;
+};
+cudaError_t key_weights(const GateArgs &args, cudaStream_t stream);
+
+// Exclusive scan over the chunks of each sequence, in place: slot n becomes the state before chunk n (reverse: after
+// it). norm (fp32, from update) goes to norm_tiles: two bf16 tiles per slot, high and low part.
+struct ScanArgs {
+  Shape p;
+  void *state = nullptr;
+  const float *norm = nullptr;  // null: none
+  void *norm_tiles = nullptr;
+  const float *decay = nullptr;  // null: 1
+  // Carries in and out, fp32 in the order of the slots: [sequences, heads_kv, ...]; null: zero, not wanted.
+  const float *first_state = nullptr, *first_norm = nullptr;
+  float *last_state = nullptr, *last_norm = nullptr;
+  int32_t reverse = 0;
+};
+cudaError_t scan(const ScanArgs &args, cudaStream_t stream);
+
+// y, and row_norm when asked for, from the chunk's keys and the state before it.
+struct OutputArgs {
+  Shape p;
+  Tensor q, k, v, y, row_norm;
+  const double *gate = nullptr;  // [b, heads_kv, t]: inclusive sums inside the chunk; null: no gates
+  const void *state = nullptr;  // null: attention form
+  const void *norm = nullptr;
+  int32_t first_has_state = 0;  // the first chunk of a sequence starts from a state
+  int32_t *ticket = nullptr;  // zero on entry
+};
+cudaError_t output64(const OutputArgs &args, int sms, cudaStream_t stream);
+
+}  // namespace powerattn::cuda::sm90

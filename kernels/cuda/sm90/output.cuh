@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+// Parts that the forward `output` kernels of both head sizes share.
+#pragma once
+
+#include "units.cuh"
+#include "wgmma.cuh"
+
+namespace powerattn::cuda::sm90 {
+
+constexpr int kRows = kOutputRows;  // per unit: 2 warpgroups x 2 m64 tiles; 1/256 byte of state per FLOP from L2
+constexpr int kRowTiles = 4;     // m64 tiles
+constexpr int kKeys = 64;        // keys per block
+constexpr int kMetaBytes = 768;  // per stage: 64 factors, 64 log2 gates, 1 advance (floats)
+
+struct UnitMeta {  // what the producer tells the consumers about a unit
+  int32_t head, row, length, blocks;  // blocks: 64-key blocks to read; head < 0: no more units
+  int32_t states, batch;              // states: the chunk starts from a state
+  int64_t token;
+  float state_factor;  // exp(G_row0): decay of the state at the tile's first row
+};
+
+// Key factors of block j for a tile that starts at block n, all <= 1. G is the chunk's inclusive gate sum, B_b its
+// value at the first row of block b.
+//   j < n:  factor = exp(B_n - G_j)                                                  (common to the tile)
+//   j >= n: factor = exp(B_{j+1} - G_j), advance = exp(B_{j+1} - B_j), log2 gate = (G_j - B_j) log2(e)
+__device__ __forceinline__ void write_key_meta(uint32_t meta, const double *gate, int block, int first_block,
+                                               int length, int tid) {
+  if (tid >= kKeys) return;
+  float factor = 1.f, local = 0.f, advance = 1.f;
+  const int j = block * kKeys + tid;
+  if (gate) {
+    const int b0 = block * kKeys, b1 = block < first_block ? first_block * kKeys : min(b0 + kKeys, length - 1);
+    const double g = gate[min(j, length - 1)], at0 = gate[b0], at1 = gate[b1];
+    factor = exp2f(static_cast<float>(at1 - g) * kLog2e);
+    local = static_cast<float>(g - at0) * kLog2e;
+    advance = exp2f(static_cast<float>(at1 - at0) * kLog2e);
+  }
+  if (j >= length) factor = 0.f;
+  store_f1(meta + tid * 4, factor);
+  store_f1(meta + 256 + tid * 4, local);
+  if (tid == 0) store_f1(meta + 512, advance);
+}
+
+// Weights of a 64 x 64 block from its scores, as the A operand of the product with v:
+//   below the diagonal  P_ij = s_ij^p factor_j;   on it  P_ij = s_ij^p 2^(local_i - local_j) for j <= i, else 0.
+// l_i += sum_j P_ij (this lane's columns).
+template <typename T, int kDegree, bool kDiagonal>
+__device__ __forceinline__ void weigh(const float (&s)[32], uint32_t (&w)[4][4], float (&l)[2], uint32_t meta, int lane,
+                                      int warp) {
+  const int row = warp * 16 + lane / 4, col = (lane & 3) * 2;
+  float g0 = 0.f, g1 = 0.f;
+  if constexpr (kDiagonal) {
+    g0 = load_f1(meta + 256 + row * 4);
+    g1 = load_f1(meta + 256 + row * 4 + 32);
+  }
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    float p[4];
+    if constexpr (kDiagonal) {
+      const float2 g = load_f2(meta + 256 + (n * 8 + col) * 4);
+      const int j = n * 8 + col;
+      p[0] = j <= row ? power<kDegree>(s[4 * n]) * exp2_fast(g0 - g.x) : 0.f;
+      p[1] = j + 1 <= row ? power<kDegree>(s[4 * n + 1]) * exp2_fast(g0 - g.y) : 0.f;
+      p[2] = j <= row + 8 ? power<kDegree>(s[4 * n + 2]) * exp2_fast(g1 - g.x) : 0.f;
+      p[3] = j + 1 <= row + 8 ? power<kDegree>(s[4 * n + 3]) * exp2_fast(g1 - g.y) : 0.f;
+    } else {
+      const float2 c = load_f2(meta + (n * 8 + col) * 4);
+      p[0] = power<kDegree>(s[4 * n]) * c.x;
+      p[1] = power<kDegree>(s[4 * n + 1]) * c.y;
+      p[2] = power<kDegree>(s[4 * n + 2]) * c.x;
+      p[3] = power<kDegree>(s[4 * n + 3]) * c.y;
+    }
+    l[0] += p[0] + p[1];
+    l[1] += p[2] + p[3];
+    w[n / 2][(n & 1) * 2] = pack2<T>(p[0], p[1]);
+    w[n / 2][(n & 1) * 2 + 1] = pack2<T>(p[2], p[3]);
+  }
+}
+
+template <int kN>
+__device__ __forceinline__ void scale_rows(float (&o)[kN], float (&l)[2], float f0, float f1) {
+#pragma unroll
+  for (int i = 0; i < kN; i += 4) {
+    o[i] *= f0;
+    o[i + 1] *= f0;
+    o[i + 2] *= f1;
+    o[i + 3] *= f1;
+  }
+  l[0] *= f0;
+  l[1] *= f1;
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Writes 16 rows x 64 columns held as accumulators (already final) through 2 KB of this warp's shared memory.
+template <typename T>
+__device__ __forceinline__ void store_rows(const float (&o)[32], float f0, float f1, uint32_t staging, const Tensor &y,
+                                           T *base, int valid, int lane) {
+  if (y.vector) {
+#pragma unroll
+    for (int n = 0; n < 8; n += 2) {  // matrices: (row half 0, n), (half 1, n), (half 0, n + 1), (half 1, n + 1)
+      const int row = (lane & 7) + ((lane >> 3) & 1) * 8, chunk = n + (lane >> 4);
+      stmatrix4(staging + row * 128 + ((chunk ^ (row & 7)) << 4), pack2<T>(o[4 * n] * f0, o[4 * n + 1] * f0),
+                pack2<T>(o[4 * n + 2] * f1, o[4 * n + 3] * f1), pack2<T>(o[4 * n + 4] * f0, o[4 * n + 5] * f0),
+                pack2<T>(o[4 * n + 6] * f1, o[4 * n + 7] * f1));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = i * 4 + lane / 8, chunk = lane & 7;
+      const uint4 v = load_u4(staging + row * 128 + ((chunk ^ (row & 7)) << 4));
+      if (row < valid) *reinterpret_cast<uint4 *>(base + row * y.stride_t + chunk * 8) = v;
+    }
+    __syncwarp();
+  } else {
+    const int row = lane / 4, col = (lane & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const uint32_t a = pack2<T>(o[4 * n] * f0, o[4 * n + 1] * f0), b = pack2<T>(o[4 * n + 2] * f1, o[4 * n + 3] * f1);
+      uint16_t *p = reinterpret_cast<uint16_t *>(base) + row * y.stride_t + n * 8 + col;
+      if (row < valid) p[0] = a & 0xffff, p[1] = a >> 16;
+      p += 8 * y.stride_t;
+      if (row + 8 < valid) p[0] = b & 0xffff, p[1] = b >> 16;
+    }
+  }
+}
+
+// y_i = scale^p O_i / L_i with L_i = scale^p l_i + eps (normalised; 0 where L_i = 0), else scale^p O_i.
+__device__ __forceinline__ float output_factor(const Shape &p, float l, float *norm) {
+  *norm = p.scale_p * l + p.eps;
+  if (!p.normalize) return p.scale_p;
+  return *norm != 0.f ? p.scale_p / *norm : 0.f;
+}
+
+}  // namespace powerattn::cuda::sm90

@@ -1,0 +1,465 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward output for head_dim = value_dim = 64: rows of one chunk against the state before the chunk and the chunk's
+// own keys. Without a state this is the attention form.
+//
+// One producer warpgroup feeds a ring of 16 KB stages (two state tiles, or 64 keys and values); two consumer
+// warpgroups hold 2 x 64 rows each: row tiles {0, 3} and {1, 2}, so both do the same number of causal blocks.
+#include "output.cuh"
+
+namespace powerattn::cuda::sm90 {
+namespace {
+
+constexpr int kTile = 64 * 64 * 2;
+constexpr int kStage = 2 * kTile;
+constexpr int kStages = 8;
+constexpr int kConsumerWarps = 8;
+// Shared memory: 1024 (alignment) + q 4 x 8 KB + ring 8 x 16 KB + y staging 8 warps x 2 KB + ring meta 8 x 768
+// + barriers and unit: 181 KB of 227 KB.
+constexpr int kSmem = 1024 + kRowTiles * kTile + kStages * kStage + kConsumerWarps * 2048 + kStages * kMetaBytes + 512;
+
+struct Smem {
+  uint32_t q, ring, staging, meta, full, empty, q_full, q_empty, unit, ticket;
+  __device__ explicit Smem(uint32_t base) {
+    q = (base + 1023) & ~1023u;
+    ring = q + kRowTiles * kTile;
+    staging = ring + kStages * kStage;
+    meta = staging + kConsumerWarps * 2048;
+    full = meta + kStages * kMetaBytes;
+    empty = full + 8 * kStages;
+    q_full = empty + 8 * kStages;
+    q_empty = q_full + 8;
+    ticket = q_empty + 8;
+    unit = ticket + 8;
+  }
+};
+
+// ---- Producer -----------------------------------------------------------------------------------------------
+
+template <typename T, int kDegree>
+__device__ __forceinline__ void produce(const OutputArgs &a, const Smem &s, UnitMeta *slots, int tid) {
+  constexpr int kStateTiles = kDegree == 1 ? 1 : 36;
+  const Shape &p = a.p;
+  const int64_t units = p.table.num_tiles * p.heads_q;
+  Ring<kStages> ring;
+  uint32_t q_phase = 1;  // also the unit slot to write, inverted
+  Tickets tickets{s.ticket};
+  const auto signal = [&](uint32_t bar) {  // this thread's stores and copies are on their way
+    __syncwarp();
+    if (tid % 32 == 0) barrier_arrive(bar);
+    barrier_arrive_copies(bar);
+  };
+  const auto bulk_stage = [&](const void *src, uint32_t bytes) {
+    barrier_wait(s.empty + 8 * ring.stage, ring.phase ^ 1);
+    if (tid == 0) {
+      const uint32_t bar = s.full + 8 * ring.stage;
+      barrier_expect(bar, bytes);
+      bulk_load(s.ring + ring.stage * kStage, src, bytes, bar);
+      barrier_arrive_n(bar, 128 + 4 - 1);
+    }
+    ring.next();
+  };
+  for (;;) {
+    const int64_t u = tickets.next(a.ticket, tid);
+    if (u >= units) break;
+    const RowTile t = row_tile_at(p, u, p.heads_q);
+    const Chunk &c = t.chunk;
+    if (t.row >= c.length) continue;
+    const int head_kv = t.head / p.group;
+    const double *gate = a.gate ? a.gate + token_row(p, t.batch, p.heads_kv, head_kv, c.start) : nullptr;
+    const bool has_state = a.state && (c.index > 0 || a.first_has_state);
+    const int first = t.row / kKeys;
+    const int blocks = min(first + kRowTiles, (c.length + kKeys - 1) / kKeys);
+
+    barrier_wait(s.q_empty, q_phase);
+    q_phase ^= 1;
+    const T *q = row_pointer<T>(a.q, t.batch, t.head, c.start + t.row);
+#pragma unroll 1
+    for (int m = 0; m < kRowTiles; ++m)
+      load_tile<T>(s.q + m * kTile, a.q, q + m * 64 * a.q.stride_t, c.length - t.row - m * 64, tid);
+    if (tid == 0) {
+      UnitMeta *um = slots + q_phase;  // flipped above: 0 first
+      um->head = t.head;
+      um->row = t.row;
+      um->length = c.length;
+      um->blocks = blocks;
+      um->states = has_state;
+      um->batch = t.batch;
+      um->token = c.start;
+      um->state_factor = gate ? exp2f(static_cast<float>(gate[t.row]) * kLog2e) : 1.f;
+    }
+    signal(s.q_full);
+
+    if (has_state) {
+      const int64_t slot = int64_t(t.chunk_index) * p.heads_kv + head_kv;
+      const char *state = static_cast<const char *>(a.state) + slot * (kStateTiles * kTile);
+      if constexpr (kDegree == 1) {
+        bulk_stage(state, kTile);
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < kStateTiles / 2; ++i) bulk_stage(state + i * kStage, kStage);
+        if (p.normalize) bulk_stage(static_cast<const char *>(a.norm) + slot * (2 * kTile), 2 * kTile);
+      }
+    }
+    const T *k = row_pointer<T>(a.k, t.batch, head_kv, c.start), *v = row_pointer<T>(a.v, t.batch, head_kv, c.start);
+#pragma unroll 1
+    for (int j = 0; j < blocks; ++j) {
+      barrier_wait(s.empty + 8 * ring.stage, ring.phase ^ 1);
+      const uint32_t stage = s.ring + ring.stage * kStage;
+      load_tile<T>(stage, a.k, k + int64_t(j) * kKeys * a.k.stride_t, c.length - j * kKeys, tid);
+      load_tile<T>(stage + kTile, a.v, v + int64_t(j) * kKeys * a.v.stride_t, c.length - j * kKeys, tid);
+      write_key_meta(s.meta + ring.stage * kMetaBytes, gate, j, first, c.length, tid);
+      signal(s.full + 8 * ring.stage);
+      ring.next();
+    }
+  }
+  barrier_wait(s.q_empty, q_phase);
+  if (tid == 0) slots[q_phase ^ 1].head = -1;
+  signal(s.q_full);
+}
+
+// ---- Consumers ----------------------------------------------------------------------------------------------
+
+// A operand of phi(q) S for tile (ib, jb), k16 step s: rows i = 2s (k < 8) and 2s + 1, columns j.
+// q[ks][0..3] is the fragment of columns 16 ks ..; x[h][s] holds (q_i, q_{i+1}), i = 8 ib + 2 s, of row g + 8 h.
+template <typename T>
+__device__ __forceinline__ void phi_fragments(uint32_t (&a)[4][4], const uint32_t (&q)[4][4], const uint32_t (&x)[2][4],
+                                              int jb) {
+  const uint32_t f0 = q[jb / 2][(jb & 1) * 2], f1 = q[jb / 2][(jb & 1) * 2 + 1];
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    a[s][0] = mul2<T>(f0, low2(x[0][s]));
+    a[s][1] = mul2<T>(f1, low2(x[1][s]));
+    a[s][2] = mul2<T>(f0, high2(x[0][s]));
+    a[s][3] = mul2<T>(f1, high2(x[1][s]));
+  }
+}
+__device__ __forceinline__ void row_scalars(uint32_t (&x)[2][4], const uint32_t (&q)[4][4], int ib, int lane) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int s = 0; s < 4; ++s)
+      x[h][s] = __shfl_sync(0xffffffffu, q[ib / 2][(ib & 1) * 2 + h], (lane & ~3) | s);
+}
+
+template <typename T, int kDegree>
+struct Consumer {
+  const Smem &s;
+  const int lane, warp;  // warp of the warpgroup
+  Ring<kStages> ring;
+  float o[2][32];
+  float l[2][2];
+  uint32_t q[2][4][4];
+
+  __device__ __forceinline__ void acquire(bool copied) {
+    barrier_wait(s.full + 8 * ring.stage, ring.phase);
+    if (copied) fence_async_proxy();
+  }
+  __device__ __forceinline__ void release(int stage) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(s.empty + 8 * stage);
+  }
+  __device__ __forceinline__ uint32_t stage() const { return s.ring + ring.stage * kStage; }
+  __device__ __forceinline__ uint32_t meta() const { return s.meta + ring.stage * kMetaBytes; }
+
+  template <int m>
+  __device__ __forceinline__ void load_queries(uint32_t tile) {
+    const int row = warp * 16 + (lane & 15), half = lane >> 4;
+#pragma unroll
+    for (int ks = 0; ks < 4; ++ks) ldmatrix4(q[m][ks], tile + row * 128 + (((2 * ks + half) ^ (row & 7)) << 4));
+  }
+
+  // O += phi(Q) S over the 36 tiles, fragments of the next tile built while this one multiplies.
+  __device__ __forceinline__ void state_phase_2() {
+    uint32_t a[2][2][4][4], x[2][2][4];
+    row_scalars(x[0], q[0], 0, lane);
+    row_scalars(x[1], q[1], 0, lane);
+    phi_fragments<T>(a[0][0], q[0], x[0], 0);
+    phi_fragments<T>(a[0][1], q[1], x[1], 0);
+    int previous = 0;
+#pragma unroll
+    for (int ib = 0; ib < 8; ++ib) {
+#pragma unroll
+      for (int jb = ib; jb < 8; ++jb) {
+        const int tile = ib * 8 - ib * (ib - 1) / 2 + jb - ib;  // compile-time after unrolling
+        if (tile % 2 == 0) acquire(false);
+        const uint32_t b = stage() + (tile % 2) * kTile;
+        wgmma_fence();
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int ks = 0; ks < 4; ++ks) {
+            if (tile == 0 && ks == 0)
+              wgmma<T, false, true>(o[m], a[tile % 2][m][ks], tile_desc(b + ks * 2048));
+            else
+              wgmma<T, true, true>(o[m], a[tile % 2][m][ks], tile_desc(b + ks * 2048));
+          }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (tile % 2 == 0 && tile > 0) release(previous);
+        if (tile % 2 == 1) {
+          previous = ring.stage;
+          ring.next();
+        }
+        if (tile < 35) {
+          const int ni = jb == 7 ? ib + 1 : ib, nj = jb == 7 ? ib + 1 : jb + 1;
+          if (jb == 7) {
+            row_scalars(x[0], q[0], ni, lane);
+            row_scalars(x[1], q[1], ni, lane);
+          }
+          phi_fragments<T>(a[(tile + 1) % 2][0], q[0], x[0], nj);
+          phi_fragments<T>(a[(tile + 1) % 2][1], q[1], x[1], nj);
+        }
+      }
+    }
+    wgmma_wait<0>();
+    release(previous);
+  }
+
+  // l_i += q_i^T Z q_i with Z = Z_hi + Z_lo: rowsum(Q o (Q Z)).
+  __device__ __forceinline__ void norm_phase(float (&t)[2][32]) {
+    acquire(false);
+    const uint32_t b = stage();
+    wgmma_fence();
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int ks = 0; ks < 4; ++ks) {
+        if (ks == 0)
+          wgmma<T, false, true>(t[m], q[m][ks], tile_desc(b));
+        else
+          wgmma<T, true, true>(t[m], q[m][ks], tile_desc(b + ks * 2048));
+        wgmma<T, true, true>(t[m], q[m][ks], tile_desc(b + kTile + ks * 2048));
+      }
+    wgmma_commit();
+    wgmma_wait<0>();
+    release(ring.stage);
+    ring.next();
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float2 f = unpack2<T>(q[m][n / 2][(n & 1) * 2 + h]);
+          l[m][h] += t[m][4 * n + 2 * h] * f.x + t[m][4 * n + 2 * h + 1] * f.y;
+        }
+  }
+
+  // O = Q S, degree 1: phi is the identity.
+  __device__ __forceinline__ void state_phase_1() {
+    acquire(false);
+    wgmma_fence();
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int ks = 0; ks < 4; ++ks) {
+        if (ks == 0)
+          wgmma<T, false, true>(o[m], q[m][ks], tile_desc(stage()));
+        else
+          wgmma<T, true, true>(o[m], q[m][ks], tile_desc(stage() + ks * 2048));
+      }
+    wgmma_commit();
+    wgmma_wait<0>();
+    release(ring.stage);
+    ring.next();
+  }
+
+  // S_m = Q_m K^T and O_m += P V, without fence and commit.
+  template <int m>
+  __device__ __forceinline__ void scores(float (&t)[32], uint32_t keys) {
+    wgmma<T, false, false>(t, q[m][0], tile_desc(keys));
+#pragma unroll
+    for (int ks = 1; ks < 4; ++ks) wgmma<T, true, false>(t, q[m][ks], tile_desc(keys + ks * 32));
+  }
+  template <int m>
+  __device__ __forceinline__ void values(const uint32_t (&w)[4][4], uint32_t v) {
+#pragma unroll
+    for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(o[m], w[ks], tile_desc(v + ks * 2048));
+  }
+  // Block r of the tile's own four against row tile `mt`: rows at r are the diagonal, later ones advance their
+  // reference gate to the start of block r + 1 first.
+  template <int m>
+  __device__ __forceinline__ void own_block(float (&t)[32], bool diagonal) {
+    uint32_t w[4][4];
+    if (diagonal) {
+      const int row = warp * 16 + lane / 4;
+      scale_rows(o[m], l[m], exp2_fast(load_f1(meta() + 256 + row * 4)), exp2_fast(load_f1(meta() + 288 + row * 4)));
+      weigh<T, kDegree, true>(t, w, l[m], meta(), lane, warp);
+    } else {
+      const float f = load_f1(meta() + 512);
+      scale_rows(o[m], l[m], f, f);
+      weigh<T, kDegree, false>(t, w, l[m], meta(), lane, warp);
+    }
+    wgmma_fence();
+    values<m>(w, stage() + kTile);
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+  template <int m>
+  __device__ __forceinline__ void own_scores(float (&t)[32]) {
+    wgmma_fence();
+    scores<m>(t, stage());
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+
+  __device__ __forceinline__ void attention_phase(int first, int blocks, int m0, int m1, float (&t0)[32],
+                                                  float (&t1)[32]) {
+    // Keys before the tile: every row sees them all. While one row tile is weighed, the tensor cores do the values
+    // and the next scores of the other. Nothing is in flight across the loop's edge (the compiler would serialise).
+    acquire(true);
+    own_scores<0>(t0);
+    uint32_t w0[4][4], w1[4][4];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) w1[i / 4][i % 4] = 0;  // nothing yet: the first product adds zeros
+    uint32_t v = stage() + kTile;                        // values that w1 belongs to
+#pragma unroll 1
+    for (int j = 0; j < first; ++j) {
+      const uint32_t keys = stage(), md = meta();
+      wgmma_fence();
+      values<1>(w1, v);
+      scores<1>(t1, keys);
+      wgmma_commit();
+      weigh<T, kDegree, false>(t0, w0, l[0], md, lane, warp);
+      wgmma_wait<0>();
+      if (j > 0) release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
+      ring.next();
+      acquire(true);
+      v = keys + kTile;
+      wgmma_fence();
+      values<0>(w0, v);
+      scores<0>(t0, stage());
+      wgmma_commit();
+      weigh<T, kDegree, false>(t1, w1, l[1], md, lane, warp);
+      wgmma_wait<0>();
+    }
+    if (first > 0) {
+      wgmma_fence();
+      values<1>(w1, v);
+      wgmma_commit();
+      wgmma_wait<0>();
+      release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
+    }
+    // The tile's own blocks; t0 of the first is there.
+    own_block<0>(t0, m0 == 0);
+    own_scores<1>(t1);
+    own_block<1>(t1, false);
+    release(ring.stage);
+    ring.next();
+#pragma unroll 1
+    for (int r = 1; first + r < blocks; ++r) {
+      acquire(true);
+      if (r == m0) {
+        own_scores<0>(t0);
+        own_block<0>(t0, true);
+      }
+      if (r <= m1) {
+        own_scores<1>(t1);
+        own_block<1>(t1, r == m1);
+      }
+      release(ring.stage);
+      ring.next();
+    }
+  }
+
+  template <int m>
+  __device__ __forceinline__ void epilogue(const OutputArgs &a, const volatile UnitMeta &u, int row_tile, uint32_t staging) {
+    float norm[2], f[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) f[h] = output_factor(a.p, quad_sum(l[m][h]), &norm[h]);
+    const int row = u.row + row_tile * 64 + warp * 16;
+    T *y = static_cast<T *>(a.y.data) + u.batch * a.y.stride_b + u.head * a.y.stride_h + (u.token + row) * a.y.stride_t;
+    store_rows<T>(o[m], f[0], f[1], staging, a.y, y, u.length - row, lane);
+    if (a.row_norm.data && (lane & 3) == 0) {
+      float *r = static_cast<float *>(a.row_norm.data) + u.batch * a.row_norm.stride_b + u.head * a.row_norm.stride_h +
+                 (u.token + row + lane / 4) * a.row_norm.stride_t;
+      if (row + lane / 4 < u.length) r[0] = norm[0];
+      if (row + lane / 4 + 8 < u.length) r[8 * a.row_norm.stride_t] = norm[1];
+    }
+  }
+};
+
+template <typename T, int kDegree>
+__global__ void __launch_bounds__(384, 1) output64_kernel(const __grid_constant__ OutputArgs a) {
+  extern __shared__ unsigned char raw[];
+  const Smem s(smem_address(raw));
+  UnitMeta *slots = reinterpret_cast<UnitMeta *>(raw + (s.unit - smem_address(raw)));
+  const int tid = threadIdx.x, group = tid / 128;
+  if (tid == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(s.full + 8 * i, 128 + 4);
+      barrier_init(s.empty + 8 * i, kConsumerWarps);
+    }
+    barrier_init(s.q_full, 128 + 4);
+    barrier_init(s.q_empty, kConsumerWarps);
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (group == 2) {
+    registers_dec<56>();
+    produce<T, kDegree>(a, s, slots, tid - 256);
+  } else {
+    registers_inc<224>();
+    Consumer<T, kDegree> c{s, tid % 32, (tid % 128) / 32};
+    const int m0 = group == 0 ? 0 : 1, m1 = 3 - m0;
+    uint32_t q_phase = 0;
+    for (;;) {
+      barrier_wait(s.q_full, q_phase);
+      const volatile UnitMeta &u = slots[q_phase];  // stays until the producer has this unit's successor taken
+      q_phase ^= 1;
+      if (u.head < 0) break;
+      c.template load_queries<0>(s.q + m0 * kTile);
+      c.template load_queries<1>(s.q + m1 * kTile);
+      __syncwarp();
+      if (c.lane == 0) barrier_arrive(s.q_empty);
+
+      float t0[32], t1[32];
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        c.l[m][0] = c.l[m][1] = 0.f;
+#pragma unroll
+        for (int i = 0; i < 32; ++i) c.o[m][i] = 0.f;
+      }
+      if (u.states) {
+        if constexpr (kDegree == 1) {
+          c.state_phase_1();
+        } else if constexpr (kDegree == 2) {
+          c.state_phase_2();
+          if (a.p.normalize) {
+            float t[2][32];
+            c.norm_phase(t);
+          }
+        }
+        scale_rows(c.o[0], c.l[0], u.state_factor, u.state_factor);
+        scale_rows(c.o[1], c.l[1], u.state_factor, u.state_factor);
+      }
+      c.attention_phase(u.row / kKeys, u.blocks, m0, m1, t0, t1);
+      const uint32_t staging = s.staging + (tid / 32) * 2048;
+      c.template epilogue<0>(a, u, m0, staging);
+      c.template epilogue<1>(a, u, m1, staging);
+    }
+  }
+}
+
+template <typename T, int kDegree>
+cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
+  auto kernel = output64_kernel<T, kDegree>;
+  cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem);
+  if (e != cudaSuccess) return e;
+  kernel<<<sms, 384, kSmem, stream>>>(a);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t output64(const OutputArgs &a, int sms, cudaStream_t stream) {
+  using B = __nv_bfloat16;
+  switch (a.p.degree) {
+    case 1: return launch<B, 1>(a, sms, stream);
+    case 2: return launch<B, 2>(a, sms, stream);
+    case 4: return launch<B, 4>(a, sms, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace powerattn::cuda::sm90

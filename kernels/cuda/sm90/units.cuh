@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// Work units: where a chunk lies, and the order in which row tiles are handed out.
+#pragma once
+
+#include "device.cuh"
+#include "kernels/cuda/tiles.h"
+
+namespace powerattn::cuda::sm90 {
+
+// A tile of rows of one (chunk, head).
+struct RowTile {
+  Chunk chunk;
+  int32_t chunk_index;
+  int32_t batch;
+  int32_t head;
+  int32_t row;  // first row, relative to the chunk
+};
+
+// Unit `u` of tiles * heads. Late tiles see the most keys: in the attention form (one chunk per sequence) the
+// heaviest come first; otherwise chunk by chunk, so that the tiles that read one state run together.
+__device__ __forceinline__ RowTile row_tile_at(const Shape &p, int64_t u, int heads) {
+  RowTile t;
+  const int64_t tiles = p.table.num_tiles;
+  int64_t n;
+  if (!p.packed && p.table.num_chunks == p.table.num_sequences) {
+    const int64_t pairs = p.table.num_chunks * heads, per = tiles / p.table.num_chunks;
+    n = (u % pairs) / heads * per + per - 1 - u / pairs;
+    t.head = static_cast<int32_t>(u % heads);
+  } else {
+    const int64_t per = p.table.chunk > p.table.tile ? p.table.chunk / p.table.tile : 1;  // tiles of a chunk
+    const int64_t span = per * heads, base = u / span * per, left = tiles - base;
+    const int32_t here = static_cast<int32_t>(left < per ? left : per), r = static_cast<int32_t>(u % span);
+    t.head = r / here;
+    n = base + here - 1 - r % here;
+  }
+  const Tile x = p.table.tiles[n];
+  t.chunk_index = x.chunk;
+  t.chunk = p.table.chunks[x.chunk];
+  t.batch = static_cast<int32_t>(batch_of(p.packed, x.sequence));
+  t.row = x.offset;
+  if (x.length == 0) t.chunk.length = 0;  // unused
+  return t;
+}
+
+// Row of the per-token arrays [b, heads, t].
+__device__ __forceinline__ int64_t token_row(const Shape &p, int batch, int heads, int head, int64_t token) {
+  return (int64_t(batch) * heads + head) * p.tokens + token;
+}
+
+// Hands out unit numbers to the 128 threads of a producer warpgroup; `slot` is 8 bytes of shared memory.
+struct Tickets {
+  uint32_t slot;
+  int turn = 0;
+  __device__ __forceinline__ int next(int32_t *counter, int tid) {
+    turn ^= 4;
+    if (tid == 0) {
+      const int u = atomicAdd(counter, 1);
+      asm volatile("st.shared.s32 [%0], %1;" ::"r"(slot + turn), "r"(u) : "memory");
+    }
+    named_barrier<1, 128>();
+    int u;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(u) : "r"(slot + turn) : "memory");
+    return u;
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ const T *row_pointer(const Tensor &x, int batch, int head, int64_t token) {
+  return static_cast<const T *>(x.data) + batch * x.stride_b + head * x.stride_h + token * x.stride_t;
+}
+
+}  // namespace powerattn::cuda::sm90

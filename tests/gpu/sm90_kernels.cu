@@ -1,0 +1,397 @@
+// SPDX-License-Identifier: Apache-2.0
+// The sm_90a kernels alone: fresh random inputs, poisoned outputs, rows checked against float64 straight from the
+// definition, then medians over events. Usage: sm90_kernels check | time
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/sm90/kernels.h"
+
+using namespace powerattn;
+using bf16 = __nv_bfloat16;
+namespace k90 = powerattn::cuda::sm90;
+
+#define CK(x)                                                                       \
+  do {                                                                              \
+    cudaError_t e_ = (x);                                                           \
+    if (e_ != cudaSuccess) {                                                        \
+      printf("%s line %d: %s\n", #x, __LINE__, cudaGetErrorString(e_));             \
+      exit(2);                                                                      \
+    }                                                                               \
+  } while (0)
+
+static int g_sms = 132;
+static int g_failures = 0;
+static uint64_t g_seed = 0;
+
+__device__ float hash_normal(uint64_t i, uint64_t seed) {
+  uint64_t x = i * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull + 0x632BE59BD9B4E019ull;
+  x ^= x >> 30, x *= 0xBF58476D1CE4E5B9ull, x ^= x >> 27, x *= 0x94D049BB133111EBull, x ^= x >> 31;
+  const float u = ((x >> 40) + 1) * (1.f / 16777217.f), v = (x & 0xffffff) * (1.f / 16777216.f);
+  return sqrtf(-2.f * logf(u)) * cospif(2.f * v);
+}
+__global__ void fill_normal(bf16 *p, int64_t n, uint64_t seed, float scale) {
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x)
+    p[i] = __float2bfloat16(scale * hash_normal(i, seed));
+}
+// log gates: -strength * u^2, some of them 0
+__global__ void fill_gates(float *p, int64_t n, uint64_t seed, float strength) {
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
+    const float u = hash_normal(i, seed);
+    p[i] = -strength * u * u;
+  }
+}
+
+template <typename X>
+struct Buf {
+  X *p = nullptr;
+  int64_t n = 0;
+  explicit Buf(int64_t n_) : n(n_) {
+    CK(cudaMalloc(&p, std::max<int64_t>(n, 1) * sizeof(X)));
+    CK(cudaMemset(p, 0xff, std::max<int64_t>(n, 1) * sizeof(X)));  // NaN
+  }
+  ~Buf() { cudaFree(p); }
+  Buf(const Buf &) = delete;
+  std::vector<X> host() const {
+    std::vector<X> h(n);
+    CK(cudaMemcpy(h.data(), p, n * sizeof(X), cudaMemcpyDeviceToHost));
+    return h;
+  }
+};
+
+struct Case {
+  const char *name;
+  int64_t b, t, hq, hkv, d;
+  int p;
+  float gate;      // 0: none
+  int64_t chunk;   // 0: attention form
+  std::vector<int64_t> cu;  // packed
+  bool state = false;       // initial state given, final wanted
+};
+
+struct Data {
+  Case c;
+  Problem prob;
+  Buf<bf16> q, k, v, y, dy;
+  Buf<float> log_g, norm;
+  Buf<int64_t> cu;
+  explicit Data(const Case &cs)
+      : c(cs), q(cs.b * cs.t * cs.hq * cs.d), k(cs.b * cs.t * cs.hkv * cs.d), v(k.n), y(q.n), dy(q.n),
+        log_g(cs.b * cs.t * cs.hkv), norm(cs.b * cs.t * cs.hq), cu(cs.cu.size()) {
+    const uint64_t s = ++g_seed * 16;
+    fill_normal<<<1024, 256>>>(q.p, q.n, s, 1.f);
+    fill_normal<<<1024, 256>>>(k.p, k.n, s + 1, 1.f);
+    fill_normal<<<1024, 256>>>(v.p, v.n, s + 2, 1.f);
+    fill_normal<<<1024, 256>>>(dy.p, dy.n, s + 3, 1.f);
+    fill_gates<<<1024, 256>>>(log_g.p, log_g.n, s + 4, c.gate);
+    if (cu.n) CK(cudaMemcpy(cu.p, cs.cu.data(), cu.n * 8, cudaMemcpyHostToDevice));
+    prob.device_type = POWERATTN_CUDA;
+    prob.dtype = Dtype::kBfloat16;
+    prob.degree = c.p;
+    prob.normalize = c.p % 2 == 0;
+    prob.packed = !c.cu.empty();
+    prob.batch = c.b;
+    prob.sequences = prob.packed ? (int64_t)c.cu.size() - 1 : c.b;
+    prob.seq_len = prob.max_seq_len = c.t;
+    prob.heads_q = c.hq;
+    prob.heads_kv = c.hkv;
+    prob.head_dim = prob.value_dim = c.d;
+    prob.scale = 1.0 / std::sqrt((double)c.d);
+    CK(cudaDeviceSynchronize());
+  }
+  static k90::Tensor tensor(void *p, int64_t t, int64_t h, int64_t d) { return {p, t * h * d, h * d, d, 1}; }
+};
+
+// One forward: owns its workspace.
+struct Forward {
+  Data &x;
+  k90::OutputArgs out;
+  Buf<char> tables;
+  Buf<double> gate;
+  Buf<int32_t> tickets;
+  cuda::ChunkTable table;
+  int64_t slots;  // chunks * kv heads, 0 in the attention form
+  Buf<char> state, norm_tiles;
+  Buf<float> norm, weight, decay;
+  k90::UpdateArgs up;
+  k90::ScanArgs sc;
+  explicit Forward(Data &d)
+      : x(d), tables(cuda::chunk_table_bytes(d.prob, chunk(d), 256)), gate(d.c.b * d.c.hkv * d.c.t), tickets(16),
+        slots(d.c.chunk ? cuda::chunk_bound(d.prob, chunk(d)) * d.c.hkv : 0), state(slots * k90::state_bytes(d.c.d, d.c.p)),
+        norm_tiles(slots * k90::norm_bytes(d.c.d)), norm(slots * d.c.d * d.c.d), weight(d.c.b * d.c.hkv * d.c.t), decay(slots) {
+    k90::Shape s;
+    s.tokens = x.c.t;
+    s.packed = x.prob.packed;
+    s.heads_q = x.c.hq;
+    s.heads_kv = x.c.hkv;
+    s.group = x.c.hq / x.c.hkv;
+    s.degree = x.c.p;
+    s.normalize = x.prob.normalize;
+    s.head_dim = x.c.d;
+    s.scale_p = std::pow(x.prob.scale, x.c.p);
+    out.p = s;
+    out.q = Data::tensor(x.q.p, x.c.t, x.c.hq, x.c.d);
+    out.k = Data::tensor(x.k.p, x.c.t, x.c.hkv, x.c.d);
+    out.v = Data::tensor(x.v.p, x.c.t, x.c.hkv, x.c.d);
+    out.y = Data::tensor(x.y.p, x.c.t, x.c.hq, x.c.d);
+    out.row_norm = {x.norm.p, x.c.t * x.c.hq, x.c.hq, 1, 0};
+    out.gate = x.c.gate > 0 ? gate.p : nullptr;
+    out.ticket = tickets.p;
+    if (!slots) return;
+    const bool z = x.prob.normalize;
+    out.state = state.p;
+    out.norm = norm_tiles.p;
+    up.a = out.k, up.b = out.v;
+    up.weight = up.norm_weight = x.c.gate > 0 ? weight.p : nullptr;
+    up.heads_a = x.c.hkv;
+    up.state = state.p;
+    up.norm = z ? norm.p : nullptr;
+    up.ticket = tickets.p + 4;
+    sc.state = state.p;
+    sc.norm = z ? norm.p : nullptr;
+    sc.norm_tiles = norm_tiles.p;
+    sc.decay = x.c.gate > 0 ? decay.p : nullptr;
+  }
+  void run_update() {
+    CK(cudaMemsetAsync(tickets.p, 0, 64, 0));
+    CK(k90::update64(up, g_sms, 0));
+  }
+  void run_scan() { CK(k90::scan(sc, 0)); }
+  static int64_t chunk(const Data &d) { return d.c.chunk ? d.c.chunk : d.c.t; }
+  void tables_and_gates() {
+    CK(cuda::build_chunks(x.prob, chunk(x), 256, x.cu.n ? x.cu.p : nullptr, tables.p, &table, 0));
+    out.p.table = table;
+    if (x.c.gate > 0) {
+      powerattn_tensor g{x.log_g.p, x.c.t * x.c.hkv, x.c.hkv, 1};
+      CK(cuda::chunk_gates(x.prob, table, g, nullptr, gate.p, 0));
+      if (slots) CK(k90::key_weights({out.p, gate.p, weight.p, decay.p}, 0));
+    }
+    up.p = sc.p = out.p;
+  }
+  void run_output() {
+    CK(cudaMemsetAsync(tickets.p, 0, 64, 0));
+    CK(k90::output64(out, g_sms, 0));
+  }
+  void run() {
+    tables_and_gates();
+    if (slots) run_update(), run_scan();
+    run_output();
+  }
+};
+
+// ---- float64 reference for chosen rows --------------------------------------------------------------------------
+
+// y of row (b, i, h): one block per row.
+__global__ void reference_rows(const bf16 *q, const bf16 *k, const bf16 *v, const float *log_g, int64_t t, int hq, int hkv,
+                               int d, int p, double scale, bool norm, const int64_t *rows, const int64_t *starts,
+                               double *y, double *l) {
+  extern __shared__ double sh[];
+  const int64_t id = rows[blockIdx.x], start = starts[blockIdx.x];
+  const int h = id % hq;
+  const int64_t bt = id / hq, i = bt % t, b = bt / t;
+  const int g = h / (hq / hkv);
+  double *acc = sh, *lw = sh + d, *ws = lw + 1;  // ws: blockDim weights
+  if (threadIdx.x < d) acc[threadIdx.x] = 0;
+  if (threadIdx.x == 0) *lw = 0;
+  __shared__ double decay;  // sum of gates over (j, i] for the end of the current block of keys
+  if (threadIdx.x == 0) decay = 0;
+  __syncthreads();
+  for (int64_t hi = i + 1; hi > start; hi -= blockDim.x) {
+    const int64_t j = hi - 1 - threadIdx.x;  // newest first
+    double gsum = 0;
+    if (log_g && j >= start) {  // sum over (j, hi-1]
+      for (int64_t m = j + 1; m < hi; ++m) gsum += fmax(double(log_g[(b * t + m) * hkv + g]), -1e4);
+    }
+    double w = 0;
+    if (j >= start) {
+      double s = 0;
+      for (int x = 0; x < d; ++x)
+        s += double(__bfloat162float(q[id * d + x])) * double(__bfloat162float(k[((b * t + j) * hkv + g) * d + x]));
+      s *= scale;
+      w = exp(decay + gsum);
+      for (int m = 0; m < p; ++m) w *= s;
+    }
+    ws[threadIdx.x] = w;
+    __syncthreads();
+    if (threadIdx.x < d) {
+      for (int m = 0; m < blockDim.x; ++m) {
+        const int64_t jj = hi - 1 - m;
+        if (jj >= start) acc[threadIdx.x] += ws[m] * double(__bfloat162float(v[((b * t + jj) * hkv + g) * d + threadIdx.x]));
+      }
+    }
+    if (threadIdx.x == 0) {
+      for (int m = 0; m < blockDim.x; ++m) *lw += ws[m];
+      if (log_g)
+        for (int64_t m = max(hi - blockDim.x, start); m < hi; ++m) decay += fmax(double(log_g[(b * t + m) * hkv + g]), -1e4);
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x < d) y[blockIdx.x * d + threadIdx.x] = norm ? (*lw != 0 ? acc[threadIdx.x] / *lw : 0) : acc[threadIdx.x];
+  if (threadIdx.x == 0) l[blockIdx.x] = *lw;
+}
+
+static void check_forward(const Case &c) {
+  Data x(c);
+  Forward f(x);
+  f.run();
+  CK(cudaDeviceSynchronize());
+  const auto y = x.y.host();
+  const auto norm = x.norm.host();
+  // Rows: random, and the edges of chunks, tiles and sequences.
+  std::mt19937_64 rng(g_seed);
+  std::vector<int64_t> rows, starts;
+  const auto seq_start = [&](int64_t t) {
+    int64_t s = 0;
+    for (size_t m = 0; m + 1 < c.cu.size(); ++m)
+      if (t >= c.cu[m] && t < c.cu[m + 1]) s = c.cu[m];
+    return s;
+  };
+  const int64_t last = c.cu.empty() ? c.t : c.cu.back();
+  const auto add = [&](int64_t b, int64_t t, int64_t h) {
+    if (t < 0 || t >= last) return;
+    rows.push_back((b * c.t + t) * c.hq + h);
+    starts.push_back(seq_start(t));
+  };
+  for (int64_t e : {(int64_t)0, (int64_t)1, (int64_t)63, (int64_t)64, (int64_t)255, (int64_t)256, c.t - 1, c.chunk - 1, c.chunk, c.chunk + 1})
+    add(rng() % c.b, e, rng() % c.hq);
+  for (size_t m = 0; m < c.cu.size(); ++m) add(0, c.cu[m], rng() % c.hq), add(0, c.cu[m] - 1, rng() % c.hq);
+  for (int m = 0; m < 150; ++m) add(rng() % c.b, rng() % last, rng() % c.hq);
+  const int n = rows.size();
+  Buf<int64_t> dr(n), ds(n);
+  Buf<double> ry(n * c.d), rl(n);
+  CK(cudaMemcpy(dr.p, rows.data(), n * 8, cudaMemcpyHostToDevice));
+  CK(cudaMemcpy(ds.p, starts.data(), n * 8, cudaMemcpyHostToDevice));
+  reference_rows<<<n, 128, (c.d + 1 + 128) * 8>>>(x.q.p, x.k.p, x.v.p, c.gate > 0 ? x.log_g.p : nullptr, c.t, c.hq, c.hkv, c.d,
+                                              c.p, x.prob.scale, x.prob.normalize, dr.p, ds.p, ry.p, rl.p);
+  CK(cudaDeviceSynchronize());
+  const auto hy = ry.host(), hl = rl.host();
+  double num = 0, den = 0, worst = 0, lnum = 0, lden = 0;
+  int64_t worst_row = -1, bad = 0;
+  for (int r = 0; r < n; ++r) {
+    double rn = 0, rd = 0;
+    for (int i = 0; i < c.d; ++i) {
+      const double a = __bfloat162float(y[rows[r] * c.d + i]), e = hy[r * c.d + i];
+      rn += (a - e) * (a - e), rd += e * e;
+    }
+    if (!(rn / rd < worst)) worst = rn / rd, worst_row = rows[r];
+    num += rn, den += rd;
+    const double dl = norm[rows[r]] - hl[r];
+    lnum += dl * dl, lden += hl[r] * hl[r];
+  }
+  for (int64_t r = 0; r < (int64_t)y.size(); ++r) {  // every element written
+    const int64_t tok = r / c.d / c.hq % c.t;
+    if (tok < last && std::isnan(__bfloat162float(y[r]))) ++bad;
+  }
+  const double err = std::sqrt(num / den);
+  // bf16 output rounding alone is 2^-9 / sqrt(3) = 1.1e-3; weights and operands add about as much again.
+  const bool ok = err < 6e-3 && bad == 0;
+  if (!ok) ++g_failures;
+  printf("%s forward %-28s rel %.2e  worst row %.2e (token %lld head %lld)  norm %.1e  unwritten/NaN %lld\n", ok ? "ok  " : "FAIL", c.name,
+         err, std::sqrt(worst), (long long)(worst_row / c.hq % c.t), (long long)(worst_row % c.hq), std::sqrt(lnum / lden),
+         (long long)bad);
+  if (!ok) {
+    for (int r = 0; r < std::min(n, 12); ++r)
+      printf("   token %lld h %lld: y %g %g %g ref %g %g %g  l %g ref %g\n", (long long)(rows[r] / c.hq % c.t),
+             (long long)(rows[r] % c.hq), __bfloat162float(y[rows[r] * c.d]), __bfloat162float(y[rows[r] * c.d + 9]),
+             __bfloat162float(y[rows[r] * c.d + c.d - 1]), hy[r * c.d], hy[r * c.d + 9], hy[r * c.d + c.d - 1], norm[rows[r]], hl[r]);
+  }
+  // Same bits again.
+  CK(cudaMemset(x.y.p, 0xff, x.y.n * 2));
+  f.run();
+  CK(cudaDeviceSynchronize());
+  const auto y2 = x.y.host();
+  if (memcmp(y.data(), y2.data(), y.size() * 2) != 0) {
+    ++g_failures;
+    printf("FAIL forward %s: two runs differ\n", c.name);
+  }
+}
+
+static float median_ms(const std::function<void()> &f, int n = 15) {
+  cudaEvent_t a, b;
+  CK(cudaEventCreate(&a));
+  CK(cudaEventCreate(&b));
+  for (int i = 0; i < 3; ++i) f();
+  std::vector<float> ms;
+  for (int i = 0; i < n; ++i) {
+    CK(cudaEventRecord(a));
+    f();
+    CK(cudaEventRecord(b));
+    CK(cudaEventSynchronize(b));
+    float t;
+    CK(cudaEventElapsedTime(&t, a, b));
+    ms.push_back(t);
+  }
+  std::sort(ms.begin(), ms.end());
+  return ms[n / 2];
+}
+
+static void time_forward(const Case &c) {
+  Data x(c);
+  Forward f(x);
+  const float total = median_ms([&] { f.run(); });
+  const float out = median_ms([&] { f.run_output(); });
+  const double cc = c.chunk ? c.chunk : c.t, tok = double(c.b) * c.t * c.hq;
+  const double D = c.p == 1 ? c.d : c.d * (c.d + 1) / 2.0;
+  const double useful = tok * ((c.chunk ? 4.0 * D * (c.d + 1) : 0.0) + (cc + 1) * 2.0 * c.d);
+  if (c.chunk) {
+    const float tg = median_ms([&] { f.tables_and_gates(); });
+    const float u = median_ms([&] { f.run_update(); });
+    const float sc = median_ms([&] { f.run_scan(); });
+    printf("     gates %.4f  update %.4f ms (%.0f TFLOP/s executed)  scan %.4f ms (%.2f TB/s)\n", tg, u,
+           4.0 / 2 * double(c.b) * c.t * c.hkv * (c.p == 1 ? c.d : 2304.0 * (c.d / 64) * (c.d / 64)) * c.d / u / 1e9, sc,
+           2.0 * f.slots * (k90::state_bytes(c.d, c.p) + k90::norm_bytes(c.d)) / sc / 1e9);
+  }
+  printf("time forward %-28s total %.4f ms  output %.4f ms  useful %.0f TFLOP/s\n", c.name, total, out, useful / total / 1e9);
+}
+
+int main(int argc, char **argv) {
+  setvbuf(stdout, nullptr, _IONBF, 0);
+  const std::string mode = argc > 1 ? argv[1] : "check";
+  cudaDeviceProp prop;
+  CK(cudaGetDeviceProperties(&prop, 0));
+  g_sms = prop.multiProcessorCount;
+  if (argc > 2) g_seed = atoll(argv[2]) * 1000;
+  if (mode == "check") {
+    for (const Case &c : std::vector<Case>{
+             {"attn d64 p2 t256", 1, 256, 2, 2, 64, 2, 0.f, 0, {}},
+             {"attn d64 p2 t512 gated", 2, 512, 2, 2, 64, 2, .02f, 0, {}},
+             {"attn d64 p2 t1000 gqa gated", 2, 1000, 6, 2, 64, 2, .1f, 0, {}},
+             {"attn d64 p2 t1 ", 3, 1, 2, 1, 64, 2, .1f, 0, {}},
+             {"attn d64 p2 t4097 strong gate", 1, 4097, 2, 2, 64, 2, 5.f, 0, {}},
+             {"attn d64 p4 t777 gated", 1, 777, 3, 3, 64, 4, .01f, 0, {}},
+             {"attn d64 p1 t777 gated", 1, 777, 3, 3, 64, 1, .01f, 0, {}},
+             {"chunk d64 p2 t512 c256", 1, 512, 2, 2, 64, 2, 0.f, 256, {}},
+             {"chunk d64 p2 t2048 c512 gated", 2, 2048, 2, 2, 64, 2, .02f, 512, {}},
+             {"chunk d64 p2 t3001 c1024 gqa gated", 2, 3001, 6, 2, 64, 2, .005f, 1024, {}},
+             {"chunk d64 p1 t1999 c256 gated", 2, 1999, 2, 2, 64, 1, .02f, 256, {}},
+             {"chunk d64 p2 packed c256", 1, 3000, 2, 2, 64, 2, .01f, 256, {0, 1, 1, 300, 555, 2900}},
+             {"attn d64 p2 packed", 1, 1500, 2, 2, 64, 2, .05f, 0, {0, 1, 1, 300, 555, 1400}},
+         })
+      check_forward(c);
+    printf("failures: %d\n", g_failures);
+    return g_failures != 0;
+  }
+  for (const Case &c : std::vector<Case>{
+           {"attn b64 t1024 h8 d64", 64, 1024, 8, 8, 64, 2, .02f, 0, {}},
+           {"attn b64 t1024 ungated", 64, 1024, 8, 8, 64, 2, 0.f, 0, {}},
+           {"attn b16 t4096 h8 d64", 16, 4096, 8, 8, 64, 2, .02f, 0, {}},
+           {"attn b16 t4096 ungated", 16, 4096, 8, 8, 64, 2, 0.f, 0, {}},
+           {"attn b16 t4096 p4", 16, 4096, 8, 8, 64, 4, .02f, 0, {}},
+           {"chunk b1 t65536 h8 c1024", 1, 65536, 8, 8, 64, 2, .001f, 1024, {}},
+           {"chunk b1 t65536 h8 c512", 1, 65536, 8, 8, 64, 2, .001f, 512, {}},
+           {"chunk b1 t65536 h8 c2048", 1, 65536, 8, 8, 64, 2, .001f, 2048, {}},
+           {"chunk p1 t65536 h8 c256", 1, 65536, 8, 8, 64, 1, .001f, 256, {}},
+           {"attn b1 t65536 h8", 1, 65536, 8, 8, 64, 2, .001f, 0, {}},
+       })
+    time_forward(c);
+  return 0;
+}
