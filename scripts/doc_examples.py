@@ -4,7 +4,7 @@
 
     doc_examples.py INSTALL-PREFIX BUILD-FOLDER FILE.md...
 
-Every ```c block that holds a main() is compiled as strict C99 against the installed library and run; when a
+Every ```c block that holds a main() is compiled as strict C11 (aligned_alloc) against the installed library and run; when a
 ```text block follows it directly, that is what it must print. A block without main() is compiled as the body of
 a function."""
 import pathlib
@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 BLOCK = re.compile(r"^```c\n(.*?)^```\n(?:\s*(?:prints|which prints|Output)?:?\s*^```text\n(.*?)^```\n)?", re.M | re.S | re.I)
-FLAGS = "-std=c99 -Wall -Wextra -Wpedantic -Werror -O1".split()
+FLAGS = "-std=c11 -Wall -Wextra -Wpedantic -Werror -O1".split()
 
 
 def main() -> int:
