@@ -10,8 +10,10 @@
 
 #include "backend.h"
 #include "kernels/cuda/chunks.h"
+#include "kernels/cuda/prepare.h"
 #include "kernels/cuda/sm80/args.h"
 #include "kernels/cuda/tiles.h"
+#include "src/cuda/common.h"
 #include "status.h"
 
 namespace powerattn {
@@ -19,9 +21,10 @@ namespace {
 
 namespace k80 = cuda::sm80;
 
-int attribute(int device, cudaDeviceAttr which) {
-  int value = 0;
-  return cudaDeviceGetAttribute(&value, which, device) == cudaSuccess ? value : 0;
+// Null where the device cannot be read: then nothing is chosen.
+const cuda::DeviceProperties *device_of(const Problem &p) {
+  const cuda::DeviceProperties *properties = nullptr;
+  return cuda::device_properties(p.device_index, &properties) == POWERATTN_OK ? properties : nullptr;
 }
 
 // Executed rates on an H100-class device, multiply-adds counted twice; other devices by their SM count.
@@ -72,10 +75,9 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
   if (p.dtype != Dtype::kFloat16 && p.dtype != Dtype::kBfloat16) return no("float16 and bfloat16 only");
   if (p.head_dim != p.value_dim || (p.head_dim != 32 && p.head_dim != 64 && p.head_dim != 128))
     return no("head_dim = value_dim of 32, 64 or 128 only");
-  if (p.rope.style != POWERATTN_ROPE_NONE) return no("no rotary embedding");
   if (p.use_state && p.state_dtype != Dtype::kFloat32) return no("float32 states only");
-  if (attribute(p.device_index, cudaDevAttrComputeCapabilityMajor) < 8)
-    return no("needs compute capability 8.0 or newer");
+  const cuda::DeviceProperties *const device = device_of(p);
+  if (device == nullptr || device->major < 8) return no("needs compute capability 8.0 or newer");
 
   const char *no_chunks = p.dtype == Dtype::kFloat16 ? "float16 has no chunked form here (chunk states are bfloat16)"
                           : p.degree > 2             ? "chunked form for degrees 1 and 2 only"
@@ -84,7 +86,7 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
   if (no_chunks && (p.use_state || pins.form == POWERATTN_FORM_CHUNKED)) return no(no_chunks);
   if (p.use_state && pins.form == POWERATTN_FORM_ATTENTION) return no("states need the chunked form");
 
-  const int sms = attribute(p.device_index, cudaDevAttrMultiProcessorCount);
+  const int sms = device->sm_count;
   const int64_t chunk = pins.chunk > 0 ? pins.chunk : automatic_chunk(p, sms);
   const Cost attention = cost(p, 0, sms);
   bool chunked = p.use_state || pins.form == POWERATTN_FORM_CHUNKED;
@@ -102,21 +104,7 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
 
 // ---- Memory: the same walk gives the sizes (base = null) and the pointers of a call.
 
-class Carver {
- public:
-  explicit Carver(void *base) : base_(static_cast<char *>(base)) {}
-  template <typename T>
-  T *take(int64_t count) {
-    char *const at = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (static_cast<uint64_t>(count) * sizeof(T) + 255) / 256 * 256;
-    return reinterpret_cast<T *>(at);
-  }
-  uint64_t used() const { return used_; }
-
- private:
-  char *base_;
-  uint64_t used_ = 0;
-};
+using cuda::Carver;
 
 bool chunked(const Tiling &t) { return t.form == Form::kChunked; }
 int64_t chunk_of(const Problem &p, const Tiling &t) {
@@ -145,10 +133,13 @@ States carve_states(const Problem &p, const Tiling &t, Carver *c) {
   return s;
 }
 
+bool with_rope(const Problem &p) { return p.rope.style != POWERATTN_ROPE_NONE; }
+
 struct Common {
   void *tables = nullptr;
   float *g = nullptr;
   float *z_local = nullptr;
+  uint16_t *q = nullptr, *k = nullptr;  // rotated, [b, heads, t, head_dim]
 };
 Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
   Common m;
@@ -156,11 +147,16 @@ Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
   m.g = c->take<float>(p.batch * p.heads_kv * p.seq_len);
   if (chunked(t) && with_z(p))
     m.z_local = c->take<float>(cuda::chunk_bound(p, t.chunk) * p.heads_kv * p.head_dim * p.head_dim);
+  if (with_rope(p)) {
+    m.q = c->take<uint16_t>(p.batch * p.heads_q * p.seq_len * p.head_dim);
+    m.k = c->take<uint16_t>(p.batch * p.heads_kv * p.seq_len * p.head_dim);
+  }
   return m;
 }
 
 struct Gradients {
   float *r = nullptr, *delta = nullptr, *q_dot = nullptr, *k_dot = nullptr, *boundary = nullptr;
+  float *d_q = nullptr, *d_k = nullptr;  // of the rotated q, k
   uint16_t *tiles = nullptr, *z = nullptr;
 };
 Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
@@ -172,6 +168,10 @@ Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
   }
   g.q_dot = c->take<float>(rows_q);
   g.k_dot = c->take<float>(rows_kv);
+  if (with_rope(p)) {
+    g.d_q = c->take<float>(rows_q * p.head_dim);
+    g.d_k = c->take<float>(rows_kv * p.head_dim);
+  }
   if (chunked(t)) {
     const int d = static_cast<int>(p.head_dim);
     const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
@@ -212,7 +212,8 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
     text->append(line);
   }
   if (p.max_seq_len > 0 && p.degree <= 2 && p.dtype == Dtype::kBfloat16) {
-    const int sms = attribute(p.device_index, cudaDevAttrMultiProcessorCount);
+    const cuda::DeviceProperties *const device = device_of(p);
+    const int sms = device != nullptr ? device->sm_count : kReferenceSms;
     const Cost attention = cost(p, 0, sms);
     std::snprintf(line, sizeof(line), "  predicted forward + backward, ms: attention form %.3g",
                   (attention.forward + attention.backward) * 1e3);
@@ -224,36 +225,12 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
     }
     text->append("\n");
   }
+  if (with_rope(p))
+    text->append("  prepare pass: q and k are rotated into contiguous copies, their gradients back from float32\n");
   text->append("  rows that are not 16-byte aligned are loaded element by element (slower, no copy)\n");
 }
 
 // ---- Execution.
-
-class DeviceScope {
- public:
-  explicit DeviceScope(int device) {
-    error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && before_ != device) {
-      error_ = cudaSetDevice(device);
-      changed_ = error_ == cudaSuccess;
-    }
-  }
-  ~DeviceScope() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  DeviceScope(const DeviceScope &) = delete;
-  DeviceScope &operator=(const DeviceScope &) = delete;
-  cudaError_t error() const { return error_; }
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-  cudaError_t error_ = cudaSuccess;
-};
-
-powerattn_status device_error(const char *what, cudaError_t e) {
-  return fail(POWERATTN_ERROR_DEVICE, "cuda.sm80 %s: %s", what, cudaGetErrorString(e));
-}
 
 // The call's view of the problem: table, shape, gates. Launches stop at the first error.
 struct Call {
@@ -287,6 +264,33 @@ struct Call {
       g = common.g;
       if (ok()) run(cuda::chunk_gates(p, shape.table, log_g, common.g, nullptr, stream));
     }
+  }
+
+  // The tensor that the kernels read: x itself, or its rotated copy.
+  powerattn_tensor rotate(const powerattn_tensor &x, uint16_t *copy, int64_t heads, const int64_t *offset) {
+    if (copy == nullptr) return x;
+    cuda::PrepareArgs a;
+    a.in = x;
+    a.in_dtype = a.out_dtype = p.dtype;
+    a.out = copy;
+    a.heads = heads;
+    a.dim = p.head_dim;
+    a.rope = true;
+    a.rope_offset = offset;
+    if (ok()) run(cuda::prepare(p, shape.table, a, stream));
+    return {copy, heads * p.seq_len * p.head_dim, p.head_dim, p.seq_len * p.head_dim};
+  }
+  void rotate_back(const float *x, const powerattn_tensor &out, int64_t heads, const int64_t *offset) {
+    if (x == nullptr) return;
+    cuda::FinishArgs a;
+    a.in = x;
+    a.out = out;
+    a.out_dtype = p.dtype;
+    a.heads = heads;
+    a.dim = p.head_dim;
+    a.rope = true;
+    a.rope_offset = offset;
+    if (ok()) run(cuda::finish(p, shape.table, a, stream));
   }
 
   // S and Z before every chunk, from keys and values.
@@ -328,21 +332,23 @@ struct Call {
 
 powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_args &args) {
   const Problem &p = plan.problem;
-  const DeviceScope scope(p.device_index);
-  if (scope.error() != cudaSuccess) return device_error("device", scope.error());
+  const cuda::DeviceGuard guard(p.device_index);
+  if (guard.error() != cudaSuccess) return cuda::check_launch(guard.error(), "cuda.sm80: select the device");
   Call call(plan, args.stream);
   Carver workspace(args.workspace), saved(args.saved);
   const Common common = carve_common(p, plan.tiling, &workspace);
   const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
   call.begin(common, args.cu_seqlens, args.log_g);
+  const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
+  const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
   if (chunked(plan.tiling))
-    call.states(args.k, args.v, args.initial_state, args.final_state, states, p.use_state);
+    call.states(tk, args.v, args.initial_state, args.final_state, states, p.use_state);
 
   k80::OutputArgs o;
   o.shape = call.shape;
   o.normalize = p.normalize;
-  o.x = args.q;
-  o.z = args.k;
+  o.x = tq;
+  o.z = tk;
   o.u = args.v;
   o.out = args.y;
   o.g = call.g;
@@ -354,19 +360,21 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   if (call.ok()) call.run(k80::output(o, call.stream));
   call.zero_padding(args.y, p.dtype, p.heads_q, p.value_dim);
   call.zero_padding(args.row_norm, Dtype::kFloat32, p.heads_q, 1);
-  return call.ok() ? POWERATTN_OK : device_error("forward", call.error);
+  return cuda::check_launch(call.error, "cuda.sm80 forward");
 }
 
 powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_args &args) {
   const Problem &p = plan.problem;
-  const DeviceScope scope(p.device_index);
-  if (scope.error() != cudaSuccess) return device_error("device", scope.error());
+  const cuda::DeviceGuard guard(p.device_index);
+  if (guard.error() != cudaSuccess) return cuda::check_launch(guard.error(), "cuda.sm80: select the device");
   Call call(plan, args.stream);
   Carver workspace(args.workspace), saved(const_cast<void *>(args.saved));
   const Common common = carve_common(p, plan.tiling, &workspace);
   const Gradients own = carve_gradients(p, plan.tiling, &workspace);
   const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
   call.begin(common, args.cu_seqlens, args.log_g);
+  const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
+  const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
   if (p.normalize) {
     k80::RowsArgs r;
     r.shape = call.shape;
@@ -380,11 +388,11 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   const bool in_chunks = chunked(plan.tiling), z = in_chunks && with_z(p);
   if (in_chunks) {
     if (args.saved == nullptr)
-      call.states(args.k, args.v, args.initial_state, powerattn_state{}, states, p.use_state);
+      call.states(tk, args.v, args.initial_state, powerattn_state{}, states, p.use_state);
     k80::UpdateArgs u;
     u.shape = call.shape;
     u.reverse = true;
-    u.x = args.q;
+    u.x = tq;
     u.u = args.d_y;
     u.g = call.g;
     u.r = own.r;
@@ -393,7 +401,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     if (call.ok()) call.run(k80::update(u, call.stream));
     if (z && p.normalize) {
       u.as_z = true;
-      u.u = args.q;
+      u.u = tq;
       u.delta = own.delta;
       u.local = common.z_local;
       if (call.ok()) call.run(k80::update(u, call.stream));
@@ -421,31 +429,35 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   q.delta = own.delta;
   q.scale = call.weight_scale();
   k80::GradientArgs k = q;
-  q.x = args.q;
+  q.x = tq;
   q.u = args.d_y;
-  q.z = args.k;
+  q.z = tk;
   q.y = args.v;
   q.out = args.d_q;
   q.state = states.tiles;
   q.z_state = p.normalize ? states.z : nullptr;
   q.dot = args.d_log_g.data != nullptr ? own.q_dot : nullptr;
+  q.out_float = own.d_q;
   if (call.ok()) call.run(k80::gradient(q, call.stream));
   k.reverse = true;
-  k.x = args.k;
+  k.x = tk;
   k.u = args.v;
-  k.z = args.q;
+  k.z = tq;
   k.y = args.d_y;
   k.out = args.d_k;
   k.state = own.tiles;
   k.z_state = own.z;
   k.dot = args.d_log_g.data != nullptr ? own.k_dot : nullptr;
+  k.out_float = own.d_k;
   if (call.ok()) call.run(k80::gradient(k, call.stream));
+  call.rotate_back(own.d_q, args.d_q, p.heads_q, args.rope_offset);
+  call.rotate_back(own.d_k, args.d_k, p.heads_kv, args.rope_offset);
 
   k80::OutputArgs v;
   v.shape = call.shape;
   v.reverse = true;
-  v.x = args.k;
-  v.z = args.q;
+  v.x = tk;
+  v.z = tq;
   v.u = args.d_y;
   v.out = args.d_v;
   v.g = call.g;
@@ -476,7 +488,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   call.zero_padding(args.d_k, p.dtype, p.heads_kv, p.head_dim);
   call.zero_padding(args.d_v, p.dtype, p.heads_kv, p.value_dim);
   call.zero_padding(args.d_log_g, Dtype::kFloat32, p.heads_kv, 1);
-  return call.ok() ? POWERATTN_OK : device_error("backward", call.error);
+  return cuda::check_launch(call.error, "cuda.sm80 backward");
 }
 
 }  // namespace

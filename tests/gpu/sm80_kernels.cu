@@ -3,7 +3,7 @@
 // random inputs and poisoned outputs, then times. Tolerance: twice the error of a plain implementation in the
 // same precision (weights and their gradients rounded to the element type, everything else float64).
 //
-//   sm80_kernels [check] [time] [seed]
+//   sm80_kernels [check] [time] [only=<part of a case's name>] [seed]
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -46,6 +46,8 @@ struct Case {
   std::vector<int64_t> cu;  // packed
   double eps = 0;
   bool backward = true;
+  int pad = 0;            // elements between the tokens of [b, t, h, d]: rows that no vector load can read
+  bool resets = false;    // some gates close completely
 };
 
 template <typename V>
@@ -337,8 +339,8 @@ struct Run {
     shape.seq_len = c.t;
     shape.dtype = c.dtype;
     const size_t rows = size_t(c.b) * c.t;
-    for (auto *x : {&q, &dy, &y, &dq}) x->reset(rows * c.hq * c.d);
-    for (auto *x : {&k, &v, &dk, &dv}) x->reset(rows * c.hk * c.d);
+    for (auto *x : {&q, &dy, &y, &dq}) x->reset(rows * (c.hq * c.d + c.pad));
+    for (auto *x : {&k, &v, &dk, &dv}) x->reset(rows * (c.hk * c.d + c.pad));
     lg.reset(rows * c.hk), dlg.reset(rows * c.hk), g.reset(rows * c.hk), kdot.reset(rows * c.hk);
     norm.reset(rows * c.hq), r.reset(rows * c.hq), delta.reset(rows * c.hq), qdot.reset(rows * c.hq);
     slots = table.num_chunks * c.hk;
@@ -356,8 +358,8 @@ struct Run {
     }
   }
   powerattn_tensor tensor(void *data, int heads, int64_t dim) const {  // [b, t, h, dim] or [b, h, t, dim]
-    const int64_t n = int64_t(c.t) * heads * dim;
-    return c.bthd ? powerattn_tensor{data, n, heads * dim, dim} : powerattn_tensor{data, n, dim, c.t * dim};
+    const int64_t row = heads * dim + c.pad, n = c.t * row;
+    return c.bthd ? powerattn_tensor{data, n, row, dim} : powerattn_tensor{data, n, dim, c.t * dim};
   }
   powerattn_tensor stat(float *data, int heads) const { return {data, int64_t(c.t) * heads, heads, 1}; }
   powerattn_state state(float *s, float *z) const {
@@ -503,24 +505,25 @@ struct Run {
   }
 };
 
+size_t position(const Case &c, int heads, int b, int t, int h, int e) {
+  if (!c.bthd) return ((size_t(b) * heads + h) * c.t + t) * c.d + e;
+  return (size_t(b) * c.t + t) * (heads * c.d + c.pad) + size_t(h) * c.d + e;
+}
 std::vector<uint16_t> layout(const Case &c, const Vec &x, int heads) {
-  std::vector<uint16_t> r(x.size());
+  std::vector<uint16_t> r(size_t(c.b) * c.t * (heads * c.d + c.pad), 0xffff);
   size_t n = 0;
   for (int b = 0; b < c.b; ++b)
     for (int t = 0; t < c.t; ++t)
       for (int h = 0; h < heads; ++h)
-        for (int e = 0; e < c.d; ++e, ++n)
-          r[c.bthd ? n : ((size_t(b) * heads + h) * c.t + t) * c.d + e] = bits(c.dtype, x[n]);
+        for (int e = 0; e < c.d; ++e, ++n) r[position(c, heads, b, t, h, e)] = bits(c.dtype, x[n]);
   return r;
 }
 Vec from_layout(const Case &c, const std::vector<uint16_t> &x, int heads) {
-  Vec r(x.size());
-  size_t n = 0;
+  Vec r;
   for (int b = 0; b < c.b; ++b)
     for (int t = 0; t < c.t; ++t)
       for (int h = 0; h < heads; ++h)
-        for (int e = 0; e < c.d; ++e, ++n)
-          r[n] = value(c.dtype, x[c.bthd ? n : ((size_t(b) * heads + h) * c.t + t) * c.d + e]);
+        for (int e = 0; e < c.d; ++e) r.push_back(value(c.dtype, x[position(c, heads, b, t, h, e)]));
   return r;
 }
 Vec from_layout(const std::vector<float> &x) { return Vec(x.begin(), x.end()); }
@@ -558,6 +561,9 @@ void check(const Case &c, unsigned seed) {
   fill(in.dy, rows * c.hq * c.d);
   in.lg.resize(rows * c.hk);
   for (auto &e : in.lg) e = double(float(-std::fabs(normal(rng)) * 0.02));
+  if (c.resets)
+    for (auto &e : in.lg)
+      if (rng() % 50 == 0) e = -1e4;
   Run run(c);
   auto floats = [&](Device<float> &dst, Vec &src, size_t n, double mean, double size) {
     std::vector<float> h(n);
@@ -759,9 +765,11 @@ void time_case(const Case &c) {
 int main(int argc, char **argv) {
   bool do_check = argc < 2, do_time = argc < 2;
   unsigned seed = 1;
+  const char *only = nullptr;
   for (int i = 1; i < argc; ++i) {
     if (!std::strcmp(argv[i], "check")) do_check = true;
     else if (!std::strcmp(argv[i], "time")) do_time = true;
+    else if (!std::strncmp(argv[i], "only=", 5)) only = argv[i] + 5;
     else seed = unsigned(std::atoi(argv[i]));
   }
   auto make = [](const char *name, std::function<void(Case &)> f) {
@@ -804,11 +812,23 @@ int main(int argc, char **argv) {
         make("chunked d32 p1 t300 c128", [](Case &c) { c.d = 32, c.t = 300, c.p = 1, c.chunk = 128, c.normalize = false; }),
         make("chunked d128 p1 t300 c128",
              [](Case &c) { c.d = 128, c.t = 300, c.p = 1, c.chunk = 128, c.normalize = false; }),
+        make("attention strided d64 t150 h2", [](Case &c) { c.t = 150, c.hq = c.hk = 2, c.pad = 3; }),
+        make("chunked strided d32 t200 c128 states",
+             [](Case &c) { c.d = 32, c.t = 200, c.chunk = 128, c.pad = 1, c.state = true; }),
+        make("chunked resets d64 t500 c128", [](Case &c) { c.t = 500, c.chunk = 128, c.resets = true; }),
+        make("attention resets d64 t300", [](Case &c) { c.t = 300, c.resets = true; }),
+        make("chunked odd chunk d64 t333 c100 states",
+             [](Case &c) { c.t = 333, c.chunk = 100, c.state = true; }),
+        make("mini attention d64 t70 h2/1", [](Case &c) { c.t = 70, c.hq = 2; }),
+        make("mini chunked d32 t140 c128 states packed",
+             [](Case &c) { c.d = 32, c.t = 140, c.chunk = 128, c.state = true, c.cu = {0, 3, 135}; }),
+        make("mini chunked d64 t135 c128", [](Case &c) { c.t = 135, c.chunk = 128; }),
     };
-    for (const Case &c : cases) check(c, seed++);
-    check_long("long d64 t65536 gated c1024", 65536, true, 1024, seed++);
-    check_long("long d64 t65536 ungated c1024", 65536, false, 1024, seed++);
-    check_long("long d64 t1M ungated c1024", 1 << 20, false, 1024, seed++);
+    for (const Case &c : cases)
+      if (!only || std::strstr(c.name, only)) check(c, seed++);
+    if (!only) check_long("long d64 t65536 gated c1024", 65536, true, 1024, seed++);
+    if (!only) check_long("long d64 t65536 ungated c1024", 65536, false, 1024, seed++);
+    if (!only) check_long("long d64 t1M ungated c1024", 1 << 20, false, 1024, seed++);
     std::printf("%s: %d failures\n", failures ? "FAILED" : "passed", failures);
   }
   if (do_time) {

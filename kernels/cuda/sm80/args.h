@@ -63,6 +63,7 @@ struct GradientArgs {
   const void *state = nullptr;   // S for dq, dS for dk
   const void *z_state = nullptr; // Z for dq, dZ for dk
   float scale = 1.f;
+  float *out_float = nullptr;    // if given, instead of out: contiguous [b, heads of x, t, d]
   float *dot = nullptr;          // optional out: x_r . dx_r in float, [b, heads of x, t]
 };
 cudaError_t gradient(const GradientArgs &a, cudaStream_t stream);

@@ -22,8 +22,8 @@ struct GradientShape {
   static constexpr int kStep = 16;
   static constexpr int kTileBytes = kTileRows * D * 2;
   static constexpr int kRowBytes = kRowTile * D * 2;
-  // x rows | u rows | 4 buffers | factors, gates, deltas of 2 x 64 columns    d=64: 64 KB, d=128: 128 KB
-  static constexpr int kShared = 2 * kRowBytes + 4 * kTileBytes + 6 * kColumns * 4;
+  // x rows | u rows | 4 buffers | factors, gates, deltas of 2 x 64 columns | place    d=64: 64 KB, d=128: 128 KB
+  static constexpr int kShared = 2 * kRowBytes + 4 * kTileBytes + 6 * kColumns * 4 + sizeof(Place);
 };
 
 template <typename T, int D, int P>
@@ -46,9 +46,10 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
   const int head_x = static_cast<int>(blockIdx.x / num_tiles);
   int64_t tile_id = blockIdx.x % num_tiles;
   if (!a.reverse) tile_id = num_tiles - 1 - tile_id;  // heaviest first
-  const Tile tile = shape.table.tiles[tile_id];
+  const Place &place = find_place(shape, tile_id, deltas + 2 * S::kColumns, thread);
+  const Tile &tile = place.tile;
+  const Chunk &chunk = place.chunk;
   if (tile.length == 0) return;
-  const Chunk chunk = shape.table.chunks[tile.chunk];
   const int head_kv = a.reverse ? head_x : head_x / group;
   const int64_t batch = shape.packed ? 0 : tile.sequence;
 
@@ -429,12 +430,17 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
       const float r_row = a.reverse ? 1.f : read(a.r, query, row, 1.f);
       float dot = 0.f;
       T *const out = row_pointer<T>(a.out, batch, tile.start + (in ? row : 0), head_x) + 2 * quad;
+      float *const wide =
+          a.out_float + ((batch * heads_x + head_x) * shape.seq_len + tile.start + row) * D + 2 * quad;
 #pragma unroll
       for (int i = 0; i < kN; ++i) {
         const float lo = dx[m][i][2 * h] * r_row, hi = dx[m][i][2 * h + 1] * r_row;
         const uint32_t x2 = *reinterpret_cast<const uint32_t *>(shared + (xs.at(row, i) - base) + 4 * quad);
         dot += lo * Pair<T>::lo(x2) + hi * Pair<T>::hi(x2);
-        if (in) store_pair(out + 8 * i, lo, hi);
+        if (in && a.out_float != nullptr)
+          *reinterpret_cast<float2 *>(wide + 8 * i) = make_float2(lo, hi);
+        else if (in)
+          store_pair(out + 8 * i, lo, hi);
       }
       dot = quad_sum(dot);
       if (a.dot != nullptr && in && quad == 0)

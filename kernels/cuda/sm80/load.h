@@ -21,15 +21,21 @@ template <int kRows, int kCols, int kThreads, typename T>
 __device__ __forceinline__ void load_rows(uint32_t dst, const T *src, int64_t stride, int valid, int thread) {
   constexpr int kPieces = kCols / 8;
   if (((reinterpret_cast<uintptr_t>(src) & 15) | (static_cast<uint64_t>(stride) & 7)) == 0) {
+    // A step of rows is a multiple of 8, so that the swizzle is the same in every iteration.
+    constexpr int kStep = kThreads / kPieces;
+    static_assert(kThreads % kPieces == 0 && kStep % 8 == 0, "whole rows, and whole periods of the swizzle");
+    const int first = thread / kPieces, piece = thread % kPieces;
+    const uint32_t to = dst + swizzle<kCols>(kRows, first, piece);
+    const T *from = src + first * stride + piece * 8;
 #pragma unroll
-    for (int i = 0; i < (kRows * kPieces + kThreads - 1) / kThreads; ++i) {
-      const int n = i * kThreads + thread;
-      if (kRows * kPieces % kThreads != 0 && n >= kRows * kPieces) break;
-      const int row = n / kPieces, piece = n % kPieces;
-      const bool in = row < valid;
-      copy16(dst + swizzle<kCols>(kRows, row, piece), src + (in ? row * stride + piece * 8 : 0), in);
+    for (int i = 0; i < (kRows + kStep - 1) / kStep; ++i) {
+      const int row = first + i * kStep;
+      if (kRows % kStep != 0 && row >= kRows) break;
+      copy16(to + i * kStep * (kCols == 32 ? 64 : 128), row < valid ? from : src, row < valid);
+      from += kStep * stride;
     }
   } else {
+#pragma unroll 1
     for (int n = thread; n < kRows * kPieces; n += kThreads) {
       const int row = n / kPieces, piece = n % kPieces;
       uint32_t w[4] = {0, 0, 0, 0};

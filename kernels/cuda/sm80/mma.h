@@ -80,8 +80,10 @@ struct SharedTile {
   uint32_t base;
   int rows;
 
+  // base is 1024-byte aligned, so that the swizzle is one exclusive or on the address of the row.
   __device__ __forceinline__ uint32_t at(int row, int piece) const {
-    return base + swizzle<kCols>(rows, row, piece);
+    if constexpr (kCols == 32) return (base + row * 64 + (((row >> 1) & 3) << 4)) ^ (piece << 4);
+    return ((base + row * 128 + ((row & 7) << 4)) ^ ((piece & 7) << 4)) + (piece >> 3) * rows * 128;
   }
   // A operand, rows row .. row + 15, k 16 step .. + 15: r[0..3] as the fragment wants them.
   __device__ __forceinline__ void a(uint32_t (&r)[4], int row, int step, int lane) const {

@@ -22,8 +22,8 @@ struct OutputShape {
   static constexpr int kTileBytes = kTileRows * D * 2;
   static constexpr int kRowBytes = kRowTile * D * 2;
   // x rows | 4 buffers: 4 state tiles, or 2 x (64 columns of z and of u)   d=64: 16 + 32 KB, d=128: 32 + 64 KB
-  // | factors and gates of 2 x 64 columns
-  static constexpr int kShared = kRowBytes + 4 * kTileBytes + 4 * kColumns * 4;
+  // | factors and gates of 2 x 64 columns | which rows these are
+  static constexpr int kShared = kRowBytes + 4 * kTileBytes + 4 * kColumns * 4 + sizeof(Place);
 };
 
 template <typename T, int D, int P>
@@ -43,9 +43,10 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
   const int head_x = static_cast<int>(blockIdx.x / num_tiles);
   int64_t tile_id = blockIdx.x % num_tiles;
   if (!a.reverse) tile_id = num_tiles - 1 - tile_id;  // heaviest first
-  const Tile tile = shape.table.tiles[tile_id];
+  const Place &place = find_place(shape, tile_id, gates + 2 * S::kColumns, thread);
+  const Tile &tile = place.tile;
+  const Chunk &chunk = place.chunk;
   if (tile.length == 0) return;
-  const Chunk chunk = shape.table.chunks[tile.chunk];
   const int head_kv = a.reverse ? head_x : head_x / group;
   const int64_t batch = shape.packed ? 0 : tile.sequence;
 

@@ -83,6 +83,21 @@ __device__ __forceinline__ void fill_column(const Columns &c, bool diagonal, int
   *gate = g;
 }
 
+// Which rows a block owns. In shared memory: read again where needed, it would hold 12 registers all along.
+struct Place {
+  Tile tile;
+  Chunk chunk;
+};
+__device__ __forceinline__ const Place &find_place(const Shape &shape, int64_t tile_id, void *memory, int thread) {
+  Place *const place = static_cast<Place *>(memory);
+  if (thread == 0) {
+    place->tile = shape.table.tiles[tile_id];
+    place->chunk = shape.table.chunks[place->tile.length > 0 ? place->tile.chunk : 0];
+  }
+  __syncthreads();
+  return *place;
+}
+
 // The blocks of kColumns columns that a row tile sees, in the order of work: first those away from the diagonal
 // for every head of the group, then the diagonal ones.
 struct Walk {
