@@ -95,8 +95,8 @@ __device__ inline T warp_scan(T x) {
   return x;
 }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr size_t align256(size_t bytes) { return (bytes + 255) & ~size_t(255); }
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr size_t align256(size_t bytes) { return (bytes + 255) & ~size_t(255); }
 
 // Grid dimension y and z hold at most 65535 blocks; x holds 2^31 - 1. Long products go to x.
 constexpr int64_t kMaxGridX = 0x7fffffff;

@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(ScanArgs a) {
   };
   auto decay = [&](int64_t i) {
     const int64_t n = s.first_chunk + (a.reverse ? s.chunks - 1 - i : i);
+    if (!a.g) return 1.0f;
     const Chunk c = a.table.chunks[n];
     return expf(a.g[(b * a.heads + head) * a.seq_len + c.start + c.length - 1]);
   };

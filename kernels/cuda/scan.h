@@ -20,7 +20,7 @@ struct ScanArgs {
   Dtype local_dtype = Dtype::kFloat32;
   void *prefix = nullptr;       // same shape: the carry at each chunk; may be `local` when the dtypes agree
   Dtype prefix_dtype = Dtype::kFloat32;
-  const float *g = nullptr;     // [b, heads, t] of chunk_gates; its last token of a chunk is the chunk's gate
+  const float *g = nullptr;     // [b, heads, t] of chunk_gates: a chunk's gate is at its last token; null: no gates
   int64_t seq_len = 0;          // extent of t in g
   const float *initial = nullptr;  // carry to start from, or null = 0: [sequences, heads, elements] by strides
   int64_t initial_stride_n = 0;

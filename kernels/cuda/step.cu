@@ -1,0 +1,461 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kernels/cuda/step.h"
+
+#include <cooperative_groups.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cuda/numeric.cuh"
+
+namespace powerattn::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRowBlock = 256;  // state rows whose features are held in shared memory at once
+
+struct StepShape {
+  int64_t seq_len, heads_q, heads_kv, d, e, rows, num_slots;
+  int group, degree, splits, threads_per_row;
+  int64_t rows_per_split;
+  bool normalize, rope, interleaved;
+  int64_t rope_dim;
+  double rope_log2_base;
+  float scale_p, eps;
+  Dtype dtype;
+  float *partial;  // [sequences, heads_kv, splits, queries, e + 1]; without clusters
+};
+
+// C(n, k), exact in double below 2^53.
+__device__ double choose(int n, int k) {
+  double c = 1;
+#pragma unroll 1
+  for (int i = 1; i <= k; ++i) c = c * double(n - k + i) / double(i);
+  return rint(c);
+}
+
+// Indices (one byte each) and sqrt(multinomial) of a canonical row. Degrees 1 and 2 in closed form, since this runs in
+// every step; see powerattn_state_monomial for the order.
+struct Row {
+  uint64_t indices;
+  float weight;
+};
+__device__ __noinline__ Row locate_general(int64_t row, int d, int degree);
+__device__ inline Row locate_row(int64_t row, int d, int degree) {
+  if (degree == 1) return {uint64_t(row), 1.0f};
+  if (degree == 2) {
+    // Row of (i, i) is i d - i (i - 1) / 2: solve for i, then correct the rounding.
+    const float b = float(2 * d + 1);
+    int i = int((b - sqrtf(fmaxf(b * b - 8.0f * float(row), 0.0f))) * 0.5f);
+    i = max(0, min(i, d - 1));
+    while (i > 0 && int64_t(i) * d - int64_t(i) * (i - 1) / 2 > row) --i;
+    while (i + 1 < d && int64_t(i + 1) * d - int64_t(i + 1) * i / 2 <= row) ++i;
+    const int j = i + int(row - (int64_t(i) * d - int64_t(i) * (i - 1) / 2));
+    return {uint64_t(i) | uint64_t(j) << 8, i == j ? 1.0f : 1.41421356237309505f};
+  }
+  return locate_general(row, d, degree);
+}
+
+// Higher degrees: walks the order. Out of line, so that it costs the kernel no registers.
+__device__ __noinline__ Row locate_general(int64_t row, int d, int degree) {
+  double left_rows = double(row), weight2 = 1;
+  uint64_t indices = 0;
+  int i = 0, run = 0;
+#pragma unroll 1
+  for (int position = 0; position < degree; ++position) {
+    const int left = degree - position - 1, start = i;
+#pragma unroll 1
+    for (; i < d - 1; ++i) {
+      const double block = choose(d - i + left - 1, left);
+      if (left_rows < block) break;
+      left_rows -= block;
+    }
+    run = position > 0 && i == start ? run + 1 : 1;
+    weight2 *= double(position + 1) / double(run);
+    indices |= uint64_t(i) << (8 * position);
+  }
+  return {indices, float(sqrt(weight2))};
+}
+
+__device__ float feature_of(const Row &r, int degree, const float *x) {
+  if (degree == 2) return r.weight * (x[r.indices & 255] * x[r.indices >> 8]);
+  float y = r.weight;
+  uint64_t rest = r.indices;
+#pragma unroll 1
+  for (int i = 0; i < degree; ++i, rest >>= 8) y *= x[rest & 255];
+  return y;
+}
+
+// x[0 .. d) of one row into shared memory, rotated. All threads of the block.
+__device__ __noinline__ void load_vector(float *to, const void *from, Dtype dtype, int64_t offset, int64_t d, const StepShape &s,
+                            int64_t position) {
+  const int64_t pairs = s.rope ? s.rope_dim / 2 : 0;
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < pairs; i += kThreads) {
+    const double turns = double(position) * exp2(-2.0 * double(i) / double(s.rope_dim) * s.rope_log2_base) *
+                         0.15915494309189533577;  // 1 / (2 pi), reduced in double
+    float c, sn;
+    sincospif(2.0f * float(turns - rint(turns)), &sn, &c);
+    const int64_t i1 = s.interleaved ? 2 * i : i, i2 = s.interleaved ? 2 * i + 1 : i + pairs;
+    const float x1 = load_as_float(from, dtype, offset + i1), x2 = load_as_float(from, dtype, offset + i2);
+    to[i1] = x1 * c - x2 * sn;
+    to[i2] = x1 * sn + x2 * c;
+  }
+#pragma unroll 1
+  for (int64_t i = 2 * pairs + threadIdx.x; i < d; i += kThreads) to[i] = load_as_float(from, dtype, offset + i);
+}
+
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T v[V];
+};
+
+// Shared memory, floats: q [kQ][d], k, v [tokens of a pass][d, e], phi_k [kQ][256], phi_q [kQ][256], gates [kQ],
+// sums [8][kQ][e], norms [8][kQ], partial [kQ][e + 1].
+__host__ __device__ inline int64_t step_shared_floats(int queries, int64_t d, int64_t e) {
+  return queries * (2 * d + e + 2 * kRowBlock + 1) + 8 * queries * (e + 1) + queries * (e + 1);
+}
+
+// Block: one split of the rows of one (sequence, kv head). Thread (row group, column): rows row group, + row groups, ...;
+// V neighbouring columns. A pass handles up to kQ (token, query head) pairs: several tokens of a small group, or some
+// heads of one token, so that their sums stay in registers; the state is read and written once per pass.
+template <class State, int V, int kQ, bool kCluster>
+__global__ void __launch_bounds__(kThreads, V * kQ >= 64 ? 1 : 2) step_kernel(const __grid_constant__ StepShape s,
+                                                                           const __grid_constant__ powerattn_step_args a) {
+  extern __shared__ float memory[];
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const int split = int(blockIdx.x % unsigned(s.splits));
+  const int64_t unit = blockIdx.x / s.splits, b = unit / s.heads_kv, head = unit % s.heads_kv;
+  float *q = memory, *k = q + kQ * s.d, *v = k + kQ * s.d, *phi_k = v + kQ * s.e, *phi_q = phi_k + kQ * kRowBlock;
+  float *gates = phi_q + kQ * kRowBlock, *sums = gates + kQ, *norms = sums + 8 * kQ * s.e,
+        *partial = norms + 8 * kQ;
+
+  const int64_t slot = a.slots ? a.slots[b] : b;
+  const bool skipped = slot < 0 || slot >= s.num_slots;
+  int64_t length = a.lengths ? min(max(a.lengths[b], int64_t(0)), s.seq_len) : s.seq_len;
+  if (skipped) length = 0;
+
+  // Zeros for what is not computed.
+  if (split == 0) {
+    const int64_t count = (s.seq_len - length) * s.group * s.e;
+#pragma unroll 1
+    for (int64_t i = tid; i < count; i += kThreads) {
+      const int64_t col = i % s.e, h = head * s.group + i / s.e % s.group, t = length + i / s.e / s.group;
+      store_from_float(a.y.data, s.dtype, b * a.y.stride_b + t * a.y.stride_t + h * a.y.stride_h + col, 0.0f);
+    }
+  }
+  if (length == 0) return;  // the whole cluster leaves: it depends on the sequence only
+
+  State *state = static_cast<State *>(a.state.s) + slot * a.state.s_stride_n + head * a.state.s_stride_h;
+  State *zstate = a.state.z ? static_cast<State *>(a.state.z) + slot * a.state.z_stride_n + head * a.state.z_stride_h
+                            : nullptr;
+  const int64_t row_begin = split * s.rows_per_split, row_end = min(row_begin + s.rows_per_split, s.rows);
+  const int tpr = s.threads_per_row, row_groups = kThreads / tpr;
+  const int group_row = tid / tpr, col = tid % tpr * V;
+  const bool active = col < s.e;
+
+  const int heads_per_pass = min(s.group, kQ), tokens_per_pass = kQ / heads_per_pass;
+#pragma unroll 1
+  for (int64_t t0 = 0; t0 < length; t0 += tokens_per_pass) {
+    const int tokens = int(min(int64_t(tokens_per_pass), length - t0));
+#pragma unroll 1
+    for (int h0 = 0; h0 < s.group; h0 += heads_per_pass) {
+      const int heads = min(heads_per_pass, s.group - h0);
+      const bool first = h0 == 0;  // the pass that moves the state on
+      const int pairs = tokens * heads;
+      __syncthreads();
+#pragma unroll 1
+      for (int t = 0; t < tokens; ++t) {
+        const int64_t token = t0 + t, position = token + (a.rope_offset ? a.rope_offset[b] : 0);
+        load_vector(k + t * s.d, a.k.data, s.dtype,
+                    b * a.k.stride_b + token * a.k.stride_t + head * a.k.stride_h, s.d, s, position);
+        const int64_t v_row = b * a.v.stride_b + token * a.v.stride_t + head * a.v.stride_h;
+#pragma unroll 1
+        for (int64_t i = tid; i < s.e; i += kThreads) v[t * s.e + i] = load_as_float(a.v.data, s.dtype, v_row + i);
+#pragma unroll 1
+        for (int h = 0; h < heads; ++h)
+          load_vector(q + (t * heads + h) * s.d, a.q.data, s.dtype,
+                      b * a.q.stride_b + token * a.q.stride_t + (head * s.group + h0 + h) * a.q.stride_h, s.d, s,
+                      position);
+        if (tid == 0)
+          gates[t] = a.log_g.data ? expf(static_cast<const float *>(a.log_g.data)[b * a.log_g.stride_b +
+                                                                                  token * a.log_g.stride_t +
+                                                                                  head * a.log_g.stride_h])
+                                  : 1.0f;
+      }
+
+      float acc[kQ][V], norm[kQ];
+#pragma unroll
+      for (int i = 0; i < kQ; ++i) {
+        norm[i] = 0;
+#pragma unroll
+        for (int j = 0; j < V; ++j) acc[i][j] = 0;
+      }
+#pragma unroll 1
+      for (int64_t block = row_begin; block < row_end; block += kRowBlock) {
+        const int count = int(min(int64_t(kRowBlock), row_end - block));
+        __syncthreads();
+        if (tid < count) {  // features of the block's rows, and z, which has one number per row
+          const Row r = locate_row(block + tid, int(s.d), s.degree);
+          float z = zstate ? to_float(zstate[block + tid]) : 0.0f;
+#pragma unroll
+          for (int i = 0; i < kQ; ++i) {
+            if (i >= pairs) break;
+            const int t = i / heads;
+            if (i % heads == 0) {
+              const float pk = feature_of(r, s.degree, k + t * s.d);
+              phi_k[t * kRowBlock + tid] = pk;
+              if (first) z = gates[t] * z + pk;
+            }
+            const float pq = feature_of(r, s.degree, q + i * s.d);
+            phi_q[i * kRowBlock + tid] = pq;
+            norm[i] += pq * z;
+          }
+          if (zstate && first) zstate[block + tid] = from_float<State>(z);
+        }
+        __syncthreads();
+        if (active) {
+          State *block_state = state + block * s.e + col;
+          const int e = int(s.e);
+          constexpr int kAhead = V * sizeof(State) >= 16 ? 4 : 2;  // rows in flight per thread
+#pragma unroll 1
+          for (int r0 = group_row; r0 < count; r0 += row_groups * kAhead) {
+            Pack<State, V> raw[kAhead];
+#pragma unroll
+            for (int u = 0; u < kAhead; ++u) {
+              const int r = r0 + u * row_groups;
+              if (r < count) raw[u] = *reinterpret_cast<const Pack<State, V> *>(block_state + r * e);
+            }
+#pragma unroll
+            for (int u = 0; u < kAhead; ++u) {
+              const int r = r0 + u * row_groups;
+              if (r >= count) break;
+              float x[V];
+#pragma unroll
+              for (int j = 0; j < V; ++j) x[j] = to_float(raw[u].v[j]);
+#pragma unroll
+              for (int i = 0; i < kQ; ++i) {
+                if (i >= pairs) break;
+                const int t = kQ == 1 ? 0 : i / heads;
+                if (first && (kQ == 1 || i % heads == 0)) {
+                  const float gate = gates[t], pk = phi_k[t * kRowBlock + r];
+#pragma unroll
+                  for (int j = 0; j < V; ++j) x[j] = gate * x[j] + pk * v[t * e + col + j];
+                }
+                const float pq = phi_q[i * kRowBlock + r];
+#pragma unroll
+                for (int j = 0; j < V; ++j) acc[i][j] += pq * x[j];
+              }
+              if (first) {
+#pragma unroll
+                for (int j = 0; j < V; ++j) raw[u].v[j] = from_float<State>(x[j]);
+                *reinterpret_cast<Pack<State, V> *>(block_state + r * e) = raw[u];
+              }
+            }
+          }
+        }
+      }
+
+      // Row groups of a warp, then warps, then splits: always in the same order.
+#pragma unroll
+      for (int i = 0; i < kQ; ++i) {
+#pragma unroll
+        for (int j = 0; j < V; ++j)
+#pragma unroll 1
+          for (int m = 16; m >= tpr; m >>= 1) acc[i][j] += __shfl_xor_sync(0xffffffffu, acc[i][j], m);
+        norm[i] = warp_sum(norm[i]);
+      }
+      const int column_warps = max(1, tpr / 32), warp_row = warp / column_warps, warp_rows = 8 / column_warps;
+#pragma unroll
+      for (int i = 0; i < kQ; ++i) {
+        if (active && (tpr >= 32 || lane < tpr)) {
+#pragma unroll
+          for (int j = 0; j < V; ++j) sums[(warp_row * kQ + i) * s.e + col + j] = acc[i][j];
+        }
+        if (lane == 0) norms[warp * kQ + i] = norm[i];
+      }
+      __syncthreads();
+      for (int64_t i = tid; i < pairs * (s.e + 1); i += kThreads) {
+        const int pair = int(i / (s.e + 1)), c = int(i % (s.e + 1));
+        float sum = 0;
+        if (c == s.e) {
+          for (int w = 0; w < 8; ++w) sum += norms[w * kQ + pair];
+        } else {
+          for (int w = 0; w < warp_rows; ++w) sum += sums[(w * kQ + pair) * s.e + c];
+        }
+        partial[i] = sum;
+      }
+      if (!kCluster && s.splits > 1) {
+        __syncthreads();
+        const int64_t queries = s.seq_len * s.group, first_query = t0 * s.group + h0;  // [t][h]: a pass is contiguous
+        float *out = s.partial + ((unit * s.splits + split) * queries + first_query) * (s.e + 1);
+        for (int64_t i = tid; i < pairs * (s.e + 1); i += kThreads) out[i] = partial[i];
+        continue;
+      }
+      auto write = [&](auto remote) {
+        for (int64_t i = split * kThreads + tid; i < pairs * s.e; i += kThreads * (kCluster ? s.splits : 1)) {
+          const int pair = int(i / s.e), c = int(i % s.e);
+          float y = 0, l = 0;
+          for (int w = 0; w < (kCluster ? s.splits : 1); ++w) {
+            const float *from = remote(w);
+            y += from[pair * (s.e + 1) + c];
+            l += from[pair * (s.e + 1) + s.e];
+          }
+          y *= s.scale_p;
+          if (s.normalize) {
+            l = l * s.scale_p + s.eps;
+            y = l != 0.0f ? y / l : 0.0f;
+          }
+          const int64_t t = t0 + pair / heads, h = head * s.group + h0 + pair % heads;
+          store_from_float(a.y.data, s.dtype, b * a.y.stride_b + t * a.y.stride_t + h * a.y.stride_h + c, y);
+        }
+      };
+      if (kCluster) {
+#if __CUDA_ARCH__ >= 900
+        auto cluster = cooperative_groups::this_cluster();
+        cluster.sync();
+        write([&](int w) { return cluster.map_shared_rank(static_cast<const float *>(partial), w); });
+        cluster.sync();  // nobody leaves or overwrites while others read
+#endif
+      } else {
+        __syncthreads();
+        write([&](int) { return static_cast<const float *>(partial); });
+      }
+    }
+  }
+}
+
+// Sums the splits in order; one block per (sequence, kv head). Only where blocks cannot form clusters.
+__global__ void __launch_bounds__(kThreads) step_reduce(StepShape s, powerattn_step_args a) {
+  const int64_t unit = blockIdx.x, b = unit / s.heads_kv, head = unit % s.heads_kv;
+  const int64_t slot = a.slots ? a.slots[b] : b;
+  if (slot < 0 || slot >= s.num_slots) return;
+  const int64_t length = a.lengths ? min(max(a.lengths[b], int64_t(0)), s.seq_len) : s.seq_len;
+  const int64_t queries = s.seq_len * s.group;
+  for (int64_t i = threadIdx.x; i < length * s.group * s.e; i += kThreads) {
+    const int64_t pair = i / s.e, c = i % s.e;
+    float y = 0, l = 0;
+    for (int w = 0; w < s.splits; ++w) {
+      const float *from = s.partial + ((unit * s.splits + w) * queries + pair) * (s.e + 1);
+      y += from[c];
+      l += from[s.e];
+    }
+    y *= s.scale_p;
+    if (s.normalize) {
+      l = l * s.scale_p + s.eps;
+      y = l != 0.0f ? y / l : 0.0f;
+    }
+    const int64_t t = pair / s.group, h = head * s.group + pair % s.group;
+    store_from_float(a.y.data, s.dtype, b * a.y.stride_b + t * a.y.stride_t + h * a.y.stride_h + c, y);
+  }
+}
+
+template <class State, int V, int kQ, bool kCluster>
+cudaError_t launch_step(const StepShape &s, const powerattn_step_args &a, int64_t units, cudaStream_t stream) {
+  const size_t shared = size_t(step_shared_floats(kQ, s.d, s.e)) * sizeof(float);
+  auto kernel = step_kernel<State, V, kQ, kCluster>;
+  cudaError_t error = cudaSuccess;
+  if (shared > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (error == cudaSuccess && kCluster && s.splits > 8)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(units * s.splits));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(s.splits);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = kCluster ? 1 : 0;
+  error = cudaLaunchKernelEx(&config, kernel, s, a);
+  return error == cudaSuccess ? cudaGetLastError() : error;
+}
+
+template <class State, int V, int kQ>
+cudaError_t launch_split(const StepTiling &t, const StepShape &s, const powerattn_step_args &a, int64_t units,
+                         cudaStream_t stream) {
+  if (t.cluster && t.splits > 1) return launch_step<State, V, kQ, true>(s, a, units, stream);
+  cudaError_t error = launch_step<State, V, kQ, false>(s, a, units, stream);
+  if (error != cudaSuccess || s.splits == 1) return error;
+  step_reduce<<<unsigned(units), kThreads, 0, stream>>>(s, a);
+  return cudaGetLastError();
+}
+
+template <class State, int V>
+cudaError_t launch_queries(const StepTiling &t, const StepShape &s, const powerattn_step_args &a, int64_t units,
+                           cudaStream_t stream) {
+  if (t.queries == 1 || V == 1) return launch_split<State, V, 1>(t, s, a, units, stream);
+  if constexpr (V > 1) {
+    if (t.queries <= 4) return launch_split<State, V, 4>(t, s, a, units, stream);
+    return launch_split<State, V, 8>(t, s, a, units, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+StepTiling step_tiling(const Problem &p, int sm_count, bool clusters) {
+  StepTiling t;
+  const int widest = p.state_dtype == Dtype::kBfloat16 ? 8 : 4;
+  t.vector = p.value_dim % widest == 0 ? widest : 1;  // 16 bytes where rows allow it
+  while (t.threads_per_row * t.vector < p.value_dim) t.threads_per_row *= 2;
+  const int64_t pairs = p.seq_len * p.group();
+  t.queries = pairs <= 1 ? 1 : pairs <= 4 ? 4 : 8;
+  t.cluster = clusters;
+  // Four blocks per multiprocessor hide the latency of memory; a block keeps at least 64 rows.
+  const int64_t units = p.sequences * p.heads_kv;
+  while (units * t.splits < 4 * int64_t(sm_count) && t.splits < 16 && p.state_rows / (2 * t.splits) >= 64) t.splits *= 2;
+  return t;
+}
+
+size_t step_shared_bytes(const Problem &p) { return size_t(step_shared_floats(8, p.head_dim, p.value_dim)) * sizeof(float); }
+
+size_t step_workspace_bytes(const Problem &p, const StepTiling &t) {
+  if (t.cluster || t.splits == 1) return 0;
+  return size_t(p.sequences) * p.heads_kv * t.splits * p.seq_len * p.group() * (p.value_dim + 1) * sizeof(float);
+}
+
+cudaError_t step(const Problem &p, const StepTiling &t, const powerattn_step_args &a, cudaStream_t stream) {
+  const int64_t units = p.sequences * p.heads_kv;
+  if (units == 0 || p.seq_len == 0) return cudaSuccess;
+  StepShape s;
+  s.seq_len = p.seq_len;
+  s.heads_q = p.heads_q;
+  s.heads_kv = p.heads_kv;
+  s.d = p.head_dim;
+  s.e = p.value_dim;
+  s.rows = p.state_rows;
+  s.num_slots = a.slots ? a.num_slots : std::max(a.num_slots, p.sequences);
+  s.group = int(p.group());
+  s.degree = p.degree;
+  s.splits = t.splits;
+  s.threads_per_row = t.threads_per_row;
+  s.rows_per_split = ceil_div(p.state_rows, t.splits);
+  s.normalize = p.normalize;
+  s.rope = p.rope.style != POWERATTN_ROPE_NONE;
+  s.interleaved = p.rope.style == POWERATTN_ROPE_INTERLEAVED;
+  s.rope_dim = p.rope.dim;
+  s.rope_log2_base = std::log2(p.rope.base);
+  s.scale_p = float(std::pow(p.scale, p.degree));
+  s.eps = float(p.eps);
+  s.dtype = p.dtype;
+  s.partial = static_cast<float *>(a.workspace);
+
+  // 16-byte accesses need every state to start on 16 bytes.
+  const int64_t bytes = t.vector * size_of(p.state_dtype);
+  const bool aligned = t.vector > 1 && reinterpret_cast<uintptr_t>(a.state.s) % size_t(bytes) == 0 &&
+                       a.state.s_stride_n % t.vector == 0 && a.state.s_stride_h % t.vector == 0;
+  if (!aligned) {
+    s.threads_per_row = 1;
+    while (s.threads_per_row < p.value_dim) s.threads_per_row *= 2;
+  }
+  if (p.state_dtype == Dtype::kBfloat16)
+    return aligned ? launch_queries<bf16, 8>(t, s, a, units, stream) : launch_queries<bf16, 1>(t, s, a, units, stream);
+  return aligned ? launch_queries<float, 4>(t, s, a, units, stream) : launch_queries<float, 1>(t, s, a, units, stream);
+}
+
+}  // namespace powerattn::cuda

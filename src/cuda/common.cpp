@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common.h"
+
+#include <cstdio>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+namespace powerattn::cuda {
+
+powerattn_status device_properties(int device_index, const DeviceProperties **properties) {
+  static std::mutex mutex;
+  static std::vector<std::unique_ptr<DeviceProperties>> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (device_index >= 0 && size_t(device_index) < known.size() && known[size_t(device_index)]) {
+    *properties = known[size_t(device_index)].get();
+    return POWERATTN_OK;
+  }
+  cudaDeviceProp raw;
+  const cudaError_t error = cudaGetDeviceProperties(&raw, device_index);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return fail(POWERATTN_ERROR_NO_DEVICE, "CUDA device %d cannot be used: %s", device_index,
+                cudaGetErrorString(error));
+  }
+  auto made = std::make_unique<DeviceProperties>();
+  std::snprintf(made->name, sizeof(made->name), "%.63s", raw.name);
+  made->major = raw.major;
+  made->minor = raw.minor;
+  made->sm_count = raw.multiProcessorCount;
+  made->l2_bytes = size_t(raw.l2CacheSize);
+  made->shared_per_block = raw.sharedMemPerBlockOptin;
+  made->memory_bytes = raw.totalGlobalMem;
+  int clock_khz = 0;
+  if (cudaDeviceGetAttribute(&clock_khz, cudaDevAttrMemoryClockRate, device_index) != cudaSuccess) cudaGetLastError();
+  made->bandwidth = 2.0 * double(clock_khz) * 1e3 * double(raw.memoryBusWidth) / 8.0;
+  if (known.size() <= size_t(device_index)) known.resize(size_t(device_index) + 1);
+  known[size_t(device_index)] = std::move(made);
+  *properties = known[size_t(device_index)].get();
+  return POWERATTN_OK;
+}
+
+DeviceGuard::DeviceGuard(int device_index) {
+  cudaGetLastError();
+  int current = 0;
+  error_ = cudaGetDevice(&current);
+  if (error_ == cudaSuccess && current != device_index) {
+    error_ = cudaSetDevice(device_index);
+    if (error_ == cudaSuccess) previous_ = current;
+  }
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (previous_ >= 0) cudaSetDevice(previous_);
+}
+
+powerattn_status check_launch(cudaError_t error, const char *what) {
+  if (error == cudaSuccess) return POWERATTN_OK;
+  cudaGetLastError();
+  return fail(POWERATTN_ERROR_DEVICE, "%s: the device reported %s (%s)", what, cudaGetErrorName(error),
+              cudaGetErrorString(error));
+}
+
+}  // namespace powerattn::cuda

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the CUDA implementations share on the host.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend.h"
+#include "status.h"
+
+namespace powerattn::cuda {
+
+struct DeviceProperties {
+  char name[64] = {};
+  int major = 0, minor = 0;
+  int sm_count = 0;
+  size_t l2_bytes = 0;
+  size_t shared_per_block = 0;  // opt-in maximum
+  size_t memory_bytes = 0;
+  double bandwidth = 0;         // bytes per second, from the memory clock and bus
+};
+
+// Read once per device and kept. Fails with NO_DEVICE and the reason.
+powerattn_status device_properties(int device_index, const DeviceProperties **properties);
+
+// Makes the plan's device current and the caller's again at the end. Also drops a pending error of an earlier call
+// that is none of ours, so that what cudaGetLastError says afterwards is.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device_index);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard &) = delete;
+  DeviceGuard &operator=(const DeviceGuard &) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  int previous_ = -1;
+  cudaError_t error_ = cudaSuccess;
+};
+
+// OK, or DEVICE with what was being done and what the device said.
+powerattn_status check_launch(cudaError_t error, const char *what);
+
+// Cuts a workspace into 256-byte aligned arrays. With a null base it only counts, so that the same code gives sizes.
+class Carver {
+ public:
+  explicit Carver(void *base) : base_(static_cast<char *>(base)) {}
+  template <class T>
+  T *take(size_t count) {
+    return static_cast<T *>(bytes(count * sizeof(T)));
+  }
+  void *bytes(size_t n) {
+    void *p = base_ ? base_ + used_ : nullptr;
+    used_ += (n + 255) / 256 * 256;
+    return p;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char *base_;
+  size_t used_ = 0;
+};
+
+inline cudaStream_t stream_of(void *stream) { return static_cast<cudaStream_t>(stream); }
+
+}  // namespace powerattn::cuda

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "generic_step.h"
+
+#include <cstdio>
+
+#include "kernels/cuda/step.h"
+
+namespace powerattn {
+namespace {
+
+// Clusters need sm_90 machine code of this build; newer devices run PTX for sm_80, which has none.
+cuda::StepTiling tiling_of(const Problem &p) {
+  const cuda::DeviceProperties *device = nullptr;
+  if (cuda::device_properties(p.device_index, &device) != POWERATTN_OK) return {};
+  return cuda::step_tiling(p, device->sm_count, device->major == 9);
+}
+
+}  // namespace
+
+bool step_supported(const Problem &p, const cuda::DeviceProperties &device, std::string *why) {
+  if (double(p.sequences) * double(p.heads_kv) * 16 >= double(0x7fffffff)) {
+    *why = "more than 2^31 thread blocks";
+    return false;
+  }
+  const size_t shared = cuda::step_shared_bytes(p);
+  if (shared > device.shared_per_block) {
+    *why = "needs " + std::to_string(shared) + " bytes of shared memory per block, the device has " +
+           std::to_string(device.shared_per_block);
+    return false;
+  }
+  return true;
+}
+
+size_t step_workspace(const Problem &p) { return cuda::step_workspace_bytes(p, tiling_of(p)); }
+
+void describe_step(const Problem &p, std::string *text) {
+  const cuda::StepTiling t = tiling_of(p);
+  char line[256];
+  std::snprintf(line, sizeof(line),
+                "  step: %d blocks per state (four per multiprocessor in all), summed %s; %d-byte accesses, %d query "
+                "rows per pass\n",
+                t.splits, t.splits == 1 ? "in the block" : t.cluster ? "through the cluster's shared memory"
+                                                                     : "through the workspace by a second launch",
+                int(t.vector * size_of(p.state_dtype)), t.queries);
+  text->append(line);
+}
+
+powerattn_status generic_step(const powerattn_plan &plan, const powerattn_step_args &args) {
+  const Problem &p = plan.problem;
+  const cuda::DeviceGuard guard(p.device_index);
+  if (guard.error() != cudaSuccess) return cuda::check_launch(guard.error(), "step");
+  return cuda::check_launch(cuda::step(p, tiling_of(p), args, cuda::stream_of(args.stream)), "step");
+}
+
+}  // namespace powerattn
