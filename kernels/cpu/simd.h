@@ -59,7 +59,7 @@ POWERATTN_INLINE void store(T *p, Vec<T> v) {
 }
 template <class T>
 POWERATTN_INLINE Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // not {} + x: that is 0, not -0, for x = -0, and so an addition in the code
 }
 template <class T>
 POWERATTN_INLINE T sum(Vec<T> v) {
