@@ -65,7 +65,7 @@ powerattn_status need_plan(const powerattn_plan *plan) {
 template <class Args, class Check, class Run>
 powerattn_status execute(const powerattn_plan *plan, const Args *args, Check check, Run run) noexcept {
   return guarded([&] {
-    Args a;
+    Args a = {};
     powerattn_status status = need_plan(plan);
     if (status == POWERATTN_OK) status = read_struct(args, &a, "args");
     if (status == POWERATTN_OK) status = check(*plan, a);
@@ -99,7 +99,7 @@ extern "C" {
 
 powerattn_status powerattn_plan_create(const powerattn_desc *desc, powerattn_plan **plan) {
   return guarded([&] {
-    powerattn_desc d;
+    powerattn_desc d = {};
     powerattn_status status = need_output(plan, "plan");
     if (status == POWERATTN_OK) status = read_struct(desc, &d, "desc");
     if (status == POWERATTN_OK) status = check_desc(d);
@@ -114,7 +114,7 @@ void powerattn_plan_destroy(powerattn_plan *plan) { delete plan; }
 
 powerattn_status powerattn_plan_query(const powerattn_plan *plan, powerattn_plan_info *info) {
   return guarded([&] {
-    powerattn_plan_info known;
+    powerattn_plan_info known = {};
     powerattn_status status = need_plan(plan);
     if (status == POWERATTN_OK) status = need_output(info, "info");
     if (status != POWERATTN_OK) return status;

@@ -84,6 +84,7 @@ Span *ArgsChecker::add(const char *name, Role role, const void *data, int64_t al
   *span = Span{};
   span->name = names_[size_];
   span->output = role == Role::kOutput;
+  span->data = data;
   span->base = address;
   span->run = run;
   return span;
@@ -112,7 +113,7 @@ void ArgsChecker::finish(Span *span, bool on_device) {
   }
   if (failed()) return;
   if (on_device) {
-    status_ = plan_.backend->check_pointer(p_, reinterpret_cast<const void *>(span->base), span->name);
+    status_ = plan_.backend->check_pointer(p_, span->data, span->name);
   }
   if (!failed()) ++size_;
 }
@@ -248,7 +249,7 @@ void ArgsChecker::sequences(const int64_t *cu_seqlens, const int64_t *rope_offse
   array("rope_offset", rope_offset, p_.sequences, 8, Role::kInput, Need::kOptional);
   if (!p_.packed) return;
   array("cu_seqlens", cu_seqlens, p_.sequences + 1, 8, Role::kInput, Need::kRequired);
-  if (failed() || p_.device_type != POWERATTN_CPU) return;
+  if (failed() || cu_seqlens == nullptr || p_.device_type != POWERATTN_CPU) return;
   require(cu_seqlens[0] == 0, "cu_seqlens[0] is %" PRId64 "; it must be 0", cu_seqlens[0]);
   for (int64_t n = 0; n < p_.sequences && !failed(); ++n) {
     const int64_t first = cu_seqlens[n], last = cu_seqlens[n + 1];

@@ -33,9 +33,9 @@ double backward_io(const Problem &p) {
 
 // Packed sequences: about as many full chunks as the tokens fill, and at least one each.
 double chunks(const Problem &p, int64_t chunk) {
-  const double sequences = static_cast<double>(p.sequences);
-  const double all = sequences * static_cast<double>((p.max_seq_len + chunk - 1) / chunk);
-  return p.packed ? std::min(all, static_cast<double>(p.seq_len / chunk) + sequences) : all;
+  const int64_t longest = (p.max_seq_len + chunk - 1) / chunk, filled = p.seq_len / chunk;
+  const double sequences = static_cast<double>(p.sequences), all = sequences * static_cast<double>(longest);
+  return p.packed ? std::min(all, static_cast<double>(filled) + sequences) : all;
 }
 
 double state_traffic(const Problem &p, int64_t chunk, int64_t element) {

@@ -11,6 +11,7 @@ namespace powerattn {
 struct Span {
   const char *name = "";
   bool output = false;
+  const void *data = nullptr;  // base as the caller gave it
   uint64_t base = 0;
   int64_t run = 0;  // contiguous bytes
   int64_t extent[3] = {1, 1, 1};
