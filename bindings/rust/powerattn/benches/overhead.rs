@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the wrapper adds to a call: the same smallest step through the safe API and through the raw one.
-use criterion::{criterion_group, criterion_main, Criterion};
+use criterion::{black_box, criterion_group, criterion_main, Criterion};
 use powerattn::{Plan, State, Step, Stream, TensorMut, TensorRef, Workspace};
 use powerattn_sys as sys;
-use std::hint::black_box;
 
 fn overhead(c: &mut Criterion) {
     let plan = Plan::<f32>::builder().batch(1).heads(1, 1).head_dim(2).use_state().num_threads(1).build().unwrap();
