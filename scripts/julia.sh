@@ -3,7 +3,7 @@
 . "$ROOT/scripts/debian_prefix.sh"
 
 julia_setup() {
-  need_apt gcc libc6-dev
+  need_apt gcc libc6-dev python3
   build_library
   debian_prefix julia bullseye julia
   JULIA_PREFIX=$PREFIX
@@ -18,6 +18,7 @@ julia_test() {
   export POWERATTN_LIBRARY JULIA_NUM_THREADS=2 JULIA_DEPOT_PATH=$CACHE/julia-depot
   POWERATTN_LIBRARY=$(julia_library)
   say "$(julia_debian --version)"
+  check "one table of API names, none falls behind the header" python3 "$ROOT/tests/api_names.py"
   run_counted julia julia_debian --project=. test/runtests.jl
   if command -v julia >/dev/null; then
     say "$(julia --version) of PATH"
