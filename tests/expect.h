@@ -198,8 +198,8 @@ inline Report judge_all(const Case &c, const Outputs &got, const Outputs &exact,
   return report;
 }
 
-// Runs a case with fresh numbers and judges every output; the text of the failure, or "".
-inline std::string check_case(Memory &memory, const Case &c, uint64_t seed, Report *summary = nullptr) {
+// Runs a case with the numbers of one seed and judges every output; the text of the failure, or "".
+inline std::string check_draw(Memory &memory, const Case &c, uint64_t seed, Report *summary) {
   Inputs in = make_inputs(c, seed);
   const Outputs exact = oracle(c, in);
   if (c.op == CaseOp::kSummaryReverse) {  // needs what the forward call returned
@@ -220,18 +220,38 @@ inline std::string check_case(Memory &memory, const Case &c, uint64_t seed, Repo
         Report sums;
         judge("total_log_g", stat_dtype(c), got.total, exact.total, {&exact.total}, &sums);
         // A sum of t gates: one rounding each.
-        if (sums.worst_ratio > static_cast<double>(std::max<int64_t>(c.t, 1))) problems += sums.problems;
+        if (sums.worst_ratio > static_cast<double>(std::max<int64_t>(c.t, 1))) {
+          problems += sums.problems;
+          summary->worst_ratio = std::numeric_limits<double>::infinity();
+        }
       }
       const Report report = judge_all(c, got, exact, plain);
       problems += report.problems;
-      if (summary) *summary = report;
+      if (summary->worst_ratio <= report.worst_ratio) *summary = report;
       if (saved == 1 && !report.problems.empty()) problems += "(with saved) ";
     }
     if (!problems.empty()) problems += "\n" + plan.text();
   } catch (const std::exception &error) {
     problems += error.what();
+    summary->worst_ratio = std::numeric_limits<double>::infinity();
   }
   return problems;
+}
+
+// The errors of a plain implementation are a sample, and their maximum is a noisy one: about one case in a hundred
+// is a little over its tolerance by chance. So an error that is not beyond twice its tolerance is confirmed by two
+// more draws, and a case fails when most of its draws do.
+inline std::string check_case(Memory &memory, const Case &c, uint64_t seed, Report *summary = nullptr) {
+  Report report;
+  std::string problems = check_draw(memory, c, seed, &report);
+  if (summary) *summary = report;
+  if (problems.empty() || report.worst_ratio > 2) return problems;
+  for (int failed = 1, draw = 1; draw <= 2; ++draw) {
+    Report again;
+    const std::string more = check_draw(memory, c, seed + 1000003u * static_cast<uint64_t>(draw), &again);
+    if (!more.empty() && (++failed == 2 || again.worst_ratio > 2)) return problems + more;
+  }
+  return "";
 }
 
 inline uint64_t seed_of(const std::string &line) {

@@ -84,11 +84,11 @@ struct Embedding {
   }
 
   template <typename A, typename R>
-  void apply(const A *x, const R &round, A *phi) const {
+  void apply(const A *x, const R &round, A *phi, bool backwards = false) const {
     for (int64_t r = 0; r < rows(); ++r) {
-      A product = static_cast<A>(weight[static_cast<size_t>(r)]);
-      for (int m = 0; m < p; ++m) product *= x[index[static_cast<size_t>(r * p + m)]];
-      phi[r] = round(product);
+      A product = backwards ? A(1) : static_cast<A>(weight[static_cast<size_t>(r)]);
+      for (int m = 0; m < p; ++m) product *= x[index[static_cast<size_t>(r * p + (backwards ? p - 1 - m : m))]];
+      phi[r] = round(backwards ? product * static_cast<A>(weight[static_cast<size_t>(r)]) : product);
     }
   }
 

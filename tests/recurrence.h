@@ -25,14 +25,14 @@ HeadOutput recurrent_forward(const HeadInput &in, const R &round) {
     const double log_g = in.log_g.empty() ? 0.0 : in.log_g[i];
     out.total += log_g;
     const A decay = std::exp(static_cast<A>(log_g));
-    embed.apply(&x.k[i * d], round, phi.data());
+    embed.apply(&x.k[i * d], round, phi.data(), in.backwards);
     for (int64_t r = 0; r < big; ++r) {
       for (int64_t c = 0; c < e; ++c) s[r * e + c] = decay * s[r * e + c] + phi[r] * x.v[i * e + c];
       z[r] = decay * z[r] + phi[r];
     }
     for (int64_t h = 0; h < in.group; ++h) {
       const int64_t row = h * t + i;
-      embed.apply(&x.q[row * d], round, phi.data());
+      embed.apply(&x.q[row * d], round, phi.data(), in.backwards);
       std::fill(sum.begin(), sum.end(), A(0));
       for (int64_t step = 0; step < big; ++step) {
         const int64_t r = in.backwards ? big - 1 - step : step;
@@ -77,7 +77,7 @@ HeadGradient recurrent_backward(const HeadInput &in, const HeadOutput &fwd, cons
   z.resize(static_cast<size_t>(big));
   for (int64_t i = 0; i < t; ++i) {
     if (!in.log_g.empty()) decay[i] = std::exp(static_cast<A>(in.log_g[i]));
-    embed.apply(&x.k[i * d], round, phi.data());
+    embed.apply(&x.k[i * d], round, phi.data(), in.backwards);
     for (int64_t r = 0; r < big; ++r) {
       for (int64_t c = 0; c < e; ++c) s[r * e + c] = decay[i] * s[r * e + c] + phi[r] * x.v[i * e + c];
       z[r] = decay[i] * z[r] + phi[r];
@@ -85,7 +85,7 @@ HeadGradient recurrent_backward(const HeadInput &in, const HeadOutput &fwd, cons
     for (int64_t h = 0; h < in.group; ++h) {
       const int64_t row = h * t + i;
       for (int64_t r = 0; r < big; ++r) dphi[r] = factor * (dot(&s[r * e], &dn[row * e], e) + z[r] * dl[row]);
-      embed.apply(&x.q[row * d], round, phi.data());
+      embed.apply(&x.q[row * d], round, phi.data(), in.backwards);
       embed.pull_back(&x.q[row * d], dphi.data(), &dq[row * d]);
       gate[i] += dot(phi.data(), dphi.data(), big);
     }
@@ -99,13 +99,13 @@ HeadGradient recurrent_backward(const HeadInput &in, const HeadOutput &fwd, cons
   for (int64_t i = t - 1; i >= 0; --i) {
     for (int64_t h = 0; h < in.group; ++h) {
       const int64_t row = h * t + i;
-      embed.apply(&x.q[row * d], round, phi.data());
+      embed.apply(&x.q[row * d], round, phi.data(), in.backwards);
       for (int64_t r = 0; r < big; ++r) {
         for (int64_t c = 0; c < e; ++c) ds[r * e + c] += factor * phi[r] * dn[row * e + c];
         dz[r] += factor * phi[r] * dl[row];
       }
     }
-    embed.apply(&x.k[i * d], round, phi.data());
+    embed.apply(&x.k[i * d], round, phi.data(), in.backwards);
     for (int64_t r = 0; r < big; ++r) {
       dphi[r] = dot(&ds[r * e], &x.v[i * e], e) + dz[r];
       for (int64_t c = 0; c < e; ++c) dv[i * e + c] += phi[r] * ds[r * e + c];

@@ -27,3 +27,4 @@ void check_file(const char *name) {
 
 TEST_CASE("cases: smoke") { check_file("smoke.txt"); }
 TEST_CASE("cases: ci") { check_file("ci.txt"); }
+TEST_CASE("cases: chunked") { check_file("chunked.txt"); }
