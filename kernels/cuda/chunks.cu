@@ -126,6 +126,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Slots per chunk of a table with gaps. Packed: sequences may be longer than max_seq_len says.
+int64_t tiles_per_chunk(const Problem &p, int64_t chunk, int64_t tile) {
+  return ceil_div(std::min(chunk, p.packed ? p.seq_len : p.max_seq_len), tile);
+}
+
 bool gap_free(const Problem &p, int64_t chunk, int64_t tile) { return p.packed && chunk % tile == 0; }
 
 // ---- Gates -----------------------------------------------------------------------------------------------
@@ -235,7 +240,7 @@ int64_t chunk_bound(const Problem &p, int64_t chunk) {
 int64_t tile_bound(const Problem &p, int64_t chunk, int64_t tile) {
   if (tile == 0) return 0;
   if (gap_free(p, chunk, tile)) return p.seq_len == 0 ? 0 : p.seq_len / tile + p.sequences;
-  return chunk_bound(p, chunk) * ceil_div(std::min(chunk, p.max_seq_len), tile);
+  return chunk_bound(p, chunk) * tiles_per_chunk(p, chunk, tile);
 }
 
 size_t chunk_table_bytes(const Problem &p, int64_t chunk, int64_t tile) {
@@ -279,7 +284,7 @@ cudaError_t build_chunks(const Problem &p, int64_t chunk, int64_t tile, const in
                                                                                        chunk, tile);
     } else {
       fill_tiles<<<blocks, kThreads, 0, stream>>>(tiles, chunks, table->num_tiles,
-                                                  ceil_div(std::min(chunk, p.max_seq_len), tile), tile);
+                                                  tiles_per_chunk(p, chunk, tile), tile);
     }
   }
   return cudaGetLastError();

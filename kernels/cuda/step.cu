@@ -163,6 +163,8 @@ __global__ void __launch_bounds__(kThreads, V * kQ >= 64 ? 1 : 2) step_kernel(co
       const int heads = min(heads_per_pass, s.group - h0);
       const bool first = h0 == 0;  // the pass that moves the state on
       const int pairs = tokens * heads;
+      unsigned starts = 0;  // bit i: pair i is the first of its token
+      for (int t = 0; t < tokens; ++t) starts |= 1u << (t * heads);
       __syncthreads();
 #pragma unroll 1
       for (int t = 0; t < tokens; ++t) {
@@ -198,11 +200,12 @@ __global__ void __launch_bounds__(kThreads, V * kQ >= 64 ? 1 : 2) step_kernel(co
         if (tid < count) {  // features of the block's rows, and z, which has one number per row
           const Row r = locate_row(block + tid, int(s.d), s.degree);
           float z = zstate ? to_float(zstate[block + tid]) : 0.0f;
+          int t = -1;
 #pragma unroll
           for (int i = 0; i < kQ; ++i) {
             if (i >= pairs) break;
-            const int t = i / heads;
-            if (i % heads == 0) {
+            if (starts >> i & 1) {
+              ++t;
               const float pk = feature_of(r, s.degree, k + t * s.d);
               phi_k[t * kRowBlock + tid] = pk;
               if (first) z = gates[t] * z + pk;
@@ -233,11 +236,12 @@ __global__ void __launch_bounds__(kThreads, V * kQ >= 64 ? 1 : 2) step_kernel(co
               float x[V];
 #pragma unroll
               for (int j = 0; j < V; ++j) x[j] = to_float(raw[u].v[j]);
+              int t = -1;
 #pragma unroll
               for (int i = 0; i < kQ; ++i) {
                 if (i >= pairs) break;
-                const int t = kQ == 1 ? 0 : i / heads;
-                if (first && (kQ == 1 || i % heads == 0)) {
+                t += int(starts >> i & 1);
+                if (first && (starts >> i & 1)) {
                   const float gate = gates[t], pk = phi_k[t * kRowBlock + r];
 #pragma unroll
                   for (int j = 0; j < V; ++j) x[j] = gate * x[j] + pk * v[t * e + col + j];

@@ -3,6 +3,8 @@
 // CUDA runtime opens the driver when the first of these functions asks for a device, not before.
 #include "backend.h"
 
+#include <cstdlib>
+#include <cstring>
 #include <utility>
 
 #include "common.h"
@@ -25,7 +27,7 @@ using cuda::DeviceGuard;
 using cuda::stream_of;
 
 // Fastest first; the generic path runs what nothing above it takes.
-const Implementation *const kImplementations[] = {
+const Implementation *const kAll[] = {
 #if defined(POWERATTN_HAVE_SM90)
     &kCudaSm90,
 #endif
@@ -33,6 +35,22 @@ const Implementation *const kImplementations[] = {
     &kCudaSm80,
 #endif
     &kCudaGeneric, nullptr};
+
+// The table, or the part of it that POWERATTN_CUDA_IMPLEMENTATION names ("cuda.generic"): for tests and comparisons.
+const Implementation *const *implementations() {
+  static const Implementation *const *const table = [] {
+    static const Implementation *one[] = {nullptr, nullptr};
+    const char *name = std::getenv("POWERATTN_CUDA_IMPLEMENTATION");
+    for (const Implementation *const *i = kAll; name != nullptr && *i != nullptr; ++i) {
+      if (std::strcmp((*i)->name, name) == 0) {
+        one[0] = *i;
+        return static_cast<const Implementation *const *>(one);
+      }
+    }
+    return static_cast<const Implementation *const *>(kAll);
+  }();
+  return table;
+}
 
 // No driver, one that is too old, and no device are all "none here".
 powerattn_status device_count(int32_t *count) {
@@ -193,8 +211,8 @@ powerattn_status unpack(const powerattn_plan &plan, const powerattn_pack_args &a
 }  // namespace
 
 const Backend *cuda_backend() {
-  static const Backend backend = {"cuda",  kImplementations, device_count, open_device, check_pointer,
-                                  compose, convert,          pack,         unpack};
+  static const Backend backend = {"cuda",  implementations(), device_count, open_device, check_pointer,
+                                  compose, convert,           pack,         unpack};
   return &backend;
 }
 

@@ -5,24 +5,24 @@
 
 #include "kernels/cuda/step.h"
 
-namespace powerattn {
+namespace powerattn::cuda {
 namespace {
 
 // Clusters need sm_90 machine code of this build; newer devices run PTX for sm_80, which has none.
-cuda::StepTiling tiling_of(const Problem &p) {
-  const cuda::DeviceProperties *device = nullptr;
-  if (cuda::device_properties(p.device_index, &device) != POWERATTN_OK) return {};
-  return cuda::step_tiling(p, device->sm_count, device->major == 9);
+StepTiling tiling_of(const Problem &p) {
+  const DeviceProperties *device = nullptr;
+  if (device_properties(p.device_index, &device) != POWERATTN_OK) return {};
+  return step_tiling(p, device->sm_count, device->major == 9);
 }
 
 }  // namespace
 
-bool step_supported(const Problem &p, const cuda::DeviceProperties &device, std::string *why) {
+bool step_supported(const Problem &p, const DeviceProperties &device, std::string *why) {
   if (double(p.sequences) * double(p.heads_kv) * 16 >= double(0x7fffffff)) {
     *why = "more than 2^31 thread blocks";
     return false;
   }
-  const size_t shared = cuda::step_shared_bytes(p);
+  const size_t shared = step_shared_bytes(p);
   if (shared > device.shared_per_block) {
     *why = "needs " + std::to_string(shared) + " bytes of shared memory per block, the device has " +
            std::to_string(device.shared_per_block);
@@ -31,10 +31,10 @@ bool step_supported(const Problem &p, const cuda::DeviceProperties &device, std:
   return true;
 }
 
-size_t step_workspace(const Problem &p) { return cuda::step_workspace_bytes(p, tiling_of(p)); }
+size_t step_workspace(const Problem &p) { return step_workspace_bytes(p, tiling_of(p)); }
 
 void describe_step(const Problem &p, std::string *text) {
-  const cuda::StepTiling t = tiling_of(p);
+  const StepTiling t = tiling_of(p);
   char line[256];
   std::snprintf(line, sizeof(line),
                 "  step: %d blocks per state (four per multiprocessor in all), summed %s; %d-byte accesses, %d query "
@@ -47,9 +47,9 @@ void describe_step(const Problem &p, std::string *text) {
 
 powerattn_status generic_step(const powerattn_plan &plan, const powerattn_step_args &args) {
   const Problem &p = plan.problem;
-  const cuda::DeviceGuard guard(p.device_index);
-  if (guard.error() != cudaSuccess) return cuda::check_launch(guard.error(), "step");
-  return cuda::check_launch(cuda::step(p, tiling_of(p), args, cuda::stream_of(args.stream)), "step");
+  const DeviceGuard guard(p.device_index);
+  if (guard.error() != cudaSuccess) return check_launch(guard.error(), "step");
+  return check_launch(step(p, tiling_of(p), args, stream_of(args.stream)), "step");
 }
 
-}  // namespace powerattn
+}  // namespace powerattn::cuda

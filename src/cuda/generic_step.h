@@ -6,11 +6,11 @@
 
 #include "common.h"
 
-namespace powerattn {
+namespace powerattn::cuda {
 
-bool step_supported(const Problem &p, const cuda::DeviceProperties &device, std::string *why);
+bool step_supported(const Problem &p, const DeviceProperties &device, std::string *why);
 size_t step_workspace(const Problem &p);
 void describe_step(const Problem &p, std::string *text);
 powerattn_status generic_step(const powerattn_plan &plan, const powerattn_step_args &args);
 
-}  // namespace powerattn
+}  // namespace powerattn::cuda

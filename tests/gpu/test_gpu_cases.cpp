@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The case files of tests/cases on a CUDA device, against the same float64 oracles as the CPU:
-//   test_gpu_cases FILE... [--only TEXT] [--shard I/N] [--limit-t T]
+//   test_gpu_cases FILE... [--only TEXT] [--shard I/N] [--no-guard]
 // One line per case: the largest ratio of an error to its tolerance, the output it belongs to, the implementation.
 #include <cstdio>
 #include <cstdlib>
@@ -53,11 +53,14 @@ int main(int argc, char **argv) {
   std::vector<std::string> files;
   std::string only;
   int shard = 0, shards = 1;
+  size_t guard = 4096;  // bytes around every buffer that must stay as they are
   for (int i = 1; i < argc; ++i) {
     if (!std::strcmp(argv[i], "--only") && i + 1 < argc) {
       only = argv[++i];
     } else if (!std::strcmp(argv[i], "--shard") && i + 1 < argc) {
       if (std::sscanf(argv[++i], "%d/%d", &shard, &shards) != 2) return 2;
+    } else if (!std::strcmp(argv[i], "--no-guard")) {
+      guard = 0;
     } else {
       files.push_back(argv[i]);
     }
@@ -72,7 +75,7 @@ int main(int argc, char **argv) {
       Report report;
       std::string problems;
       {
-        CudaMemory memory;
+        CudaMemory memory(guard);
         problems = check_case(memory, c, seed, &report);
         if (memory.damaged()) problems += "bytes outside the buffers were written; ";
         try {

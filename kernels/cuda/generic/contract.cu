@@ -11,7 +11,7 @@ constexpr int kDepth = 128;  // value columns held at once
 __host__ __device__ inline int copies_of(int64_t d) { return d <= 128 ? 2 : 1; }
 
 // Shared memory: x [64][d | 1] float, out copies [64][d | 1] float, u [64][depth + pad], S [32][depth + pad],
-// T [64][33] float, z [32], monomials [32].
+// T [64][33] float, z [32], monomials 2 x [32].
 template <class Mul>
 size_t contract_shared(int64_t d, int64_t e) {
   using T = typename Mul::T;
@@ -20,7 +20,7 @@ size_t contract_shared(int64_t d, int64_t e) {
   return x + shared_size(size_t(copies_of(d)) * kRows * odd(d) * sizeof(float)) +
          shared_size(kRows * pad_k<Mul>(depth) * sizeof(T)) + shared_size(kSlab * pad_k<Mul>(depth) * sizeof(T)) +
          shared_size(kRows * (kSlab + 1) * sizeof(float)) + shared_size(kSlab * sizeof(float)) +
-         shared_size(kSlab * sizeof(Monomial));
+         shared_size(2 * kSlab * sizeof(Monomial));
 }
 
 // T[m][r] = sum_c u[m][c] S[r][c] + c_m z[r];  out[m][i] += T[m][r] d phi(x_m)[r] / d x_i, slab by slab of 32 rows r.
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) contract_kernel(ContractArgs a, int6
   T *slab = carve.take<T>(kSlab * ldk);
   float *t = carve.take<float>(kRows * ldt);
   float *z = carve.take<float>(kSlab);
-  Monomial *rows = carve.take<Monomial>(kSlab);
+  Monomial *both = carve.take<Monomial>(2 * kSlab);  // slow threads still read the last slab's
 
   const int64_t head = blockIdx.x % heads;
   const Tile tile = s.table.tiles[blockIdx.x / heads];
@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(kThreads) contract_kernel(ContractArgs a, int6
   const float *mine = x + row * ldx;
   float *sum = out + (part % copies * kRows + row) * ldo;
   for (int64_t first = 0; first < s.rows; first += kSlab) {
+    Monomial *rows = both + first / kSlab % 2 * kSlab;
     float acc[kSlab / 8][4];
     clear(acc);
     for (int64_t c0 = 0; c0 < s.e; c0 += depth) {
@@ -113,8 +114,10 @@ __global__ void __launch_bounds__(kThreads) contract_kernel(ContractArgs a, int6
           sum[j] += tr * xi;
         } else {
           const uint64_t indices = rows[r].indices;
+#pragma unroll 1
           for (int place = 0; place < s.degree; ++place) {
             float others = tr;
+#pragma unroll 1
             for (int other = 0; other < s.degree; ++other)
               if (other != place) others *= mine[indices >> (8 * other) & 255];
             sum[indices >> (8 * place) & 255] += others;

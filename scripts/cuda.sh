@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+# The CUDA part. `cuda_test` needs no GPU: it compiles every kernel, reads what the compiler said about each, and runs
+# what a library with the backend must do on a machine without a device. `cuda_gpu_test` and `cuda_gpu_bench` need one.
+
+CUDA_BUILD=$BUILD/cuda
+
+cuda_setup() {
+  need_build_tools
+  need_toolkit
+}
+
+# The backend must link nothing of CUDA: no driver, no runtime, no cuBLAS.
+cuda_needs_no_library() {
+  ! readelf -d "$CUDA_BUILD/libpowerattn.so" | grep NEEDED | grep -Ei 'cuda|cublas|nvrtc|nvidia'
+}
+
+# Register spills and wgmma serialisation (ptxas warnings C75xx) in the compiler's report, by kernel.
+cuda_report_is_clean() {
+  local bad
+  bad=$(awk '/Compiling entry function/ { name = $0; sub(/.*entry function ./, "", name); sub(/. for .*/, "", name) }
+             /spill stores/ && !/ 0 bytes spill stores, 0 bytes spill loads/ { print name ": " $0 }
+             /C75[0-9][0-9]/ { print }' "$1")
+  [ -z "$bad" ] || { echo "$bad" | c++filt; return 1; }
+}
+
+# A CUDA plan where there is no device: a status and a message, and the CPU goes on working.
+cuda_without_device() {
+  cat >"$CUDA_BUILD/no_device.c" <<'C'
+#include <stdio.h>
+#include <string.h>
+#include "power_attention.h"
+int main(void) {
+  int32_t count = -1;
+  powerattn_desc d;
+  powerattn_plan *plan = 0;
+  memset(&d, 0, sizeof d);
+  d.struct_size = sizeof d;
+  d.device_type = POWERATTN_CUDA;
+  d.dtype = POWERATTN_BFLOAT16;
+  d.degree = 2;
+  d.batch = d.seq_len = d.heads_q = d.heads_kv = 1;
+  d.head_dim = 64;
+  if (powerattn_device_count(POWERATTN_CUDA, &count) != POWERATTN_OK || count != 0) return 1;
+  if (powerattn_plan_create(&d, &plan) != POWERATTN_ERROR_NO_DEVICE || plan) return 2;
+  if (!*powerattn_last_error()) return 3;
+  d.device_type = POWERATTN_CPU;
+  d.dtype = POWERATTN_FLOAT32;
+  if (powerattn_plan_create(&d, &plan) != POWERATTN_OK || !plan) return 4;
+  powerattn_plan_destroy(plan);
+  return 0;
+}
+C
+  cc -Iinclude "$CUDA_BUILD/no_device.c" -o "$CUDA_BUILD/no_device" -L"$CUDA_BUILD" -lpowerattn -Wl,-rpath,"$CUDA_BUILD"
+  CUDA_VISIBLE_DEVICES='' "$CUDA_BUILD/no_device"
+}
+
+cuda_test() {
+  cmake_build "$CUDA_BUILD" -DCMAKE_BUILD_TYPE=Release -DPOWERATTN_CUDA=ON -DPOWERATTN_BUILD_EXAMPLES=OFF \
+    -DPOWERATTN_BUILD_BENCH=OFF -DCMAKE_CUDA_FLAGS="-Xptxas=-v" -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
+  cuda_report
+  say "$(grep -c 'Compiling entry function' "$CUDA_BUILD/ptxas.txt") kernels compiled"
+  check "no kernel serialises its matrix instructions" cuda_no_serialisation
+  check "no kernel spills registers" cuda_no_spills
+  check "the library loads without CUDA libraries" cuda_needs_no_library
+  check "a CUDA plan without a device is refused with a message" cuda_without_device
+}
+
+# The compiler's report on every kernel, into ptxas.txt: each .cu file once more with its own command of the build. The
+# compiler cache keeps what a command printed, so that an unchanged file costs nothing.
+cuda_report() {
+  local directory command
+  : >"$CUDA_BUILD/ptxas.txt"
+  while read -r -d '' directory && read -r -d '' command; do
+    (cd "$directory" && eval "$command") >>"$CUDA_BUILD/ptxas.txt" 2>&1 || {
+      tail -n 20 "$CUDA_BUILD/ptxas.txt"
+      return 1
+    }
+  done < <(python3 - "$CUDA_BUILD/compile_commands.json" <<'PY'
+import json
+import sys
+
+for entry in json.load(open(sys.argv[1])):
+    if entry["file"].endswith(".cu"):
+        sys.stdout.write(entry["directory"] + "\0" + entry["command"] + "\0")
+PY
+  )
+}
+cuda_no_serialisation() { ! grep -E 'C75[0-9][0-9]' "$CUDA_BUILD/ptxas.txt"; }
+cuda_no_spills() { cuda_report_is_clean "$CUDA_BUILD/ptxas.txt"; }
+
+cuda_gpu_test() { bash scripts/gpu-test.sh "$@"; }
+cuda_gpu_bench() { bash scripts/gpu-bench.sh "$@"; }
