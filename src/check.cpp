@@ -13,7 +13,8 @@ namespace {
 constexpr int32_t kAllFlags =
     POWERATTN_UNNORMALIZED | POWERATTN_CUSTOM_SCALE | POWERATTN_USE_STATE | POWERATTN_ALLOW_TF32;
 constexpr int64_t kMaxChunk = INT32_MAX;
-constexpr __int128 kMaxBytes = static_cast<__int128>(1) << 62;  // of one tensor, with room for rounding up
+constexpr int64_t kMaxHeads = 1 << 20;
+constexpr __int128 kMaxBytes = static_cast<__int128>(1) << 48;  // of one tensor: a whole address space
 
 Need required_if(bool condition) { return condition ? Need::kRequired : Need::kOptional; }
 
@@ -48,8 +49,8 @@ powerattn_status check_desc(const powerattn_desc &d) {
 
   c.at_least("batch", d.batch, 0);
   c.at_least("seq_len", d.seq_len, 0);
-  c.at_least("heads_q", d.heads_q, 1);
-  c.at_least("heads_kv", d.heads_kv, 1);
+  c.range("heads_q", d.heads_q, 1, kMaxHeads);
+  c.range("heads_kv", d.heads_kv, 1, kMaxHeads);
   c.require(c.failed() || d.heads_q % d.heads_kv == 0,
             "heads_q is %" PRId64 "; it must be a multiple of heads_kv %" PRId64, d.heads_q, d.heads_kv);
   c.range("head_dim", d.head_dim, 1, kMaxDim);
@@ -61,16 +62,16 @@ powerattn_status check_desc(const powerattn_desc &d) {
   c.require(d.chunk_size == 0 || d.form != POWERATTN_FORM_ATTENTION,
             "chunk_size is %" PRId64 "; it must be 0 with form ATTENTION, which has no chunks", d.chunk_size);
   if (!c.failed()) {
-    // One saturating product per tensor extent: everything below may multiply shapes without looking.
+    // One saturating product: everything below may multiply shapes in 64 bits without looking.
     const int64_t factors[] = {std::max<int64_t>(d.batch, 1), std::max<int64_t>(d.seq_len, 1), d.heads_q,
                                std::max(d.head_dim, d.value_dim), 8};
     __int128 bytes = 1;
     for (const int64_t f : factors) bytes = std::min(bytes * f, kMaxBytes);
     c.require(bytes < kMaxBytes, "batch %" PRId64 " x seq_len %" PRId64 " x heads_q %" PRId64
-              " x head_dim overflow: a tensor may have at most 2^62 bytes", d.batch, d.seq_len, d.heads_q);
+              " x head_dim is too much: a tensor may have 2^48 bytes", d.batch, d.seq_len, d.heads_q);
     const __int128 states = static_cast<__int128>(d.sequences) * d.heads_q;
-    c.require(states < kMaxBytes / (8 * kMaxDim), "sequences %" PRId64 " x heads_q %" PRId64 " overflow",
-              d.sequences, d.heads_q);
+    c.require(states < kMaxBytes / (8 * kMaxDim), "sequences %" PRId64 " x heads_q %" PRId64
+              " is too much: allowed are 2^37 in all", d.sequences, d.heads_q);
   }
 
   if ((d.flags & POWERATTN_CUSTOM_SCALE) != 0) {

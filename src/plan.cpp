@@ -135,6 +135,18 @@ const Implementation *choose(const Backend &backend, Op op, const Problem &p, co
   return nullptr;
 }
 
+// States at all chunk starts, in 8-byte elements twice over: beyond this, sizes would not fit in 64 bits.
+constexpr unsigned __int128 kMaxChunkStates = static_cast<unsigned __int128>(1) << 60;
+
+bool chunk_states_fit(const Problem &p, const Tiling &t) {
+  if (t.form == Form::kAttention) return true;
+  const int64_t chunk = std::max<int64_t>(t.chunk, 1);
+  const int64_t per_sequence = p.max_seq_len / chunk + 2;
+  const auto chunks = static_cast<unsigned __int128>(p.packed ? p.seq_len / chunk + 2 * p.sequences : p.sequences * per_sequence);
+  const uint64_t one = state_bytes(p.state_rows, p.value_dim, Dtype::kFloat64, 2);
+  return one != kBytesOverflow && chunks * static_cast<uint64_t>(p.heads_kv) < kMaxChunkStates / (one + 1);
+}
+
 const char *name_or_none(const Implementation *i) { return i != nullptr ? i->name : "none"; }
 
 void describe(const powerattn_desc &d, const std::string &form_reason, const std::string &passed,
@@ -260,6 +272,16 @@ powerattn_status make_plan(const powerattn_desc &d, std::unique_ptr<powerattn_pl
   }
   std::string passed;
   plan->forward = choose(*backend, Op::kForward, p, pins, &plan->tiling, &plan->forward_refusal, &passed);
+
+  if (plan->forward != nullptr && !chunk_states_fit(p, plan->tiling)) {
+    if (d.form != POWERATTN_FORM_AUTO || d.chunk_size != 0) {
+      return fail(POWERATTN_ERROR_STATE_TOO_LARGE, "chunk_size %" PRId64 " needs more states than 2^60 bytes hold",
+                  plan->tiling.chunk);
+    }
+    reason = "the states at the chunk starts would need more than 2^60 bytes";
+    plan->forward =
+        choose(*backend, Op::kForward, p, {POWERATTN_FORM_ATTENTION, 0}, &plan->tiling, &plan->forward_refusal, &passed);
+  }
 
   // Backward shares the forward's form and chunk.
   if (plan->forward != nullptr) {

@@ -94,7 +94,7 @@ powerattn_desc description(Input &in) {
 
 class Arguments {
  public:
-  Arguments(Input &in, const powerattn_desc &d, const powerattn_plan *plan) : in_(in), d_(d), p_(plan->problem) {}
+  Arguments(Input &in, const powerattn_plan *plan) : in_(in), p_(plan->problem) {}
 
   // A pointer into the arena where the memory is known to suffice, else NULL or a lie that must be refused.
   void *place(uint64_t bytes, uint64_t alignment) {
@@ -180,7 +180,6 @@ class Arguments {
   }
 
   Input &in_;
-  const powerattn_desc &d_;
   const powerattn::Problem &p_;
   uint64_t next_ = 0;
   bool fits_ = true;
@@ -232,7 +231,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     const float x = static_cast<float>(static_cast<int>(i * 2654435761u >> 20 & 255) - 128) / 128;
     std::memcpy(arena + i, &x, 4);
   }
-  Arguments make(in, d, plan);
+  Arguments make(in, plan);
   const auto q = [&](int64_t inner) { return make.tensor(p.heads_q, inner, p.dtype); };
   const auto kv = [&](int64_t inner) { return make.tensor(p.heads_kv, inner, p.dtype); };
   const auto stat = [&](int64_t heads) { return in.chance(128) ? make.tensor(heads, 1, p.stat_dtype) : powerattn_tensor{}; };

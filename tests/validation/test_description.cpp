@@ -72,8 +72,8 @@ TEST_CASE("description: one wrong field at a time") {
            "form is -1; allowed are AUTO (0), ATTENTION (1) and CHUNKED (2)"},
           {[](auto &d) { d.batch = -1; }, kInvalid, "batch is -1; it must be >= 0"},
           {[](auto &d) { d.seq_len = -7; }, kInvalid, "seq_len is -7; it must be >= 0"},
-          {[](auto &d) { d.heads_q = 0; }, kInvalid, "heads_q is 0; it must be >= 1"},
-          {[](auto &d) { d.heads_kv = 0; }, kInvalid, "heads_kv is 0; it must be >= 1"},
+          {[](auto &d) { d.heads_q = 0; }, kInvalid, "heads_q is 0; allowed are 1 .. 1048576"},
+          {[](auto &d) { d.heads_kv = 0; }, kInvalid, "heads_kv is 0; allowed are 1 .. 1048576"},
           {[](auto &d) { d.heads_kv = 3; }, kInvalid, "heads_q is 4; it must be a multiple of heads_kv 3"},
           {[](auto &d) { d.heads_kv = 8; }, kInvalid, "heads_q is 4; it must be a multiple of heads_kv 8"},
           {[](auto &d) { d.head_dim = 0; }, kInvalid, "head_dim is 0; allowed are 1 .. 256"},
@@ -88,14 +88,15 @@ TEST_CASE("description: one wrong field at a time") {
           {[](auto &d) { d.chunk_size = 4, d.form = POWERATTN_FORM_ATTENTION; }, kInvalid,
            "chunk_size is 4; it must be 0 with form ATTENTION, which has no chunks"},
           {[](auto &d) { d.batch = INT64_MAX; }, kInvalid,
-           "batch 9223372036854775807 x seq_len 5 x heads_q 4 x head_dim overflow: a tensor may have at most "
-           "2^62 bytes"},
+           "batch 9223372036854775807 x seq_len 5 x heads_q 4 x head_dim is too much: a tensor may have "
+           "2^48 bytes"},
           {[](auto &d) { d.seq_len = INT64_MAX / 64; }, kInvalid,
-           "batch 2 x seq_len 144115188075855871 x heads_q 4 x head_dim overflow: a tensor may have at most "
-           "2^62 bytes"},
+           "batch 2 x seq_len 144115188075855871 x heads_q 4 x head_dim is too much: a tensor may have "
+           "2^48 bytes"},
           {[](auto &d) { d.heads_q = INT64_MAX - 1, d.batch = 0; }, kInvalid,
-           "batch 0 x seq_len 5 x heads_q 9223372036854775806 x head_dim overflow: a tensor may have at most "
-           "2^62 bytes"},
+           "heads_q is 9223372036854775806; allowed are 1 .. 1048576"},
+          {[](auto &d) { d.seq_len = INT64_C(1) << 40, d.batch = 0; }, kInvalid,
+           "batch 0 x seq_len 1099511627776 x heads_q 4 x head_dim is too much: a tensor may have 2^48 bytes"},
           {[](auto &d) { d.scale = 0.5; }, kInvalid,
            "scale is 0.5 without POWERATTN_CUSTOM_SCALE; set the flag, or 0 for 1/sqrt(head_dim)"},
           {[](auto &d) { d.flags |= POWERATTN_CUSTOM_SCALE, d.scale = std::nan(""); }, kInvalid,
@@ -131,7 +132,7 @@ TEST_CASE("description: one wrong field at a time") {
 TEST_CASE("description: packed sequences") {
   run({{[](auto &d) { d.batch = 0; }, kInvalid, "batch is 0; it must be 1 with packed sequences"},
        {[](auto &d) { d.sequences = INT64_MAX; }, kInvalid,
-        "sequences 9223372036854775807 x heads_q 4 overflow"}},
+        "sequences 9223372036854775807 x heads_q 4 is too much: allowed are 2^37 in all"}},
       packed_description);
 }
 
