@@ -111,15 +111,15 @@ cmake_build() {
   quietly "$log-build" cmake --build "$folder" -j "$JOBS"
 }
 
-# The library that bindings link against: Release, CPU backend (and CUDA where a toolkit is on PATH), installed into
-# $LIBRARY_PREFIX. A binding that runs alone builds it; after the core part it is a matter of a second.
+# The library that bindings link against: Release, CPU backend (POWERATTN_CUDA=AUTO or ON adds the other), installed
+# into $LIBRARY_PREFIX. A binding that runs alone builds it; after the core part it is a matter of a second.
 LIBRARY_BUILD=$BUILD/release
 LIBRARY_PREFIX=$BUILD/release/install
 build_library() {
   need_build_tools
   cmake_build "$LIBRARY_BUILD" -DCMAKE_BUILD_TYPE=Release -DPOWERATTN_BUILD_STATIC=ON \
     -DPOWERATTN_BUILD_TESTS="${1:-OFF}" -DPOWERATTN_BUILD_BENCH="${1:-OFF}" -DPOWERATTN_BUILD_EXAMPLES=ON \
-    -DPOWERATTN_WERROR=ON -DCMAKE_INSTALL_PREFIX="$LIBRARY_PREFIX"
+    -DPOWERATTN_WERROR=ON -DPOWERATTN_CUDA="${POWERATTN_CUDA:-OFF}" -DCMAKE_INSTALL_PREFIX="$LIBRARY_PREFIX"
   quietly install cmake --install "$LIBRARY_BUILD"
 }
 
