@@ -43,14 +43,17 @@ powerattn_status read_struct(const T *from, T *to, const char *name) {
   if (from == nullptr) return fail(POWERATTN_ERROR_INVALID_ARGUMENT, "%s is NULL", name);
   const uint32_t size = from->struct_size;
   if (size < smallest || size > kMaxStructSize) {
-    return fail(POWERATTN_ERROR_INVALID_ARGUMENT, "%s->struct_size is %" PRIu32 "; it must be %" PRIu32
-                " (sizeof the struct)", name, size, smallest);
+    return fail(POWERATTN_ERROR_INVALID_ARGUMENT,
+                "%s->struct_size is %" PRIu32 "; it must be %" PRIu32 " (sizeof the struct)", name, size,
+                smallest);
   }
   const auto *bytes = reinterpret_cast<const unsigned char *>(from);
   for (uint32_t i = sizeof(T); i < size; ++i) {
     if (bytes[i] != 0) {
-      return fail(POWERATTN_ERROR_INVALID_ARGUMENT, "%s has a nonzero byte at offset %" PRIu32
-                  "; this library knows %" PRIu32 " bytes of it and the rest must be zero", name, i, smallest);
+      return fail(POWERATTN_ERROR_INVALID_ARGUMENT,
+                  "%s has a nonzero byte at offset %" PRIu32 "; this library knows %" PRIu32
+                  " bytes of it and the rest must be zero",
+                  name, i, smallest);
     }
   }
   std::memcpy(to, from, sizeof(T));
@@ -76,8 +79,8 @@ powerattn_status execute(const powerattn_plan *plan, const Args *args, Check che
 
 powerattn_status check_shape(int64_t head_dim, int32_t degree) {
   if (head_dim < 1 || head_dim > kMaxDim) {
-    return fail(POWERATTN_ERROR_INVALID_ARGUMENT, "head_dim is %" PRId64 "; allowed are 1 .. %" PRId64, head_dim,
-                kMaxDim);
+    return fail(POWERATTN_ERROR_INVALID_ARGUMENT, "head_dim is %" PRId64 "; allowed are 1 .. %" PRId64,
+                head_dim, kMaxDim);
   }
   if (degree < 1 || degree > kMaxDegree) {
     return fail(POWERATTN_ERROR_INVALID_ARGUMENT, "degree is %" PRId32 "; allowed are 1 .. %" PRId32, degree,
@@ -120,8 +123,11 @@ powerattn_status powerattn_plan_query(const powerattn_plan *plan, powerattn_plan
     if (status != POWERATTN_OK) return status;
     const uint32_t size = info->struct_size;
     if (size < sizeof(known) || size > kMaxStructSize) {
-      return fail(POWERATTN_ERROR_INVALID_ARGUMENT, "info->struct_size is %" PRIu32 "; it must be %zu"
-                  " (sizeof the struct)", size, sizeof(known));
+      return fail(POWERATTN_ERROR_INVALID_ARGUMENT,
+                  "info->struct_size is %" PRIu32
+                  "; it must be %zu"
+                  " (sizeof the struct)",
+                  size, sizeof(known));
     }
     query_plan(*plan, &known);
     known.struct_size = size;
@@ -131,7 +137,8 @@ powerattn_status powerattn_plan_query(const powerattn_plan *plan, powerattn_plan
   });
 }
 
-powerattn_status powerattn_plan_describe(const powerattn_plan *plan, char *text, size_t capacity, size_t *needed) {
+powerattn_status powerattn_plan_describe(const powerattn_plan *plan, char *text, size_t capacity,
+                                         size_t *needed) {
   return guarded([&] {
     powerattn_status status = need_plan(plan);
     if (status == POWERATTN_OK && capacity > 0) status = need_output(text, "text");
@@ -160,9 +167,8 @@ powerattn_status powerattn_backward(const powerattn_plan *plan, const powerattn_
 }
 
 powerattn_status powerattn_step(const powerattn_plan *plan, const powerattn_step_args *args) {
-  return execute(plan, args, check_step, [](const powerattn_plan &p, const powerattn_step_args &a) {
-    return p.step->step(p, a);
-  });
+  return execute(plan, args, check_step,
+                 [](const powerattn_plan &p, const powerattn_step_args &a) { return p.step->step(p, a); });
 }
 
 powerattn_status powerattn_summary(const powerattn_plan *plan, const powerattn_summary_args *args) {
@@ -171,7 +177,8 @@ powerattn_status powerattn_summary(const powerattn_plan *plan, const powerattn_s
   });
 }
 
-powerattn_status powerattn_summary_reverse(const powerattn_plan *plan, const powerattn_summary_reverse_args *args) {
+powerattn_status powerattn_summary_reverse(const powerattn_plan *plan,
+                                           const powerattn_summary_reverse_args *args) {
   return execute(plan, args, check_summary_reverse,
                  [](const powerattn_plan &p, const powerattn_summary_reverse_args &a) {
                    return p.summary->summary_reverse(p, a);
@@ -200,8 +207,9 @@ powerattn_status powerattn_state_rows(int64_t head_dim, int32_t degree, int64_t 
     if (status != POWERATTN_OK) return status;
     const int64_t d = state_rows(head_dim, degree);
     if (d == kRowsOverflow) {
-      return fail(POWERATTN_ERROR_UNSUPPORTED, "head_dim %" PRId64 " and degree %" PRId32
-                  " give more state rows than int64_t holds", head_dim, degree);
+      return fail(POWERATTN_ERROR_UNSUPPORTED,
+                  "head_dim %" PRId64 " and degree %" PRId32 " give more state rows than int64_t holds",
+                  head_dim, degree);
     }
     *rows = d;
     return status;
@@ -219,8 +227,9 @@ powerattn_status powerattn_state_bytes(int64_t head_dim, int64_t value_dim, int3
                   value_dim, kMaxDim);
     }
     if (state_dtype < POWERATTN_FLOAT32 || state_dtype > POWERATTN_FLOAT64) {
-      return fail(POWERATTN_ERROR_INVALID_ARGUMENT, "state_dtype is %" PRId32
-                  "; allowed are FLOAT32, FLOAT16, BFLOAT16 and FLOAT64", state_dtype);
+      return fail(POWERATTN_ERROR_INVALID_ARGUMENT,
+                  "state_dtype is %" PRId32 "; allowed are FLOAT32, FLOAT16, BFLOAT16 and FLOAT64",
+                  state_dtype);
     }
     if (count < 0) {
       return fail(POWERATTN_ERROR_INVALID_ARGUMENT, "count is %" PRId64 "; it must be >= 0", count);
@@ -228,9 +237,10 @@ powerattn_status powerattn_state_bytes(int64_t head_dim, int64_t value_dim, int3
     const uint64_t total =
         state_bytes(state_rows(head_dim, degree), value_dim, static_cast<Dtype>(state_dtype), count);
     if (total == kBytesOverflow) {
-      return fail(POWERATTN_ERROR_UNSUPPORTED, "%" PRId64 " states of head_dim %" PRId64 ", value_dim %" PRId64
-                  " and degree %" PRId32 " take more bytes than uint64_t holds", count, head_dim, value_dim,
-                  degree);
+      return fail(POWERATTN_ERROR_UNSUPPORTED,
+                  "%" PRId64 " states of head_dim %" PRId64 ", value_dim %" PRId64 " and degree %" PRId32
+                  " take more bytes than uint64_t holds",
+                  count, head_dim, value_dim, degree);
     }
     *bytes = total;
     return status;
@@ -246,8 +256,9 @@ powerattn_status powerattn_state_monomial(int64_t head_dim, int32_t degree, int6
     if (status != POWERATTN_OK) return status;
     const int64_t rows = state_rows(head_dim, degree);
     if (rows == kRowsOverflow) {
-      return fail(POWERATTN_ERROR_UNSUPPORTED, "head_dim %" PRId64 " and degree %" PRId32
-                  " give more state rows than int64_t holds", head_dim, degree);
+      return fail(POWERATTN_ERROR_UNSUPPORTED,
+                  "head_dim %" PRId64 " and degree %" PRId32 " give more state rows than int64_t holds",
+                  head_dim, degree);
     }
     if (row < 0 || row >= rows) {
       return fail(POWERATTN_ERROR_INVALID_ARGUMENT, "row is %" PRId64 "; allowed are 0 .. %" PRId64, row,
@@ -286,10 +297,10 @@ powerattn_status powerattn_state_pack(const powerattn_plan *plan, const poweratt
 powerattn_status powerattn_state_unpack(const powerattn_plan *plan, const powerattn_pack_args *args) {
   return execute(plan, args, check_unpack, [](const powerattn_plan &p, const powerattn_pack_args &a) {
     PackedHeader header;  // again, after check_unpack: for the dtype
-    const powerattn_status status =
-        read_packed_header(p.problem, a.count, a.packed, a.packed_bytes, &header);
+    const powerattn_status status = read_packed_header(p.problem, a.count, a.packed, a.packed_bytes, &header);
     if (status != POWERATTN_OK) return status;
-    return p.backend->unpack(p, a, header.dtype, static_cast<const unsigned char *>(a.packed) + kPackedHeaderBytes);
+    return p.backend->unpack(p, a, header.dtype,
+                             static_cast<const unsigned char *>(a.packed) + kPackedHeaderBytes);
   });
 }
 
@@ -302,8 +313,8 @@ powerattn_status powerattn_device_count(int32_t device_type, int32_t *count) {
     powerattn_status status = need_output(count, "count");
     if (status != POWERATTN_OK) return status;
     if (device_type != POWERATTN_CPU && device_type != POWERATTN_CUDA) {
-      return fail(POWERATTN_ERROR_INVALID_ARGUMENT, "device_type is %" PRId32 "; allowed are CPU (0) and CUDA (1)",
-                  device_type);
+      return fail(POWERATTN_ERROR_INVALID_ARGUMENT,
+                  "device_type is %" PRId32 "; allowed are CPU (0) and CUDA (1)", device_type);
     }
     const Backend *backend = device_type == POWERATTN_CPU ? &cpu_backend() : cuda_backend();
     int32_t found = 0;

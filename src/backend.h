@@ -42,7 +42,7 @@ struct Implementation {
 
 // A device type: what it is, and what it does with states besides computing them.
 struct Backend {
-  const char *name;  // "cpu", "cuda"
+  const char *name;                              // "cpu", "cuda"
   const Implementation *const *implementations;  // ordered, null-terminated
   // 0 and OK where there is none.
   powerattn_status (*device_count)(int32_t *count);

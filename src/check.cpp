@@ -29,11 +29,12 @@ powerattn_status check_desc(const powerattn_desc &d) {
   const bool normalized = (d.flags & POWERATTN_UNNORMALIZED) == 0, wide = d.dtype == POWERATTN_FLOAT64;
   const bool cpu = d.device_type == POWERATTN_CPU, rope = d.rope_style != POWERATTN_ROPE_NONE;
 
-  c.require(cpu || d.device_type == POWERATTN_CUDA, "device_type is %" PRId32 "; allowed are CPU (0) and CUDA (1)",
-            d.device_type);
+  c.require(cpu || d.device_type == POWERATTN_CUDA,
+            "device_type is %" PRId32 "; allowed are CPU (0) and CUDA (1)", d.device_type);
   c.at_least("device_index", d.device_index, 0);
   c.require(d.dtype >= POWERATTN_FLOAT32 && d.dtype <= POWERATTN_FLOAT64,
-            "dtype is %" PRId32 "; allowed are FLOAT32 (1), FLOAT16 (2), BFLOAT16 (3) and FLOAT64 (4)", d.dtype);
+            "dtype is %" PRId32 "; allowed are FLOAT32 (1), FLOAT16 (2), BFLOAT16 (3) and FLOAT64 (4)",
+            d.dtype);
   if (wide && !cpu) c.refuse(POWERATTN_ERROR_UNSUPPORTED, "dtype is FLOAT64; it is supported on the CPU only");
   c.require(d.state_dtype == 0 || d.state_dtype == (wide ? POWERATTN_FLOAT64 : POWERATTN_FLOAT32) ||
                 (!wide && d.state_dtype == POWERATTN_BFLOAT16),
@@ -56,7 +57,8 @@ powerattn_status check_desc(const powerattn_desc &d) {
   c.range("head_dim", d.head_dim, 1, kMaxDim);
   c.range("value_dim", d.value_dim, 0, kMaxDim);
   c.at_least("sequences", d.sequences, 0);
-  c.require(d.sequences == 0 || d.batch == 1, "batch is %" PRId64 "; it must be 1 with packed sequences", d.batch);
+  c.require(d.sequences == 0 || d.batch == 1, "batch is %" PRId64 "; it must be 1 with packed sequences",
+            d.batch);
   c.range("max_seq_len", d.max_seq_len, 0, std::max<int64_t>(d.seq_len, 0));
   c.range("chunk_size", d.chunk_size, 0, kMaxChunk);
   c.require(d.chunk_size == 0 || d.form != POWERATTN_FORM_ATTENTION,
@@ -67,18 +69,21 @@ powerattn_status check_desc(const powerattn_desc &d) {
                                std::max(d.head_dim, d.value_dim), 8};
     __int128 bytes = 1;
     for (const int64_t f : factors) bytes = std::min(bytes * f, kMaxBytes);
-    c.require(bytes < kMaxBytes, "batch %" PRId64 " x seq_len %" PRId64 " x heads_q %" PRId64
-              " x head_dim is too much: a tensor may have 2^48 bytes", d.batch, d.seq_len, d.heads_q);
+    c.require(bytes < kMaxBytes,
+              "batch %" PRId64 " x seq_len %" PRId64 " x heads_q %" PRId64
+              " x head_dim is too much: a tensor may have 2^48 bytes",
+              d.batch, d.seq_len, d.heads_q);
     const __int128 states = static_cast<__int128>(d.sequences) * d.heads_q;
-    c.require(states < kMaxBytes / (8 * kMaxDim), "sequences %" PRId64 " x heads_q %" PRId64
-              " is too much: allowed are 2^37 in all", d.sequences, d.heads_q);
+    c.require(states < kMaxBytes / (8 * kMaxDim),
+              "sequences %" PRId64 " x heads_q %" PRId64 " is too much: allowed are 2^37 in all", d.sequences,
+              d.heads_q);
   }
 
   if ((d.flags & POWERATTN_CUSTOM_SCALE) != 0) {
     c.finite("scale", d.scale);
   } else {
-    c.require(d.scale == 0, "scale is %g without POWERATTN_CUSTOM_SCALE; set the flag, or 0 for 1/sqrt(head_dim)",
-              d.scale);
+    c.require(d.scale == 0,
+              "scale is %g without POWERATTN_CUSTOM_SCALE; set the flag, or 0 for 1/sqrt(head_dim)", d.scale);
   }
   c.finite("eps", d.eps);
   c.require(d.eps >= 0, "eps is %g; it must be >= 0", d.eps);
@@ -87,10 +92,11 @@ powerattn_status check_desc(const powerattn_desc &d) {
   c.require(d.rope_style >= POWERATTN_ROPE_NONE && d.rope_style <= POWERATTN_ROPE_INTERLEAVED,
             "rope_style is %" PRId32 "; allowed are NONE (0), HALF (1) and INTERLEAVED (2)", d.rope_style);
   c.require(d.rope_dim >= 0 && d.rope_dim <= d.head_dim && d.rope_dim % 2 == 0,
-            "rope_dim is %" PRId64 "; it must be even and 2 .. head_dim %" PRId64 ", or 0 for head_dim", d.rope_dim,
-            d.head_dim);
+            "rope_dim is %" PRId64 "; it must be even and 2 .. head_dim %" PRId64 ", or 0 for head_dim",
+            d.rope_dim, d.head_dim);
   c.require(!rope || d.rope_dim != 0 || d.head_dim % 2 == 0,
-            "rope_dim is 0, that is head_dim %" PRId64 "; rotated dimensions must be even in number", d.head_dim);
+            "rope_dim is 0, that is head_dim %" PRId64 "; rotated dimensions must be even in number",
+            d.head_dim);
   c.range("num_threads", d.num_threads, 0, kMaxThreads);
   for (const int64_t r : d.reserved) c.zero("reserved", r);
   return c.status();
@@ -112,7 +118,8 @@ powerattn_status check_forward(const powerattn_plan &plan, const powerattn_forwa
   c.state("initial_state", a.initial_state, p.sequences, p.state_dtype, Role::kInput, Need::kOptional);
   c.state("final_state", a.final_state, p.sequences, p.state_dtype, Role::kOutput, Need::kOptional);
   c.sequences(a.cu_seqlens, a.rope_offset);
-  if (a.saved != nullptr) c.buffer("saved", "saved_bytes", a.saved, a.saved_bytes, plan.sizes.saved, Role::kOutput);
+  if (a.saved != nullptr)
+    c.buffer("saved", "saved_bytes", a.saved, a.saved_bytes, plan.sizes.saved, Role::kOutput);
   c.buffer("workspace", "workspace_bytes", a.workspace, a.workspace_bytes, plan.sizes.forward, Role::kOutput);
   c.stream(a.stream);
   c.no_overlap("initial_state", "final_state");
@@ -145,7 +152,8 @@ powerattn_status check_backward(const powerattn_plan &plan, const powerattn_back
   c.state("d_final_state", a.d_final_state, p.sequences, p.state_dtype, Role::kInput, Need::kOptional);
   c.state("d_initial_state", a.d_initial_state, p.sequences, p.state_dtype, Role::kOutput, Need::kOptional);
   c.sequences(a.cu_seqlens, a.rope_offset);
-  if (a.saved != nullptr) c.buffer("saved", "saved_bytes", a.saved, a.saved_bytes, plan.sizes.saved, Role::kInput);
+  if (a.saved != nullptr)
+    c.buffer("saved", "saved_bytes", a.saved, a.saved_bytes, plan.sizes.saved, Role::kInput);
   c.buffer("workspace", "workspace_bytes", a.workspace, a.workspace_bytes, workspace, Role::kOutput);
   c.stream(a.stream);
   c.no_overlap();
@@ -265,8 +273,10 @@ powerattn_status check_pack_count(const Problem &p, Dtype packed, int64_t count,
   if (c.failed()) return c.status();
   const uint64_t size = packed_bytes(p, packed, count);
   if (size == kBytesOverflow) {
-    c.refuse(POWERATTN_ERROR_UNSUPPORTED, "%" PRId64 " packed states of %" PRId64 " kv heads, head_dim %" PRId64
-             " and degree %" PRId32 " take more bytes than uint64_t holds", count, p.heads_kv, p.head_dim, p.degree);
+    c.refuse(POWERATTN_ERROR_UNSUPPORTED,
+             "%" PRId64 " packed states of %" PRId64 " kv heads, head_dim %" PRId64 " and degree %" PRId32
+             " take more bytes than uint64_t holds",
+             count, p.heads_kv, p.head_dim, p.degree);
   } else {
     *bytes = size;
   }
@@ -283,7 +293,8 @@ powerattn_status check_pack(const powerattn_plan &plan, const powerattn_pack_arg
   ArgsChecker c(plan);
   c.state("state", a.state, a.count, p.state_dtype, Role::kInput, required_if(a.count > 0));
   c.require(a.packed != nullptr, "packed is NULL; %" PRIu64 " bytes of host memory are required here", size);
-  c.require(a.packed_bytes >= size, "packed_bytes is %" PRIu64 "; these states need %" PRIu64, a.packed_bytes, size);
+  c.require(a.packed_bytes >= size, "packed_bytes is %" PRIu64 "; these states need %" PRIu64, a.packed_bytes,
+            size);
   c.host_block("packed", a.packed, size, Role::kOutput);
   c.stream(a.stream);
   c.no_overlap();

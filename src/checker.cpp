@@ -15,10 +15,14 @@ namespace {
 
 const char *dtype_name(Dtype t) {
   switch (t) {
-    case Dtype::kFloat32: return "float32";
-    case Dtype::kFloat16: return "float16";
-    case Dtype::kBfloat16: return "bfloat16";
-    case Dtype::kFloat64: return "float64";
+    case Dtype::kFloat32:
+      return "float32";
+    case Dtype::kFloat16:
+      return "float16";
+    case Dtype::kBfloat16:
+      return "bfloat16";
+    case Dtype::kFloat64:
+      return "float64";
   }
   return "?";
 }
@@ -62,7 +66,8 @@ void Checker::zero(const char *name, int64_t value) {
 
 // ---- Spans -----------------------------------------------------------------------------------------------
 
-void ArgsChecker::runs(const char *operation, const Implementation *implementation, const std::string &refusal) {
+void ArgsChecker::runs(const char *operation, const Implementation *implementation,
+                       const std::string &refusal) {
   if (implementation == nullptr) {
     refuse(POWERATTN_ERROR_UNSUPPORTED, "this plan cannot run %s: %s", operation, refusal.c_str());
   }
@@ -97,7 +102,8 @@ void ArgsChecker::dimension(Span *span, int axis, const char *stride_name, int64
   span->extent[axis] = extent;
   span->stride[axis] = 0;
   if (extent > 1 && __builtin_mul_overflow(stride, element, &span->stride[axis])) {
-    require(false, "%s.%s is %" PRId64 "; in bytes it does not fit in int64_t", span->name, stride_name, stride);
+    require(false, "%s.%s is %" PRId64 "; in bytes it does not fit in int64_t", span->name, stride_name,
+            stride);
   }
 }
 
@@ -107,7 +113,8 @@ void ArgsChecker::finish(Span *span, bool on_device) {
   if (failed()) return;
   if (span->output) {
     const Overlap self = overlaps_itself(*span);
-    require(self != Overlap::kYes, "%s overlaps itself: its strides put two elements at one address", span->name);
+    require(self != Overlap::kYes, "%s overlaps itself: its strides put two elements at one address",
+            span->name);
     require(self == Overlap::kNo, "%s may overlap itself: its strides are too entangled to be told apart",
             span->name);
   }
@@ -123,8 +130,9 @@ void ArgsChecker::tensor(const char *name, const powerattn_tensor &t, int64_t he
   if (failed()) return;
   const bool empty = p_.batch == 0 || p_.seq_len == 0;
   if (t.data == nullptr) {
-    require(need == Need::kOptional || empty, "%s.data is NULL; %s [%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64
-            "] is required here", name, dtype_name(dtype), p_.batch, p_.seq_len, heads, inner);
+    require(need == Need::kOptional || empty,
+            "%s.data is NULL; %s [%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64 "] is required here", name,
+            dtype_name(dtype), p_.batch, p_.seq_len, heads, inner);
     return;
   }
   Span *span = add(name, role, t.data, size_of(dtype), inner * size_of(dtype));
@@ -152,8 +160,9 @@ void ArgsChecker::state_part(const char *name, const char *part, const void *dat
 void ArgsChecker::countable() {
   const uint64_t bytes = state_bytes(p_.state_rows, p_.value_dim, Dtype::kFloat64, 1);
   if (bytes > static_cast<uint64_t>(INT64_MAX)) {
-    refuse(POWERATTN_ERROR_UNSUPPORTED, "a state of head_dim %" PRId64 " and degree %" PRId32
-           " has more bytes than int64_t holds", p_.head_dim, p_.degree);
+    refuse(POWERATTN_ERROR_UNSUPPORTED,
+           "a state of head_dim %" PRId64 " and degree %" PRId32 " has more bytes than int64_t holds",
+           p_.head_dim, p_.degree);
   }
 }
 
@@ -198,7 +207,8 @@ void ArgsChecker::use_state(const char *name, const powerattn_state &s) {
 
 // ---- Arrays and buffers ----------------------------------------------------------------------------------
 
-void ArgsChecker::array(const char *name, const void *data, int64_t count, int64_t element, Role role, Need need) {
+void ArgsChecker::array(const char *name, const void *data, int64_t count, int64_t element, Role role,
+                        Need need) {
   if (failed()) return;
   if (data == nullptr) {
     require(need == Need::kOptional, "%s is NULL; %" PRId64 " elements are required here", name, count);
@@ -224,8 +234,8 @@ void ArgsChecker::buffer(const char *name, const char *bytes_name, const void *d
                          uint64_t needed, Role role) {
   if (failed()) return;
   if (bytes < needed) {
-    refuse(POWERATTN_ERROR_WORKSPACE_TOO_SMALL, "%s is %" PRIu64 "; this plan needs %" PRIu64, bytes_name, bytes,
-           needed);
+    refuse(POWERATTN_ERROR_WORKSPACE_TOO_SMALL, "%s is %" PRIu64 "; this plan needs %" PRIu64, bytes_name,
+           bytes, needed);
   }
   require(data != nullptr || needed == 0, "%s is NULL; %" PRIu64 " bytes are required here", name, needed);
   if (failed() || data == nullptr || needed == 0) return;
@@ -238,7 +248,8 @@ void ArgsChecker::host_block(const char *name, const void *data, uint64_t bytes,
 }
 
 void ArgsChecker::stream(const void *stream) {
-  require(stream == nullptr || p_.device_type != POWERATTN_CPU, "stream is %p; it must be NULL on the CPU", stream);
+  require(stream == nullptr || p_.device_type != POWERATTN_CPU, "stream is %p; it must be NULL on the CPU",
+          stream);
 }
 
 // ---- Contents --------------------------------------------------------------------------------------------
@@ -253,8 +264,8 @@ void ArgsChecker::sequences(const int64_t *cu_seqlens, const int64_t *rope_offse
   require(cu_seqlens[0] == 0, "cu_seqlens[0] is %" PRId64 "; it must be 0", cu_seqlens[0]);
   for (int64_t n = 0; n < p_.sequences && !failed(); ++n) {
     const int64_t first = cu_seqlens[n], last = cu_seqlens[n + 1];
-    require(last >= first, "cu_seqlens[%" PRId64 "] is %" PRId64 " after %" PRId64 "; it must not decrease", n + 1,
-            last, first);
+    require(last >= first, "cu_seqlens[%" PRId64 "] is %" PRId64 " after %" PRId64 "; it must not decrease",
+            n + 1, last, first);
     require(last <= p_.seq_len, "cu_seqlens[%" PRId64 "] is %" PRId64 "; it must be <= seq_len %" PRId64, n + 1,
             last, p_.seq_len);
     require(failed() || last - first <= p_.max_seq_len,
@@ -265,7 +276,8 @@ void ArgsChecker::sequences(const int64_t *cu_seqlens, const int64_t *rope_offse
 
 // Duplicates without an allocation: a bitmap of one window of slots at a time, or every pair where that is
 // less work.
-void ArgsChecker::slots(const char *name, const int64_t *slots, int64_t count, int64_t num_slots, bool distinct) {
+void ArgsChecker::slots(const char *name, const int64_t *slots, int64_t count, int64_t num_slots,
+                        bool distinct) {
   if (failed()) return;
   if (slots == nullptr) {
     require(count <= num_slots, "%s is NULL and there are %" PRId64 " slots; %" PRId64 " are needed", name,
@@ -275,8 +287,8 @@ void ArgsChecker::slots(const char *name, const int64_t *slots, int64_t count, i
   array(name, slots, count, 8, Role::kInput, Need::kRequired);
   if (failed() || p_.device_type != POWERATTN_CPU) return;
   for (int64_t i = 0; i < count && !failed(); ++i) {
-    require(slots[i] < num_slots, "%s[%" PRId64 "] is %" PRId64 "; there are %" PRId64 " slots", name, i, slots[i],
-            num_slots);
+    require(slots[i] < num_slots, "%s[%" PRId64 "] is %" PRId64 "; there are %" PRId64 " slots", name, i,
+            slots[i], num_slots);
   }
   if (failed() || !distinct) return;
   constexpr int64_t kWindow = 65536;
@@ -284,8 +296,9 @@ void ArgsChecker::slots(const char *name, const int64_t *slots, int64_t count, i
   if (num_slots / kWindow >= count) {
     for (int64_t i = 0; i < count && !failed(); ++i) {
       for (int64_t j = 0; j < i && !failed(); ++j) {
-        require(slots[i] < 0 || slots[i] != slots[j], "%s[%" PRId64 "] and [%" PRId64 "] are both %" PRId64
-                "; slots must be different", name, j, i, slots[i]);
+        require(slots[i] < 0 || slots[i] != slots[j],
+                "%s[%" PRId64 "] and [%" PRId64 "] are both %" PRId64 "; slots must be different", name, j, i,
+                slots[i]);
       }
     }
     return;
@@ -296,8 +309,11 @@ void ArgsChecker::slots(const char *name, const int64_t *slots, int64_t count, i
       const int64_t bit = slots[i] - window;
       if (slots[i] < 0 || bit < 0 || bit >= kWindow) continue;
       const uint64_t mask = uint64_t{1} << (bit % 64);
-      require((seen[bit / 64] & mask) == 0, "%s[%" PRId64 "] is %" PRId64 " for the second time; slots must be "
-              "different", name, i, slots[i]);
+      require((seen[bit / 64] & mask) == 0,
+              "%s[%" PRId64 "] is %" PRId64
+              " for the second time; slots must be "
+              "different",
+              name, i, slots[i]);
       seen[bit / 64] |= mask;
     }
   }
@@ -307,8 +323,9 @@ void ArgsChecker::lengths(const int64_t *lengths) {
   array("lengths", lengths, p_.batch, 8, Role::kInput, Need::kOptional);
   if (failed() || lengths == nullptr || p_.device_type != POWERATTN_CPU) return;
   for (int64_t b = 0; b < p_.batch && !failed(); ++b) {
-    require(lengths[b] >= 0 && lengths[b] <= p_.seq_len, "lengths[%" PRId64 "] is %" PRId64
-            "; allowed are 0 .. %" PRId64 " (seq_len)", b, lengths[b], p_.seq_len);
+    require(lengths[b] >= 0 && lengths[b] <= p_.seq_len,
+            "lengths[%" PRId64 "] is %" PRId64 "; allowed are 0 .. %" PRId64 " (seq_len)", b, lengths[b],
+            p_.seq_len);
   }
 }
 
@@ -318,10 +335,13 @@ void ArgsChecker::no_overlap(const char *same_a, const char *same_b) {
     const char *part_a = std::strchr(a.name, '.'), *part_b = std::strchr(b.name, '.');
     if (part_a == nullptr || part_b == nullptr || std::strcmp(part_a, part_b) != 0) return false;
     const auto is = [](const Span &s, const char *name, const char *part) {
-      return std::strlen(name) == static_cast<size_t>(part - s.name) && std::strncmp(s.name, name, part - s.name) == 0;
+      return std::strlen(name) == static_cast<size_t>(part - s.name) &&
+             std::strncmp(s.name, name, part - s.name) == 0;
     };
-    const bool pair = (is(a, same_a, part_a) && is(b, same_b, part_b)) || (is(a, same_b, part_a) && is(b, same_a, part_b));
-    return pair && a.base == b.base && a.run == b.run && std::memcmp(a.extent, b.extent, sizeof(a.extent)) == 0 &&
+    const bool pair =
+        (is(a, same_a, part_a) && is(b, same_b, part_b)) || (is(a, same_b, part_a) && is(b, same_a, part_b));
+    return pair && a.base == b.base && a.run == b.run &&
+           std::memcmp(a.extent, b.extent, sizeof(a.extent)) == 0 &&
            std::memcmp(a.stride, b.stride, sizeof(a.stride)) == 0;
   };
   for (int i = 0; i < size_ && !failed(); ++i) {
@@ -330,10 +350,10 @@ void ArgsChecker::no_overlap(const char *same_a, const char *same_b) {
       if ((!a.output && !b.output) || a.empty() || b.empty() || allowed(a, b)) continue;
       const Overlap found = overlap(a, b);
       const Span &out = b.output ? b : a, &other = b.output ? a : b;
-      require(found != Overlap::kYes, "%s overlaps %s; an output may not share memory with another tensor", out.name,
-              other.name);
-      require(found == Overlap::kNo, "%s may overlap %s: their strides are too entangled to be told apart", out.name,
-              other.name);
+      require(found != Overlap::kYes, "%s overlaps %s; an output may not share memory with another tensor",
+              out.name, other.name);
+      require(found == Overlap::kNo, "%s may overlap %s: their strides are too entangled to be told apart",
+              out.name, other.name);
     }
   }
 }

@@ -72,8 +72,8 @@ class ArgsChecker : public Checker {
 
   // ---- Flat arrays and buffers
   void array(const char *name, const void *data, int64_t count, int64_t element, Role role, Need need);
-  void strided_gates(const char *name, const void *data, int64_t count, int64_t stride_segment, int64_t stride_n,
-                     int64_t stride_h);
+  void strided_gates(const char *name, const void *data, int64_t count, int64_t stride_segment,
+                     int64_t stride_n, int64_t stride_h);
   // Workspace or saved: size, presence, alignment.
   void buffer(const char *name, const char *bytes_name, const void *data, uint64_t bytes, uint64_t needed,
               Role role);
@@ -93,7 +93,8 @@ class ArgsChecker : public Checker {
   Span *add(const char *name, Role role, const void *data, int64_t alignment, int64_t run);
   // Refuses states whose bytes do not fit in int64_t; a plan may exist without them.
   void countable();
-  void dimension(Span *span, int axis, const char *stride_name, int64_t extent, int64_t stride, int64_t element);
+  void dimension(Span *span, int axis, const char *stride_name, int64_t extent, int64_t stride,
+                 int64_t element);
   void finish(Span *span, bool on_device = true);
   void state_part(const char *name, const char *part, const void *data, int64_t run, Dtype dtype, Role role,
                   const int64_t extent[3], const int64_t stride[3]);

@@ -39,7 +39,8 @@ double chunks(const Problem &p, int64_t chunk) {
 }
 
 double state_traffic(const Problem &p, int64_t chunk, int64_t element) {
-  return chunks(p, chunk) * static_cast<double>(p.heads_kv) * rows(p) * columns(p) * static_cast<double>(element);
+  return chunks(p, chunk) * static_cast<double>(p.heads_kv) * rows(p) * columns(p) *
+         static_cast<double>(element);
 }
 
 }  // namespace

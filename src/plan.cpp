@@ -45,10 +45,14 @@ std::string human(uint64_t bytes) {
 
 const char *name_of(Dtype t) {
   switch (t) {
-    case Dtype::kFloat32: return "float32";
-    case Dtype::kFloat16: return "float16";
-    case Dtype::kBfloat16: return "bfloat16";
-    case Dtype::kFloat64: return "float64";
+    case Dtype::kFloat32:
+      return "float32";
+    case Dtype::kFloat16:
+      return "float16";
+    case Dtype::kBfloat16:
+      return "bfloat16";
+    case Dtype::kFloat64:
+      return "float64";
   }
   return "?";
 }
@@ -94,7 +98,8 @@ Problem resolve(const powerattn_desc &d, uint64_t memory) {
                       ? kBytesOverflow
                       : state_bytes(p.state_rows, p.value_dim, p.state_dtype, states);
   p.state_limit = d.state_limit == 0 ? memory : d.state_limit;
-  p.scale = (d.flags & POWERATTN_CUSTOM_SCALE) != 0 ? d.scale : 1.0 / std::sqrt(static_cast<double>(p.head_dim));
+  p.scale =
+      (d.flags & POWERATTN_CUSTOM_SCALE) != 0 ? d.scale : 1.0 / std::sqrt(static_cast<double>(p.head_dim));
   p.eps = d.eps;
   p.rope.style = d.rope_style;
   p.rope.dim = d.rope_style == POWERATTN_ROPE_NONE ? 0 : d.rope_dim == 0 ? p.head_dim : d.rope_dim;
@@ -105,10 +110,14 @@ Problem resolve(const powerattn_desc &d, uint64_t memory) {
 
 const char *name_of(Op op) {
   switch (op) {
-    case Op::kForward: return "forward";
-    case Op::kBackward: return "backward";
-    case Op::kStep: return "step";
-    case Op::kSummary: return "summary";
+    case Op::kForward:
+      return "forward";
+    case Op::kBackward:
+      return "backward";
+    case Op::kStep:
+      return "step";
+    case Op::kSummary:
+      return "summary";
   }
   return "?";
 }
@@ -124,7 +133,11 @@ const Implementation *choose(const Backend &backend, Op op, const Problem &p, co
     if ((*i)->choose(op, p, pins, &candidate, &why)) {
       *tiling = candidate;
       if (!reasons.empty()) {
-        passed->append("          passed over for ").append(name_of(op)).append(": ").append(reasons).append("\n");
+        passed->append("          passed over for ")
+            .append(name_of(op))
+            .append(": ")
+            .append(reasons)
+            .append("\n");
       }
       return *i;
     }
@@ -142,7 +155,8 @@ bool chunk_states_fit(const Problem &p, const Tiling &t) {
   if (t.form == Form::kAttention) return true;
   const int64_t chunk = std::max<int64_t>(t.chunk, 1);
   const int64_t per_sequence = p.max_seq_len / chunk + 2;
-  const auto chunks = static_cast<unsigned __int128>(p.packed ? p.seq_len / chunk + 2 * p.sequences : p.sequences * per_sequence);
+  const auto chunks = static_cast<unsigned __int128>(p.packed ? p.seq_len / chunk + 2 * p.sequences
+                                                              : p.sequences * per_sequence);
   const uint64_t one = state_bytes(p.state_rows, p.value_dim, Dtype::kFloat64, 2);
   return one != kBytesOverflow && chunks * static_cast<uint64_t>(p.heads_kv) < kMaxChunkStates / (one + 1);
 }
@@ -157,9 +171,11 @@ void describe(const powerattn_desc &d, const std::string &form_reason, const std
 
   append(&text, "libpowerattn %d.%d.%d on %s:%d\n", POWERATTN_VERSION_MAJOR, POWERATTN_VERSION_MINOR,
          POWERATTN_VERSION_PATCH, plan->backend->name, p.device_index);
-  append(&text, "problem   %s degree %d%s, batch %" PRId64 ", seq_len %" PRId64 ", heads %" PRId64 "/%" PRId64
-         ", head_dim %" PRId64 ", value_dim %" PRId64 "\n", name_of(p.dtype), p.degree,
-         p.normalize ? "" : " unnormalised", p.batch, p.seq_len, p.heads_q, p.heads_kv, p.head_dim, p.value_dim);
+  append(&text,
+         "problem   %s degree %d%s, batch %" PRId64 ", seq_len %" PRId64 ", heads %" PRId64 "/%" PRId64
+         ", head_dim %" PRId64 ", value_dim %" PRId64 "\n",
+         name_of(p.dtype), p.degree, p.normalize ? "" : " unnormalised", p.batch, p.seq_len, p.heads_q,
+         p.heads_kv, p.head_dim, p.value_dim);
   if (p.packed) {
     append(&text, "          packed: %" PRId64 " sequences, longest %s %" PRId64 "\n", p.sequences,
            d.max_seq_len > 0 ? "given as" : "unknown, at most", p.max_seq_len);
@@ -194,9 +210,11 @@ void describe(const powerattn_desc &d, const std::string &form_reason, const std
   if (p.state_rows == kRowsOverflow) {
     append(&text, "state     more rows than 64 bits hold\n");
   } else {
-    append(&text, "state     %" PRId64 " rows, %s %s each, %s for %" PRId64 " sequences x %" PRId64
-           " kv heads; limit %s\n", p.state_rows, human(one).c_str(), name_of(p.state_dtype),
-           human(p.state_bytes).c_str(), p.sequences, p.heads_kv, human(p.state_limit).c_str());
+    append(&text,
+           "state     %" PRId64 " rows, %s %s each, %s for %" PRId64 " sequences x %" PRId64
+           " kv heads; limit %s\n",
+           p.state_rows, human(one).c_str(), name_of(p.state_dtype), human(p.state_bytes).c_str(), p.sequences,
+           p.heads_kv, human(p.state_limit).c_str());
   }
   const Sizes &s = plan->sizes;
   append(&text, "memory    workspace: forward %s, backward %s (%s with saved), step %s, summary %s; saved %s\n",
@@ -230,7 +248,8 @@ void describe(const powerattn_desc &d, const std::string &form_reason, const std
 powerattn_status make_plan(const powerattn_desc &d, std::unique_ptr<powerattn_plan> *made) {
   const Backend *backend = d.device_type == POWERATTN_CPU ? &cpu_backend() : cuda_backend();
   if (backend == nullptr) {
-    return fail(POWERATTN_ERROR_NO_DEVICE, "device_type is CUDA, but this build of the library has no CUDA backend");
+    return fail(POWERATTN_ERROR_NO_DEVICE,
+                "device_type is CUDA, but this build of the library has no CUDA backend");
   }
   int32_t devices = 0;
   powerattn_status status = backend->device_count(&devices);
@@ -248,15 +267,16 @@ powerattn_status make_plan(const powerattn_desc &d, std::unique_ptr<powerattn_pl
   plan->problem = resolve(d, memory);
   const Problem &p = plan->problem;
 
-  const bool fits = p.state_bytes <= p.state_limit && p.state_bytes != kBytesOverflow &&
-                    p.state_rows != kRowsOverflow;
+  const bool fits =
+      p.state_bytes <= p.state_limit && p.state_bytes != kBytesOverflow && p.state_rows != kRowsOverflow;
   if (!fits && (p.use_state || d.form == POWERATTN_FORM_CHUNKED)) {
     const std::string need = human(p.state_bytes), limit = human(p.state_limit);
     return fail(POWERATTN_ERROR_STATE_TOO_LARGE,
-                "%s needs states of %s (%" PRIu64 " bytes: %" PRId64 " sequences x %" PRId64 " kv heads x %" PRId64
-                " rows x %" PRId64 " x %" PRId64 " bytes); allowed are %s (%" PRIu64 " bytes, %s)",
-                p.use_state ? "USE_STATE" : "form CHUNKED", need.c_str(), p.state_bytes, p.sequences, p.heads_kv,
-                p.state_rows, p.value_dim + 1, size_of(p.state_dtype), limit.c_str(), p.state_limit,
+                "%s needs states of %s (%" PRIu64 " bytes: %" PRId64 " sequences x %" PRId64
+                " kv heads x %" PRId64 " rows x %" PRId64 " x %" PRId64 " bytes); allowed are %s (%" PRIu64
+                " bytes, %s)",
+                p.use_state ? "USE_STATE" : "form CHUNKED", need.c_str(), p.state_bytes, p.sequences,
+                p.heads_kv, p.state_rows, p.value_dim + 1, size_of(p.state_dtype), limit.c_str(), p.state_limit,
                 d.state_limit != 0 ? "desc.state_limit" : "the device's memory");
   }
 
@@ -275,12 +295,12 @@ powerattn_status make_plan(const powerattn_desc &d, std::unique_ptr<powerattn_pl
 
   if (plan->forward != nullptr && !chunk_states_fit(p, plan->tiling)) {
     if (d.form != POWERATTN_FORM_AUTO || d.chunk_size != 0) {
-      return fail(POWERATTN_ERROR_STATE_TOO_LARGE, "chunk_size %" PRId64 " needs more states than 2^60 bytes hold",
-                  plan->tiling.chunk);
+      return fail(POWERATTN_ERROR_STATE_TOO_LARGE,
+                  "chunk_size %" PRId64 " needs more states than 2^60 bytes hold", plan->tiling.chunk);
     }
     reason = "the states at the chunk starts would need more than 2^60 bytes";
-    plan->forward =
-        choose(*backend, Op::kForward, p, {POWERATTN_FORM_ATTENTION, 0}, &plan->tiling, &plan->forward_refusal, &passed);
+    plan->forward = choose(*backend, Op::kForward, p, {POWERATTN_FORM_ATTENTION, 0}, &plan->tiling,
+                           &plan->forward_refusal, &passed);
   }
 
   // Backward shares the forward's form and chunk.
@@ -297,8 +317,8 @@ powerattn_status make_plan(const powerattn_desc &d, std::unique_ptr<powerattn_pl
   // Step and summary keep states.
   Tiling unused;
   if (!fits) {
-    plan->step_refusal = plan->summary_refusal = "the states need " + human(p.state_bytes) + ", the limit is " +
-                                                 human(p.state_limit);
+    plan->step_refusal = plan->summary_refusal =
+        "the states need " + human(p.state_bytes) + ", the limit is " + human(p.state_limit);
   } else {
     plan->summary = choose(*backend, Op::kSummary, p, Pins{}, &unused, &plan->summary_refusal, &passed);
     if (!p.use_state) {

@@ -141,14 +141,17 @@ powerattn_status read_packed_header(const Problem &p, int64_t count, const void 
   }
   h->dtype = static_cast<Dtype>(dtype);
   if (get(at + 20, 4) != 0) {
-    return fail(POWERATTN_ERROR_INVALID_ARGUMENT, "packed has a damaged header: its reserved bytes are not zero");
+    return fail(POWERATTN_ERROR_INVALID_ARGUMENT,
+                "packed has a damaged header: its reserved bytes are not zero");
   }
   const struct {
     const char *name;
     int64_t packed, plan;
   } fields[] = {
-      {"degree", h->degree, p.degree},          {"head_dim", h->head_dim, p.head_dim},
-      {"value_dim", h->value_dim, p.value_dim}, {"heads_kv", h->heads_kv, p.heads_kv},
+      {"degree", h->degree, p.degree},
+      {"head_dim", h->head_dim, p.head_dim},
+      {"value_dim", h->value_dim, p.value_dim},
+      {"heads_kv", h->heads_kv, p.heads_kv},
       {"count", h->count, count},
   };
   for (const auto &f : fields) {

@@ -34,16 +34,27 @@ void clear_error() { message[0] = '\0'; }
 
 extern "C" const char *powerattn_status_string(powerattn_status status) {
   switch (status) {
-    case POWERATTN_OK: return "ok";
-    case POWERATTN_ERROR_INVALID_ARGUMENT: return "invalid argument";
-    case POWERATTN_ERROR_UNSUPPORTED: return "unsupported";
-    case POWERATTN_ERROR_STATE_TOO_LARGE: return "state too large";
-    case POWERATTN_ERROR_OUT_OF_MEMORY: return "out of memory";
-    case POWERATTN_ERROR_WORKSPACE_TOO_SMALL: return "workspace too small";
-    case POWERATTN_ERROR_NO_DEVICE: return "no such device";
-    case POWERATTN_ERROR_DEVICE: return "device error";
-    case POWERATTN_ERROR_VERSION: return "format version mismatch";
-    case POWERATTN_ERROR_INTERNAL: return "internal error";
-    default: return "unknown status";
+    case POWERATTN_OK:
+      return "ok";
+    case POWERATTN_ERROR_INVALID_ARGUMENT:
+      return "invalid argument";
+    case POWERATTN_ERROR_UNSUPPORTED:
+      return "unsupported";
+    case POWERATTN_ERROR_STATE_TOO_LARGE:
+      return "state too large";
+    case POWERATTN_ERROR_OUT_OF_MEMORY:
+      return "out of memory";
+    case POWERATTN_ERROR_WORKSPACE_TOO_SMALL:
+      return "workspace too small";
+    case POWERATTN_ERROR_NO_DEVICE:
+      return "no such device";
+    case POWERATTN_ERROR_DEVICE:
+      return "device error";
+    case POWERATTN_ERROR_VERSION:
+      return "format version mismatch";
+    case POWERATTN_ERROR_INTERNAL:
+      return "internal error";
+    default:
+      return "unknown status";
   }
 }

@@ -17,13 +17,13 @@
 
 namespace {
 
-#define EXPECT(condition)                                                        \
-  do {                                                                           \
-    if (!(condition)) {                                                          \
-      std::fprintf(stderr, "%s:%d: %s; status text: %s\n", __FILE__, __LINE__,   \
-                   #condition, powerattn_last_error());                          \
-      std::abort();                                                              \
-    }                                                                            \
+#define EXPECT(condition)                                                                  \
+  do {                                                                                     \
+    if (!(condition)) {                                                                    \
+      std::fprintf(stderr, "%s:%d: %s; status text: %s\n", __FILE__, __LINE__, #condition, \
+                   powerattn_last_error());                                                \
+      std::abort();                                                                        \
+    }                                                                                      \
   } while (0)
 
 class Input {
@@ -76,7 +76,8 @@ powerattn_desc description(Input &in) {
   d.batch = in.number(in.byte() % 3);
   d.seq_len = in.number(in.byte() % 9);
   d.heads_kv = in.number(1 + in.byte() % 2);
-  d.heads_q = in.chance(230) && d.heads_kv > 0 && d.heads_kv < 100 ? d.heads_kv * (1 + in.byte() % 2) : in.number(2);
+  d.heads_q =
+      in.chance(230) && d.heads_kv > 0 && d.heads_kv < 100 ? d.heads_kv * (1 + in.byte() % 2) : in.number(2);
   d.head_dim = in.number(1 + in.byte() % 8);
   d.value_dim = in.number(in.byte() % 6);
   d.sequences = in.chance(60) ? in.number(in.byte() % 4) : 0;
@@ -118,7 +119,8 @@ class Arguments {
     t.stride_h = stride(inner);
     t.stride_t = stride(heads * inner);
     t.stride_b = stride(p_.seq_len * heads * inner);
-    t.data = place(static_cast<uint64_t>(p_.batch * p_.seq_len * heads * inner * size), static_cast<uint64_t>(size));
+    t.data =
+        place(static_cast<uint64_t>(p_.batch * p_.seq_len * heads * inner * size), static_cast<uint64_t>(size));
     reach(t.data, size, inner, {p_.batch, p_.seq_len, heads}, {t.stride_b, t.stride_t, t.stride_h});
     return t;
   }
@@ -135,7 +137,8 @@ class Arguments {
     s.s_stride_n = stride(heads * p_.state_rows * p_.value_dim);
     s.z_stride_h = stride(p_.state_rows);
     s.z_stride_n = stride(heads * p_.state_rows);
-    s.s = place(static_cast<uint64_t>(count * heads * p_.state_rows * p_.value_dim * size), static_cast<uint64_t>(size));
+    s.s = place(static_cast<uint64_t>(count * heads * p_.state_rows * p_.value_dim * size),
+                static_cast<uint64_t>(size));
     s.z = place(static_cast<uint64_t>(count * heads * p_.state_rows * size), static_cast<uint64_t>(size));
     reach(s.s, size, p_.state_rows * p_.value_dim, {1, count, heads}, {0, s.s_stride_n, s.s_stride_h});
     reach(s.z, size, p_.state_rows, {1, count, heads}, {0, s.z_stride_n, s.z_stride_h});
@@ -168,9 +171,11 @@ class Arguments {
   int64_t stride(int64_t usual) { return in_.chance(10) ? in_.number(usual) : usual; }
 
   // Everything that these strides reach is in the arena; else the call may only be checked, not made.
-  void reach(const void *data, int64_t size, int64_t run, const int64_t (&extent)[3], const int64_t (&stride)[3]) {
+  void reach(const void *data, int64_t size, int64_t run, const int64_t (&extent)[3],
+             const int64_t (&stride)[3]) {
     if (data == nullptr) return;
-    __int128 low = static_cast<const unsigned char *>(data) - arena, high = low + static_cast<__int128>(run) * size;
+    __int128 low = static_cast<const unsigned char *>(data) - arena,
+             high = low + static_cast<__int128>(run) * size;
     for (int k = 0; k < 3; ++k) {
       if (extent[k] == 0) return;
       const __int128 span = static_cast<__int128>(stride[k]) * (extent[k] - 1) * size;
@@ -234,7 +239,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   Arguments make(in, plan);
   const auto q = [&](int64_t inner) { return make.tensor(p.heads_q, inner, p.dtype); };
   const auto kv = [&](int64_t inner) { return make.tensor(p.heads_kv, inner, p.dtype); };
-  const auto stat = [&](int64_t heads) { return in.chance(128) ? make.tensor(heads, 1, p.stat_dtype) : powerattn_tensor{}; };
+  const auto stat = [&](int64_t heads) {
+    return in.chance(128) ? make.tensor(heads, 1, p.stat_dtype) : powerattn_tensor{};
+  };
   const auto sequence = [&](const int64_t **cu_seqlens, const int64_t **rope_offset) {
     *cu_seqlens = p.packed != in.chance(4) ? make.integers(p.sequences + 1, 0) : nullptr;
     *rope_offset = in.chance(60) ? make.integers(p.sequences, 100) : nullptr;
@@ -257,7 +264,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     case 1: {
       powerattn_backward_args a = {};
       a.struct_size = sizeof(a);
-      a.q = q(p.head_dim), a.k = kv(p.head_dim), a.v = kv(p.value_dim), a.y = q(p.value_dim), a.d_y = q(p.value_dim);
+      a.q = q(p.head_dim), a.k = kv(p.head_dim), a.v = kv(p.value_dim), a.y = q(p.value_dim),
+      a.d_y = q(p.value_dim);
       a.log_g = stat(p.heads_kv), a.row_norm = make.tensor(p.heads_q, 1, p.stat_dtype);
       a.d_q = q(p.head_dim), a.d_k = kv(p.head_dim), a.d_v = kv(p.value_dim), a.d_log_g = stat(p.heads_kv);
       a.initial_state = make.state(p.sequences, p.state_dtype, 60);
@@ -319,8 +327,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
       const int64_t rows = p.state_rows, e = p.value_dim, h = p.heads_kv;
       const bool plain = a.segments.s_stride_h == rows * e && a.segments.s_stride_n == h * rows * e &&
                          a.segments.z_stride_h == rows && a.segments.z_stride_n == h * rows;
-      call(plan, a, make.runnable() && countable && (plain || a.segments.s == nullptr), powerattn::check_compose,
-           powerattn_state_compose);
+      call(plan, a, make.runnable() && countable && (plain || a.segments.s == nullptr),
+           powerattn::check_compose, powerattn_state_compose);
       break;
     }
     case 6: {
@@ -332,8 +340,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
       a.src_num_slots = in.number(in.byte() % 5);
       a.dst_num_slots = in.number(in.byte() % 5);
       a.count = in.number(in.byte() % 4);
-      a.src = make.state(a.src_num_slots, legal(a.src_dtype) ? static_cast<Dtype>(a.src_dtype) : p.state_dtype, 250);
-      a.dst = make.state(a.dst_num_slots, legal(a.dst_dtype) ? static_cast<Dtype>(a.dst_dtype) : p.state_dtype, 250);
+      a.src = make.state(a.src_num_slots, legal(a.src_dtype) ? static_cast<Dtype>(a.src_dtype) : p.state_dtype,
+                         250);
+      a.dst = make.state(a.dst_num_slots, legal(a.dst_dtype) ? static_cast<Dtype>(a.dst_dtype) : p.state_dtype,
+                         250);
       a.src_slots = in.chance(128) ? make.integers(a.count, 5) : nullptr;
       a.dst_slots = in.chance(128) ? make.integers(a.count, 5) : nullptr;
       call(plan, a, make.runnable(), powerattn::check_convert, powerattn_state_convert);
@@ -345,7 +355,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
       a.dtype = in.chance(128) ? 0 : in.byte() % 6;
       a.count = in.number(in.byte() % 4);
       uint64_t bytes = 0;
-      if (powerattn_state_pack_size(plan, a.dtype, a.count, &bytes) != POWERATTN_OK || bytes > kArena / 2) break;
+      if (powerattn_state_pack_size(plan, a.dtype, a.count, &bytes) != POWERATTN_OK || bytes > kArena / 2)
+        break;
       a.state = make.state(a.count, p.state_dtype, 250);
       a.packed_bytes = in.chance(20) ? in.raw<uint16_t>() : bytes;
       std::vector<unsigned char> block(a.packed_bytes + 1);  // exact, so that ASan sees a byte too many
@@ -354,7 +365,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
       std::memcpy(copy, arena, kArena);
       judge(powerattn_state_pack(plan, &a));
       for (int i = in.byte() % 4; i > 0 && a.packed_bytes > 0; --i) {
-        static_cast<unsigned char *>(a.packed)[in.byte() % (a.packed_bytes < 64 ? a.packed_bytes : 64)] = in.byte();
+        static_cast<unsigned char *>(a.packed)[in.byte() % (a.packed_bytes < 64 ? a.packed_bytes : 64)] =
+            in.byte();
       }
       std::memcpy(copy, arena, kArena);
       judge(powerattn_state_unpack(plan, &a));

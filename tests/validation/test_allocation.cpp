@@ -39,8 +39,12 @@ void release(void *p) {
 
 void *operator new(std::size_t n) { return allocate_or_throw(n); }
 void *operator new[](std::size_t n) { return allocate_or_throw(n); }
-void *operator new(std::size_t n, std::align_val_t a) { return allocate_or_throw(n, static_cast<std::size_t>(a)); }
-void *operator new[](std::size_t n, std::align_val_t a) { return allocate_or_throw(n, static_cast<std::size_t>(a)); }
+void *operator new(std::size_t n, std::align_val_t a) {
+  return allocate_or_throw(n, static_cast<std::size_t>(a));
+}
+void *operator new[](std::size_t n, std::align_val_t a) {
+  return allocate_or_throw(n, static_cast<std::size_t>(a));
+}
 void *operator new(std::size_t n, const std::nothrow_t &) noexcept { return allocate(n, 1); }
 void *operator new[](std::size_t n, const std::nothrow_t &) noexcept { return allocate(n, 1); }
 void operator delete(void *p) noexcept { release(p); }

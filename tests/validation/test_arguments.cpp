@@ -25,7 +25,8 @@ template <class Args>
 using Call = powerattn_status (*)(const powerattn_plan *, const Args *);
 
 template <class Args>
-void run(const powerattn_desc &desc, Args Calls::*member, Call<Args> call, const std::vector<Case<Args>> &cases) {
+void run(const powerattn_desc &desc, Args Calls::*member, Call<Args> call,
+         const std::vector<Case<Args>> &cases) {
   Calls calls(desc);
   const Args good = calls.*member;
   for (const Case<Args> &c : cases) {
@@ -65,7 +66,10 @@ TEST_CASE("forward: one wrong argument at a time") {
   using A = powerattn_forward_args;
   run<A>(fixture::description(), &Calls::forward, powerattn_forward,
          {
-             {[](A &a, Calls &) { a.reserved = 1; return "reserved is 1; it must be 0"; }},
+             {[](A &a, Calls &) {
+               a.reserved = 1;
+               return "reserved is 1; it must be 0";
+             }},
              {[](A &a, Calls &) {
                a.q.data = nullptr;
                return "q.data is NULL; float32 [2, 5, 4, 8] is required here";
@@ -114,8 +118,15 @@ TEST_CASE("forward: one wrong argument at a time") {
                a.row_norm.stride_b = a.row_norm.stride_t;
                return "row_norm overlaps itself: its strides put two elements at one address";
              }},
-             {[](A &a, Calls &) { a.y = a.q; a.y.stride_h = 8; return std::string("y overlaps q") + kShared; }},
-             {[](A &a, Calls &) { a.row_norm.data = a.log_g.data; return std::string("row_norm overlaps log_g") + kShared; }},
+             {[](A &a, Calls &) {
+               a.y = a.q;
+               a.y.stride_h = 8;
+               return std::string("y overlaps q") + kShared;
+             }},
+             {[](A &a, Calls &) {
+               a.row_norm.data = a.log_g.data;
+               return std::string("row_norm overlaps log_g") + kShared;
+             }},
              {[](A &a, Calls &) {
                a.final_state.z = a.final_state.s;
                return std::string("final_state.z overlaps final_state.s") + kShared;
@@ -149,10 +160,11 @@ TEST_CASE("forward: one wrong argument at a time") {
                return "rope_offset is " + address(a.rope_offset) + "; it must be aligned to 8 bytes";
              }},
              {[](A &a, Calls &c) {
-               a.workspace_bytes = c.info.workspace_forward - 1;
-               return "workspace_bytes is " + text(a.workspace_bytes) + "; this plan needs " +
-                      text(c.info.workspace_forward);
-             }, kSmall},
+                a.workspace_bytes = c.info.workspace_forward - 1;
+                return "workspace_bytes is " + text(a.workspace_bytes) + "; this plan needs " +
+                       text(c.info.workspace_forward);
+              },
+              kSmall},
              {[](A &a, Calls &c) {
                a.workspace = nullptr;
                return "workspace is NULL; " + text(c.info.workspace_forward) + " bytes are required here";
@@ -203,7 +215,10 @@ TEST_CASE("forward: packed sequences") {
   };
   run<A>(fixture::packed_description(), &Calls::forward, powerattn_forward,
          {
-             {[](A &a, Calls &) { a.cu_seqlens = nullptr; return "cu_seqlens is NULL; 4 elements are required here"; }},
+             {[](A &a, Calls &) {
+               a.cu_seqlens = nullptr;
+               return "cu_seqlens is NULL; 4 elements are required here";
+             }},
              {[](A &a, Calls &) {
                a.cu_seqlens = shifted(a.cu_seqlens, 4);
                return "cu_seqlens is " + address(a.cu_seqlens) + "; it must be aligned to 8 bytes";
@@ -223,7 +238,10 @@ TEST_CASE("backward: one wrong argument at a time") {
   using A = powerattn_backward_args;
   run<A>(fixture::description(), &Calls::backward, powerattn_backward,
          {
-             {[](A &a, Calls &) { a.reserved = 7; return "reserved is 7; it must be 0"; }},
+             {[](A &a, Calls &) {
+               a.reserved = 7;
+               return "reserved is 7; it must be 0";
+             }},
              {[](A &a, Calls &) {
                a.y.data = nullptr;
                return "y.data is NULL; float32 [2, 5, 4, 6] is required here";
@@ -248,9 +266,18 @@ TEST_CASE("backward: one wrong argument at a time") {
                a.d_v.data = nullptr;
                return "d_v.data is NULL; float32 [2, 5, 2, 6] is required here";
              }},
-             {[](A &a, Calls &) { a.log_g.data = nullptr; return "d_log_g is given without log_g"; }},
-             {[](A &a, Calls &) { a.d_k.data = a.d_q.data; return std::string("d_k overlaps d_q") + kShared; }},
-             {[](A &a, Calls &) { a.d_v.data = a.d_y.data; return std::string("d_v overlaps d_y") + kShared; }},
+             {[](A &a, Calls &) {
+               a.log_g.data = nullptr;
+               return "d_log_g is given without log_g";
+             }},
+             {[](A &a, Calls &) {
+               a.d_k.data = a.d_q.data;
+               return std::string("d_k overlaps d_q") + kShared;
+             }},
+             {[](A &a, Calls &) {
+               a.d_v.data = a.d_y.data;
+               return std::string("d_v overlaps d_y") + kShared;
+             }},
              {[](A &a, Calls &) {
                a.d_k.stride_b = 0;
                return "d_k overlaps itself: its strides put two elements at one address";
@@ -264,10 +291,11 @@ TEST_CASE("backward: one wrong argument at a time") {
                return "d_final_state.z is NULL; a normalised state has z";
              }},
              {[](A &a, Calls &c) {
-               a.workspace_bytes = c.info.workspace_backward - 1;
-               return "workspace_bytes is " + text(a.workspace_bytes) + "; this plan needs " +
-                      text(c.info.workspace_backward);
-             }, kSmall},
+                a.workspace_bytes = c.info.workspace_backward - 1;
+                return "workspace_bytes is " + text(a.workspace_bytes) + "; this plan needs " +
+                       text(c.info.workspace_backward);
+              },
+              kSmall},
          });
 }
 
@@ -305,18 +333,30 @@ TEST_CASE("step: one wrong argument at a time") {
   };
   run<A>(fixture::description(), &Calls::step, powerattn_step,
          {
-             {[](A &a, Calls &) { a.reserved = 1; return "reserved is 1; it must be 0"; }},
-             {[](A &a, Calls &) { a.num_slots = -1; return "num_slots is -1; it must be >= 0"; }},
+             {[](A &a, Calls &) {
+               a.reserved = 1;
+               return "reserved is 1; it must be 0";
+             }},
+             {[](A &a, Calls &) {
+               a.num_slots = -1;
+               return "num_slots is -1; it must be >= 0";
+             }},
              {[](A &a, Calls &) {
                a.state = {};
                return "state.s is NULL; float32 [3, 2, 36, 6] is required here";
              }},
-             {[](A &a, Calls &) { a.state.z = nullptr; return "state.z is NULL; a normalised state has z"; }},
+             {[](A &a, Calls &) {
+               a.state.z = nullptr;
+               return "state.z is NULL; a normalised state has z";
+             }},
              {[](A &a, Calls &) {
                a.state.s_stride_n = 0;
                return "state.s overlaps itself: its strides put two elements at one address";
              }},
-             {[](A &a, Calls &) { a.y.data = a.state.s; return std::string("state.s overlaps y") + kShared; }},
+             {[](A &a, Calls &) {
+               a.y.data = a.state.s;
+               return std::string("state.s overlaps y") + kShared;
+             }},
              {[](A &a, Calls &) {
                a.num_slots = 1, a.slots = nullptr;
                return "slots is NULL and there are 1 slots; 2 are needed";
@@ -331,10 +371,11 @@ TEST_CASE("step: one wrong argument at a time") {
                return "lengths is " + address(a.lengths) + "; it must be aligned to 8 bytes";
              }},
              {[](A &a, Calls &c) {
-               a.workspace_bytes = c.info.workspace_step - 1;
-               return "workspace_bytes is " + text(a.workspace_bytes) + "; this plan needs " +
-                      text(c.info.workspace_step);
-             }, kSmall},
+                a.workspace_bytes = c.info.workspace_step - 1;
+                return "workspace_bytes is " + text(a.workspace_bytes) + "; this plan needs " +
+                       text(c.info.workspace_step);
+              },
+              kSmall},
          });
 }
 
@@ -368,14 +409,18 @@ TEST_CASE("step: negative slots may repeat, large pools are checked for duplicat
   a.num_slots = 150000;  // fewer: by bitmap
   slots[0] = slots[2] = 149999, slots[1] = 5;
   CHECK(powerattn_step(plan.get(), &a) == kInvalid);
-  CHECK(std::string(powerattn_last_error()) == "slots[2] is 149999 for the second time; slots must be different");
+  CHECK(std::string(powerattn_last_error()) ==
+        "slots[2] is 149999 for the second time; slots must be different");
 }
 
 TEST_CASE("summary: one wrong argument at a time") {
   using A = powerattn_summary_args;
   run<A>(fixture::description(), &Calls::summary, powerattn_summary,
          {
-             {[](A &a, Calls &) { a.reserved = 1; return "reserved is 1; it must be 0"; }},
+             {[](A &a, Calls &) {
+               a.reserved = 1;
+               return "reserved is 1; it must be 0";
+             }},
              {[](A &a, Calls &) {
                a.k.data = nullptr;
                return "k.data is NULL; float32 [2, 5, 2, 8] is required here";
@@ -392,12 +437,16 @@ TEST_CASE("summary: one wrong argument at a time") {
                a.total_log_g = a.log_g.data;
                return std::string("total_log_g overlaps log_g") + kShared;
              }},
-             {[](A &a, Calls &) { a.state.s = a.v.data; return std::string("state.s overlaps v") + kShared; }},
+             {[](A &a, Calls &) {
+               a.state.s = a.v.data;
+               return std::string("state.s overlaps v") + kShared;
+             }},
              {[](A &a, Calls &c) {
-               a.workspace_bytes = c.info.workspace_summary - 1;
-               return "workspace_bytes is " + text(a.workspace_bytes) + "; this plan needs " +
-                      text(c.info.workspace_summary);
-             }, kSmall},
+                a.workspace_bytes = c.info.workspace_summary - 1;
+                return "workspace_bytes is " + text(a.workspace_bytes) + "; this plan needs " +
+                       text(c.info.workspace_summary);
+              },
+              kSmall},
          });
 }
 
@@ -405,7 +454,10 @@ TEST_CASE("summary_reverse: one wrong argument at a time") {
   using A = powerattn_summary_reverse_args;
   run<A>(fixture::description(), &Calls::reverse, powerattn_summary_reverse,
          {
-             {[](A &a, Calls &) { a.reserved = 1; return "reserved is 1; it must be 0"; }},
+             {[](A &a, Calls &) {
+               a.reserved = 1;
+               return "reserved is 1; it must be 0";
+             }},
              {[](A &a, Calls &) {
                a.q.data = nullptr;
                return "q.data is NULL; float32 [2, 5, 4, 8] is required here";
@@ -422,7 +474,10 @@ TEST_CASE("summary_reverse: one wrong argument at a time") {
                a.d_state.s = nullptr;
                return "d_state.s is NULL; float32 [2, 2, 36, 6] is required here";
              }},
-             {[](A &a, Calls &) { a.d_state.z = a.d_y.data; return std::string("d_state.z overlaps d_y") + kShared; }},
+             {[](A &a, Calls &) {
+               a.d_state.z = a.d_y.data;
+               return std::string("d_state.z overlaps d_y") + kShared;
+             }},
          });
 }
 
@@ -430,8 +485,14 @@ TEST_CASE("compose: one wrong argument at a time") {
   using A = powerattn_compose_args;
   run<A>(fixture::description(), &Calls::compose, powerattn_state_compose,
          {
-             {[](A &a, Calls &) { a.reserved = 1; return "reserved is 1; it must be 0"; }},
-             {[](A &a, Calls &) { a.count = -1; return "count is -1; it must be >= 0"; }},
+             {[](A &a, Calls &) {
+               a.reserved = 1;
+               return "reserved is 1; it must be 0";
+             }},
+             {[](A &a, Calls &) {
+               a.count = -1;
+               return "count is -1; it must be >= 0";
+             }},
              {[](A &a, Calls &) {
                a.segments = {};
                return "segments.s is NULL; it may be NULL only with count 0";
@@ -475,16 +536,34 @@ TEST_CASE("convert: one wrong argument at a time") {
                a.dst_dtype = -1;
                return "dst_dtype is -1; allowed are 0, FLOAT32 (1), BFLOAT16 (3) and FLOAT64 (4)";
              }},
-             {[](A &a, Calls &) { a.reserved = -1; return "reserved is -1; it must be 0"; }},
-             {[](A &a, Calls &) { a.count = -1; return "count is -1; it must be >= 0"; }},
-             {[](A &a, Calls &) { a.src_num_slots = -1; return "src_num_slots is -1; it must be >= 0"; }},
-             {[](A &a, Calls &) { a.dst_num_slots = -1; return "dst_num_slots is -1; it must be >= 0"; }},
+             {[](A &a, Calls &) {
+               a.reserved = -1;
+               return "reserved is -1; it must be 0";
+             }},
+             {[](A &a, Calls &) {
+               a.count = -1;
+               return "count is -1; it must be >= 0";
+             }},
+             {[](A &a, Calls &) {
+               a.src_num_slots = -1;
+               return "src_num_slots is -1; it must be >= 0";
+             }},
+             {[](A &a, Calls &) {
+               a.dst_num_slots = -1;
+               return "dst_num_slots is -1; it must be >= 0";
+             }},
              {[](A &a, Calls &) {
                a.src.s = nullptr;
                return "src.s is NULL; float32 [2, 2, 36, 6] is required here";
              }},
-             {[](A &a, Calls &) { a.dst.z = nullptr; return "dst.z is NULL; a normalised state has z"; }},
-             {[](A &a, Calls &) { a.dst.s = a.src.s; return std::string("dst.s overlaps src.s") + kShared; }},
+             {[](A &a, Calls &) {
+               a.dst.z = nullptr;
+               return "dst.z is NULL; a normalised state has z";
+             }},
+             {[](A &a, Calls &) {
+               a.dst.s = a.src.s;
+               return std::string("dst.s overlaps src.s") + kShared;
+             }},
              {[](A &a, Calls &c) {
                a.src_slots = c.integers({2, 0});
                return "src_slots[0] is 2; there are 2 slots";

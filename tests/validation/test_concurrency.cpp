@@ -94,7 +94,8 @@ TEST_CASE("concurrent errors keep their own messages") {
         d.head_dim = 300 + i;
         powerattn_plan *plan = nullptr;
         if (powerattn_plan_create(&d, &plan) != POWERATTN_ERROR_INVALID_ARGUMENT) ++wrong;
-        if (powerattn_last_error() != "head_dim is " + std::to_string(300 + i) + "; allowed are 1 .. 256") ++wrong;
+        if (powerattn_last_error() != "head_dim is " + std::to_string(300 + i) + "; allowed are 1 .. 256")
+          ++wrong;
       }
     });
   }

@@ -29,14 +29,14 @@ TEST_CASE("pack: the block is a header, then z and S of each state and head in c
   const auto *at = static_cast<const unsigned char *>(calls.pack.packed);
   CHECK(calls.pack.packed_bytes == 64 + 4 * static_cast<uint64_t>(4 * rows * (e + 1)));
   CHECK(std::memcmp(at, "PWRATTN\0", 8) == 0);
-  CHECK(little(at + 8, 4) == 1);    // format version
+  CHECK(little(at + 8, 4) == 1);  // format version
   CHECK(little(at + 12, 4) == POWERATTN_FLOAT32);
-  CHECK(little(at + 16, 4) == 2);   // degree
+  CHECK(little(at + 16, 4) == 2);  // degree
   CHECK(little(at + 20, 4) == 0);
-  CHECK(little(at + 24, 8) == 8);   // head_dim
-  CHECK(little(at + 32, 8) == 6);   // value_dim
-  CHECK(little(at + 40, 8) == 2);   // heads_kv
-  CHECK(little(at + 48, 8) == 2);   // count
+  CHECK(little(at + 24, 8) == 8);  // head_dim
+  CHECK(little(at + 32, 8) == 6);  // value_dim
+  CHECK(little(at + 40, 8) == 2);  // heads_kv
+  CHECK(little(at + 48, 8) == 2);  // count
   CHECK(little(at + 56, 8) == calls.pack.packed_bytes - 64);
 
   std::vector<float> payload(static_cast<size_t>(4 * rows * (e + 1)));
@@ -80,12 +80,14 @@ TEST_CASE("pack: one wrong argument at a time") {
   refused([](auto &a) { a.count = -1; }, "count is -1; it must be >= 0");
   refused([](auto &a) { a.count = INT64_MAX; },
           "9223372036854775807 packed states of 2 kv heads, head_dim 8 and degree 2 take more bytes than "
-          "uint64_t holds", POWERATTN_ERROR_UNSUPPORTED);
+          "uint64_t holds",
+          POWERATTN_ERROR_UNSUPPORTED);
   refused([](auto &a) { a.state.s = nullptr, a.state.z = nullptr; },
           "state.s is NULL; float32 [2, 2, 36, 6] is required here");
-  refused([](auto &a) { a.packed = nullptr; }, "packed is NULL; " + size + " bytes of host memory are required here");
-  refused([](auto &a) { --a.packed_bytes; }, "packed_bytes is " + std::to_string(good.packed_bytes - 1) +
-                                                 "; these states need " + size);
+  refused([](auto &a) { a.packed = nullptr; },
+          "packed is NULL; " + size + " bytes of host memory are required here");
+  refused([](auto &a) { --a.packed_bytes; },
+          "packed_bytes is " + std::to_string(good.packed_bytes - 1) + "; these states need " + size);
   refused([](auto &a) { a.packed = a.state.s; },
           "packed overlaps state.s; an output may not share memory with another tensor");
 
@@ -127,7 +129,8 @@ TEST_CASE("unpack: a block that is not ours is refused, naming the difference, b
   powerattn_pack_args a = calls.unpack;
   a.packed_bytes = 63;
   CHECK(powerattn_state_unpack(calls.plan.get(), &a) == kInvalid);
-  CHECK(std::string(powerattn_last_error()) == "packed_bytes is 63; a packed state has at least its header of 64");
+  CHECK(std::string(powerattn_last_error()) ==
+        "packed_bytes is 63; a packed state has at least its header of 64");
   a.packed_bytes = calls.unpack.packed_bytes - 1;
   CHECK(powerattn_state_unpack(calls.plan.get(), &a) == kInvalid);
   CHECK(std::string(powerattn_last_error()) == "packed_bytes is 4095; this packed state has 4096");

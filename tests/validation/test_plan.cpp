@@ -52,7 +52,8 @@ TEST_CASE("state: the literature's table") {
     int degree;
     uint64_t bytes;
     double rounded;
-  } table[] = {{2, UINT64_C(38937600), 39e6}, {4, UINT64_C(14348505600), 14e9}, {6, UINT64_C(2244106275840), 2.2e12}};
+  } table[] = {
+      {2, UINT64_C(38937600), 39e6}, {4, UINT64_C(14348505600), 14e9}, {6, UINT64_C(2244106275840), 2.2e12}};
   for (const auto &t : table) {
     uint64_t bytes = 0;
     REQUIRE(powerattn_state_bytes(64, 64, t.degree, POWERATTN_BFLOAT16, 144, &bytes) == POWERATTN_OK);
@@ -229,16 +230,18 @@ TEST_CASE("plan: a state that does not fit forces the attention form, and says s
     CHECK(info.state_bytes == UINT64_C(4488212551680));
     const std::string text = describe(plan.get());
     INFO(text);
-    CHECK(contains(text, "form      attention, chunk 100000 (the states of the chunked form need 4.5 TB, the "
-                         "limit is 69 GB)"));
+    CHECK(contains(text,
+                   "form      attention, chunk 100000 (the states of the chunked form need 4.5 TB, the "
+                   "limit is 69 GB)"));
     CHECK(contains(text, "no summary: the states need 4.5 TB, the limit is 69 GB"));
   }
   d.form = POWERATTN_FORM_CHUNKED;
   powerattn_plan *plan = nullptr;
   CHECK(powerattn_plan_create(&d, &plan) == POWERATTN_ERROR_STATE_TOO_LARGE);
   const std::string message = powerattn_last_error();
-  CHECK(contains(message, "form CHUNKED needs states of 4.5 TB (4488212551680 bytes: 12 sequences x 12 kv heads "
-                          "x 119877472 rows x 65 x 4 bytes)"));
+  CHECK(contains(message,
+                 "form CHUNKED needs states of 4.5 TB (4488212551680 bytes: 12 sequences x 12 kv heads "
+                 "x 119877472 rows x 65 x 4 bytes)"));
   d.form = POWERATTN_FORM_AUTO;
   d.flags = POWERATTN_USE_STATE;
   CHECK(powerattn_plan_create(&d, &plan) == POWERATTN_ERROR_STATE_TOO_LARGE);
@@ -287,7 +290,8 @@ TEST_CASE("library: devices, status strings, version") {
   CHECK(texts.count("unknown status") == 0);
   CHECK(std::string(powerattn_status_string(-1)) == "unknown status");
   CHECK(std::string(powerattn_status_string(10)) == "unknown status");
-  CHECK(powerattn_version() == POWERATTN_VERSION_MAJOR * 10000 + POWERATTN_VERSION_MINOR * 100 + POWERATTN_VERSION_PATCH);
+  CHECK(powerattn_version() ==
+        POWERATTN_VERSION_MAJOR * 10000 + POWERATTN_VERSION_MINOR * 100 + POWERATTN_VERSION_PATCH);
 }
 
 TEST_CASE("library: a CUDA plan without a device is refused by name") {

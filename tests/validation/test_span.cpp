@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Overlap of strided arguments against counting every byte.
-#include "span.h"
-
 #include <doctest/doctest.h>
 
 #include <random>
 #include <set>
+
+#include "span.h"
 
 using powerattn::Overlap;
 using powerattn::Span;
