@@ -42,7 +42,6 @@ core_test() {
   if [ -f tests/fuzz/CMakeLists.txt ]; then
     check "fuzzing the descriptions and arguments, 60 s" core_fuzz
   fi
-  check "includes point one way" check_includes
   check "clang-format" check_format
   check "shell scripts parse" check_shell
   check "documentation builds without warnings" docs_build

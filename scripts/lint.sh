@@ -19,7 +19,7 @@ check_format() {
 
 check_shell() { bash -n dev .ci/run scripts/*.sh; }
 
-check_includes() { python3 scripts/check_includes.py; }
+check_includes() { cmake "-DROOT=$ROOT" -P tests/abi/include_direction.cmake; }
 
 # clang-tidy over the library's own C++ (the checks are in .clang-tidy); minutes, so not a part of the tests.
 check_tidy() {
