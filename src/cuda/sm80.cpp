@@ -27,8 +27,9 @@ const cuda::DeviceProperties *device_of(const Problem &p) {
   return cuda::device_properties(p.device_index, &properties) == POWERATTN_OK ? properties : nullptr;
 }
 
-// Executed rates on an H100-class device, multiply-adds counted twice; other devices by their SM count.
-constexpr double kRateState = 250e12, kRateIntra = 200e12, kRateBackward = 180e12, kBandwidth = 2.5e12;
+// Executed rates as measured on an H200 (docs/performance-log.md), multiply-adds counted twice; other devices by
+// their number of multiprocessors.
+constexpr double kRateState = 250e12, kRateIntra = 200e12, kRateBackward = 210e12, kBandwidth = 2.5e12;
 constexpr double kLaunch = 4e-6;
 constexpr int kReferenceSms = 132;
 
@@ -43,10 +44,11 @@ Cost cost(const Problem &p, int64_t chunk, int sms) {
   const double total = static_cast<double>(p.batch) * static_cast<double>(p.seq_len);  // tokens
   const double q = total * static_cast<double>(p.heads_q), kv = total * static_cast<double>(p.heads_kv);
   const double span = (chunk > 0 ? std::min<double>(static_cast<double>(chunk), t) : t) + k80::kRowTile;
+  const double io = 4 * d * (q + kv) / (kBandwidth * speed);  // q, k, v, y once
   Cost c;
   // Two products over half of the span forward; seven backward: dv 2, dq 3, dk 3, less the shared one.
-  c.forward = q * span * 2 * d / (kRateIntra * speed) + 2 * kLaunch;
-  c.backward = q * span * 8 * d / (kRateBackward * speed) + 6 * kLaunch;
+  c.forward = q * span * 2 * d / (kRateIntra * speed) + io + 2 * kLaunch;
+  c.backward = q * span * 8 * d / (kRateBackward * speed) + 2 * io + 6 * kLaunch;
   if (chunk > 0) {
     const double rows = cuda::tile_rows(p.degree, static_cast<int>(p.head_dim));
     const double bytes = kv / static_cast<double>(chunk) * rows * d * 2;
@@ -57,10 +59,10 @@ Cost cost(const Problem &p, int64_t chunk, int sms) {
   return c;
 }
 
-// 1024 tokens balance the state's traffic against the work inside a chunk for d = 64, 2048 for d = 128; degree 1
-// has a small state. Shorter when that would leave multiprocessors without a chunk.
+// 512 tokens balance the state's traffic against the work inside a chunk for d = 64 (5.7 ms forward + backward where
+// 1024 took 6.0), 2048 for d = 128; degree 1 has a small state. Shorter when that would leave multiprocessors idle.
 int64_t automatic_chunk(const Problem &p, int sms) {
-  int64_t chunk = p.degree == 1 ? 256 : p.head_dim == 128 ? 2048 : 1024;
+  int64_t chunk = p.degree == 1 ? 256 : p.head_dim == 128 ? 2048 : 512;
   const int64_t units = p.degree == 1 ? 1 : p.head_dim == 32 ? 2 : p.head_dim == 64 ? 9 : 34;
   while (chunk > 256 && p.batch * (p.seq_len / chunk) * p.heads_kv * units < 2 * sms) chunk /= 2;
   return chunk;
@@ -78,6 +80,13 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
   if (p.use_state && p.state_dtype != Dtype::kFloat32) return no("float32 states only");
   const cuda::DeviceProperties *const device = device_of(p);
   if (device == nullptr || device->major < 8) return no("needs compute capability 8.0 or newer");
+  const size_t shared = k80::shared_bytes(p.head_dim);
+  if (device->shared_per_block < shared) {
+    char text[96];
+    std::snprintf(text, sizeof(text), "head_dim %d needs %zu bytes of shared memory per block, the device has %zu",
+                  static_cast<int>(p.head_dim), shared, device->shared_per_block);
+    return no(text);
+  }
 
   const char *no_chunks = p.dtype == Dtype::kFloat16 ? "float16 has no chunked form here (chunk states are bfloat16)"
                           : p.degree > 2             ? "chunked form for degrees 1 and 2 only"

@@ -18,6 +18,9 @@ namespace powerattn::cuda::sm80 {
 
 constexpr int kRowTile = 128;  // rows of a thread block that owns rows
 
+// Shared memory that a block needs, the most of all kernels of a head dimension: 66 KB (d = 64), 131 KB (128).
+size_t shared_bytes(int64_t head_dim);
+
 struct Shape {
   ChunkTable table;  // with tiles of kRowTile rows
   bool packed = false;

@@ -3,7 +3,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
 #include "args.h"
+#include "shapes.h"
 
 namespace powerattn {
 namespace cuda {
@@ -44,6 +47,15 @@ cudaError_t update_d(const UpdateArgs &a, cudaStream_t stream) {
 }
 
 }  // namespace
+
+size_t shared_bytes(int64_t head_dim) {
+  auto most = [](int a, int b, int c) { return static_cast<size_t>(std::max(a, std::max(b, c))); };
+  switch (head_dim) {
+    case 32: return most(GradientShape<32>::kShared, OutputShape<32>::kShared, UpdateShape<32, 2>::kShared);
+    case 64: return most(GradientShape<64>::kShared, OutputShape<64>::kShared, UpdateShape<64, 2>::kShared);
+    default: return most(GradientShape<128>::kShared, OutputShape<128>::kShared, UpdateShape<128, 2>::kShared);
+  }
+}
 
 cudaError_t output(const OutputArgs &a, cudaStream_t stream) {
   switch (a.shape.head_dim) {

@@ -6,25 +6,15 @@
 //   3. diagonal:  the same with a mask and exact gate differences
 #pragma once
 
+#include <type_traits>
+
 #include "load.h"
+#include "shapes.h"
 #include "weights.h"
 
 namespace powerattn {
 namespace cuda {
 namespace sm80 {
-
-template <int D>
-struct GradientShape {
-  static constexpr int kM = D == 128 ? 1 : 2;  // 16-row fragments per warp: 64 + 64 registers of x, u at most
-  static constexpr int kWarps = kRowTile / (16 * kM), kThreads = 32 * kWarps;
-  static constexpr int kBlocksPerSM = D == 128 ? 1 : 2;
-  static constexpr int kColumns = 64;
-  static constexpr int kStep = 16;
-  static constexpr int kTileBytes = kTileRows * D * 2;
-  static constexpr int kRowBytes = kRowTile * D * 2;
-  // x rows | u rows | 4 buffers | factors, gates, deltas of 2 x 64 columns | place    d=64: 64 KB, d=128: 128 KB
-  static constexpr int kShared = 2 * kRowBytes + 4 * kTileBytes + 6 * kColumns * 4 + sizeof(Place);
-};
 
 template <typename T, int D, int P>
 __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::kBlocksPerSM)
@@ -32,6 +22,7 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
   using S = GradientShape<D>;
   constexpr int kN = D / 8, kK = D / 16, kM = S::kM, kStep = S::kStep;
   constexpr bool kState = P != 0 && has_states<T>;
+  constexpr bool kScaled = std::is_same<T, __half>::value;  // r_i before rounding: without it s^{p-1} m overflows
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   float *const factors = reinterpret_cast<float *>(shared + 2 * S::kRowBytes + 4 * S::kTileBytes);
@@ -53,8 +44,6 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
   const int head_kv = a.reverse ? head_x : head_x / group;
   const int64_t batch = shape.packed ? 0 : tile.sequence;
 
-  const float *const g =
-      a.g ? a.g + (batch * shape.heads_kv + head_kv) * shape.seq_len + chunk.start : nullptr;
   const SharedTile<D> xs{base, kRowTile}, us{base + S::kRowBytes, kRowTile};
   const uint32_t buffers = base + 2 * S::kRowBytes;
   load_rows<kRowTile, D, S::kThreads>(xs.base, row_pointer<T>(a.x, batch, tile.start, head_x), a.x.stride_t,
@@ -64,10 +53,6 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
   copy_commit();
 
   const int row0 = warp * 16 * kM;
-  const float g_ref = !g ? 0.f
-                      : a.reverse ? g[tile.offset + tile.length - 1]
-                      : tile.offset > 0 ? g[tile.offset - 1] : 0.f;
-  const float g_end = g ? g[chunk.length - 1] : 0.f;
   // Per-row numbers are read where they are needed: the state phase has no registers to spare.
   const int64_t query = (batch * shape.heads_q + head_x) * shape.seq_len + tile.start;  // when rows are queries
   auto row_of = [&](int m, int h) { return row0 + 16 * m + 8 * h + lane / 4; };
@@ -103,10 +88,13 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
             thread);
       copy_commit();
     };
-    auto next = [&](int n) {
+    auto next = [&](int n) {  // tile n is ready; n + 3 >= 0 is a tile of the state
       copy_wait<2>();
       __syncthreads();
-      fetch(n + 3);
+      if (n + 3 < kTiles)
+        load_tile<S::kTileBytes, S::kThreads>(buffers + ((n + 3) & 3) * S::kTileBytes,
+                                              state + static_cast<int64_t>(n + 3) * S::kTileBytes, thread);
+      copy_commit();
       return SharedTile<D>{buffers + (n & 3) * S::kTileBytes, kTileRows};
     };
     fetch(first);
@@ -117,7 +105,10 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
       if (with_z) {
 #pragma unroll 1
         for (int n = first; n < 0; ++n) {
-          const auto t = next(n);
+          copy_wait<2>();
+          __syncthreads();
+          fetch(n + 3);
+          const SharedTile<D> t{buffers + (n & 3) * S::kTileBytes, kTileRows};
 #pragma unroll
           for (int s = 0; s < 4; ++s)
 #pragma unroll
@@ -148,18 +139,11 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
       int n = 0;
 #pragma unroll 1
       for (int ib = 0; ib < kN; ++ib) {
-        uint32_t scalar[kM][2][4];  // x[row][8 ib .. 8 ib + 7]
-#pragma unroll
-        for (int m = 0; m < kM; ++m)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const uint4 v = load16(xs.at(row0 + 16 * m + 8 * h + lane / 4, ib));
-            scalar[m][h][0] = v.x, scalar[m][h][1] = v.y, scalar[m][h][2] = v.z, scalar[m][h][3] = v.w;
-          }
         float side[kM][2][8] = {};  // sum over j of T_ij x_j, the part of this lane's columns
 #pragma unroll 1
         for (int jb = ib; jb < kN; ++jb, ++n) {
           const auto t = next(n);
+          uint32_t scalar[kM][2][2];
           float mine[kM][4] = {};  // sum over i of T_ij x_i
           float xj[kM][2][2];
           if constexpr (kM == 2) {
@@ -182,6 +166,13 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
           }
 #pragma unroll
           for (int s = 0; s < 4; ++s) {  // rows i = 2s, 2s + 1 of the tile's eight
+            if (s % 2 == 0) {  // x[row][8 ib + 2s .. + 3]; all eight would not fit in registers
+#pragma unroll
+              for (int m = 0; m < kM; ++m)
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                  load8(scalar[m][h], xs.at(row0 + 16 * m + 8 * h + lane / 4, ib) + 4 * s);
+            }
             float w[kM][2][4] = {};
 #pragma unroll
             for (int k = 0; k < kK; ++k) {
@@ -197,7 +188,7 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
             for (int m = 0; m < kM; ++m)
 #pragma unroll
               for (int h = 0; h < 2; ++h) {
-                const float x0 = Pair<T>::lo(scalar[m][h][s]), x1 = Pair<T>::hi(scalar[m][h][s]);
+                const float x0 = Pair<T>::lo(scalar[m][h][s & 1]), x1 = Pair<T>::hi(scalar[m][h][s & 1]);
                 mine[m][2 * h] += w[m][0][2 * h] * x0 + w[m][1][2 * h] * x1;
                 mine[m][2 * h + 1] += w[m][0][2 * h + 1] * x0 + w[m][1][2 * h + 1] * x1;
                 side[m][h][2 * s] += w[m][0][2 * h] * xj[m][h][0] + w[m][0][2 * h + 1] * xj[m][h][1];
@@ -258,6 +249,19 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
           }
       }
     }
+  }
+
+  const float *const g =
+      a.g ? a.g + (batch * shape.heads_kv + head_kv) * shape.seq_len + chunk.start : nullptr;
+  // Gates: everything before this tile is referred to its first row, everything after to its last.
+  const float g_ref = !g ? 0.f
+                      : a.reverse ? g[tile.offset + tile.length - 1]
+                      : tile.offset > 0 ? g[tile.offset - 1] : 0.f;
+  const float g_end = g ? g[chunk.length - 1] : 0.f;
+  // x . dx, from weights that are not rounded: the gate gradient is a sum of differences of these, and what two
+  // rows of one pair have in common cancels only if both are exact.
+  float dot[kM][2] = {};
+  if (kState && a.state != nullptr) {
     const float factor = a.reverse ? __expf(g_end - g_ref) : a.scale * __expf(g_ref);
 #pragma unroll
     for (int m = 0; m < kM; ++m)
@@ -265,6 +269,15 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
       for (int i = 0; i < kN; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e) dx[m][i][e] *= factor;
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int i = 0; i < kN; ++i) {
+          const uint32_t x2 = *reinterpret_cast<const uint32_t *>(shared + (xs.at(row_of(m, h), i) - base) + 4 * quad);
+          dot[m][h] += dx[m][i][2 * h] * Pair<T>::lo(x2) + dx[m][i][2 * h + 1] * Pair<T>::hi(x2);
+        }
   }
 
   // ---- 2., 3. Blocks of columns, double-buffered. The factor of a column is p c e^{...} (r_i for keys).
@@ -300,7 +313,7 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
   copy_wait<0>();
   __syncthreads();
 
-  float g_row[kM][2], delta_row[kM][2];
+  float g_row[kM][2], delta_row[kM][2], r_early[kM][2];
   uint32_t xf[kM][kK][4];
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -308,6 +321,7 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
     for (int h = 0; h < 2; ++h) {
       g_row[m][h] = read(g, tile.offset, row_of(m, h), g_ref);
       delta_row[m][h] = a.reverse ? 0.f : read(a.delta, query, row_of(m, h), 0.f);
+      r_early[m][h] = a.reverse || !kScaled ? 1.f : read(a.r, query, row_of(m, h), 1.f);
     }
 #pragma unroll
     for (int k = 0; k < kK; ++k) xs.a(xf[m][k], row0 + 16 * m, k, lane);
@@ -324,6 +338,7 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
           dx[m][i][2 * h] *= f;
           dx[m][i][2 * h + 1] *= f;
         }
+        dot[m][h] *= f;
       }
   };
   if (walk.full_total() == 0) to_rows();
@@ -376,11 +391,13 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
         const float2 dc = *reinterpret_cast<const float2 *>(delta_col + at);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-          power_minus_one<P>(s[m][c], shape.degree);
+          float p[4] = {s[m][c][0], s[m][c][1], s[m][c][2], s[m][c][3]};
+          power_minus_one<P>(p, shape.degree);
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
             const float d = a.reverse ? ((q & 1) ? dc.y : dc.x) : delta_row[m][q >> 1];
-            e[m][c][q] = (s[m][c][q] * ((q & 1) ? f.y : f.x)) * (e[m][c][q] - d);
+            e[m][c][q] = (p[q] * ((q & 1) ? f.y : f.x)) * (e[m][c][q] - d);
+            if constexpr (kScaled) e[m][c][q] *= r_early[m][q >> 1];
           }
         }
         if (diagonal) {
@@ -397,6 +414,12 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
             }
         }
       }
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+#pragma unroll
+          for (int q = 0; q < 4; ++q) dot[m][q >> 1] += e[m][c][q] * s[m][c][q];
       // dx += e z
       uint32_t w[kM][4];
 #pragma unroll
@@ -427,24 +450,21 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
     for (int h = 0; h < 2; ++h) {
       const int row = row_of(m, h);
       const bool in = row < tile.length;
-      const float r_row = a.reverse ? 1.f : read(a.r, query, row, 1.f);
-      float dot = 0.f;
+      const float r_row = a.reverse || kScaled ? 1.f : read(a.r, query, row, 1.f);
       T *const out = row_pointer<T>(a.out, batch, tile.start + (in ? row : 0), head_x) + 2 * quad;
       float *const wide =
           a.out_float + ((batch * heads_x + head_x) * shape.seq_len + tile.start + row) * D + 2 * quad;
 #pragma unroll
       for (int i = 0; i < kN; ++i) {
         const float lo = dx[m][i][2 * h] * r_row, hi = dx[m][i][2 * h + 1] * r_row;
-        const uint32_t x2 = *reinterpret_cast<const uint32_t *>(shared + (xs.at(row, i) - base) + 4 * quad);
-        dot += lo * Pair<T>::lo(x2) + hi * Pair<T>::hi(x2);
         if (in && a.out_float != nullptr)
           *reinterpret_cast<float2 *>(wide + 8 * i) = make_float2(lo, hi);
         else if (in)
           store_pair(out + 8 * i, lo, hi);
       }
-      dot = quad_sum(dot);
+      const float sum = quad_sum(dot[m][h]) * r_row;
       if (a.dot != nullptr && in && quad == 0)
-        a.dot[(batch * heads_x + head_x) * shape.seq_len + tile.start + row] = dot;
+        a.dot[(batch * heads_x + head_x) * shape.seq_len + tile.start + row] = sum;
     }
 }
 

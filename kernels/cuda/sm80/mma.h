@@ -38,6 +38,10 @@ __device__ __forceinline__ uint4 load16(uint32_t src) {
   return v;
 }
 
+__device__ __forceinline__ void load8(uint32_t (&v)[2], uint32_t src) {
+  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(src) : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit elements; lane l addresses row l % 8 of matrix l / 8.
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

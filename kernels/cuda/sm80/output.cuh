@@ -4,33 +4,27 @@
 //   1. state:     O = phi(x) State, l = x^T Z x           (chunked form only)
 //   2. full:      O += f(x z^T) u, l += row sums, for blocks of 64 columns away from the diagonal
 //   3. diagonal:  the same with a mask and exact gate differences
+// float16: weights span more than its range, so every row carries a power of two, `top`, that its weights are
+// divided by before they are rounded; it grows with the largest weight seen, and O and l with it.
 // Between phases rows are multiplied by their gate factors, all <= 1 for decaying gates.
 #pragma once
 
+#include <type_traits>
+
 #include "load.h"
+#include "shapes.h"
 #include "weights.h"
 
 namespace powerattn {
 namespace cuda {
 namespace sm80 {
 
-template <int D>
-struct OutputShape {
-  static constexpr int kWarps = 4, kThreads = 128, kM = 2;  // 16-row fragments per warp
-  static constexpr int kColumns = 64;
-  static constexpr int kStep = D == 128 ? 16 : 32;  // columns whose scores are in registers at once
-  static constexpr int kTileBytes = kTileRows * D * 2;
-  static constexpr int kRowBytes = kRowTile * D * 2;
-  // x rows | 4 buffers: 4 state tiles, or 2 x (64 columns of z and of u)   d=64: 16 + 32 KB, d=128: 32 + 64 KB
-  // | factors and gates of 2 x 64 columns | which rows these are
-  static constexpr int kShared = kRowBytes + 4 * kTileBytes + 4 * kColumns * 4 + sizeof(Place);
-};
-
 template <typename T, int D, int P>
 __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ OutputArgs a) {
   using S = OutputShape<D>;
   constexpr int kN = D / 8, kK = D / 16, kStep = S::kStep;
   constexpr bool kState = P != 0 && has_states<T>;
+  constexpr bool kScaled = std::is_same<T, __half>::value;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   float *const factors = reinterpret_cast<float *>(shared + S::kRowBytes + 4 * S::kTileBytes);
@@ -51,21 +45,17 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
   const int64_t batch = shape.packed ? 0 : tile.sequence;
 
   const T *const x = row_pointer<T>(a.x, batch, tile.start, head_x);
-  const float *const g =
-      a.g ? a.g + (batch * shape.heads_kv + head_kv) * shape.seq_len + chunk.start : nullptr;
   const SharedTile<D> rows{base, kRowTile};
   load_rows<kRowTile, D, S::kThreads>(base, x, a.x.stride_t, tile.length, thread);
   const uint32_t buffers = base + S::kRowBytes;
 
   float o[S::kM][kN][4] = {};
   float l[S::kM][2] = {};
+  float top[S::kM][2];
+#pragma unroll
+  for (int m = 0; m < S::kM; ++m) top[m][0] = top[m][1] = kScaled && !a.reverse ? kLeastTop : 1.f;
   const int row0 = warp * 32;  // of this warp in the tile
 
-  // Gates: everything before this tile is referred to its first row, everything after to its last.
-  const float g_ref = !g ? 0.f
-                      : a.reverse ? g[tile.offset + tile.length - 1]
-                      : tile.offset > 0 ? g[tile.offset - 1] : 0.f;
-  const float g_end = g ? g[chunk.length - 1] : 0.f;
 
   // ---- 1. O = phi(x) State: k runs over the 64 rows of each tile. l = sum_n x_n (x Z)_n, Z in two parts.
   if constexpr (kState) if (a.state != nullptr) {
@@ -187,6 +177,16 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
         }
       }
     }
+  }
+
+  const float *const g =
+      a.g ? a.g + (batch * shape.heads_kv + head_kv) * shape.seq_len + chunk.start : nullptr;
+  // Gates: everything before this tile is referred to its first row, everything after to its last.
+  const float g_ref = !g ? 0.f
+                      : a.reverse ? g[tile.offset + tile.length - 1]
+                      : tile.offset > 0 ? g[tile.offset - 1] : 0.f;
+  const float g_end = g ? g[chunk.length - 1] : 0.f;
+  if (kState && a.state != nullptr) {
     // The state is at the chunk's start (forward: times c) or end.
     const float factor = a.reverse ? __expf(g_end - g_ref) : a.scale * __expf(g_ref);
 #pragma unroll
@@ -332,11 +332,42 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
               s[m][c][e] = seen ? w : 0.f;
             }
         }
+        if constexpr (!kScaled) {
 #pragma unroll
-        for (int m = 0; m < S::kM; ++m) {
-          l[m][0] += s[m][c][0] + s[m][c][1];
-          l[m][1] += s[m][c][2] + s[m][c][3];
+          for (int m = 0; m < S::kM; ++m) {
+            l[m][0] += s[m][c][0] + s[m][c][1];
+            l[m][1] += s[m][c][2] + s[m][c][3];
+          }
         }
+      }
+      if constexpr (kScaled) {
+#pragma unroll
+        for (int m = 0; m < S::kM; ++m)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            float most = 0.f;
+#pragma unroll
+            for (int c = 0; c < kStep / 8; ++c)
+              most = fmaxf(most, fmaxf(fabsf(s[m][c][2 * h]), fabsf(s[m][c][2 * h + 1])));
+            if (!a.reverse) {
+              const float ratio = raise_top(&top[m][h], most);
+              if (ratio != 1.f) {
+                l[m][h] *= ratio;
+#pragma unroll
+                for (int i = 0; i < kN; ++i) {
+                  o[m][i][2 * h] *= ratio;
+                  o[m][i][2 * h + 1] *= ratio;
+                }
+              }
+            }
+            const float inverse = 1.f / top[m][h];
+#pragma unroll
+            for (int c = 0; c < kStep / 8; ++c) {
+              s[m][c][2 * h] *= inverse;
+              s[m][c][2 * h + 1] *= inverse;
+              l[m][h] += s[m][c][2 * h] + s[m][c][2 * h + 1];
+            }
+          }
       }
       // O += w u
 #pragma unroll
@@ -370,10 +401,10 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = row0 + 16 * m + 8 * h + lane / 4;
-      float inverse = 1.f;
+      float inverse = top[m][h];
       if (a.normalize) {
-        const float sum = quad_sum(l[m][h]) + a.eps;
-        inverse = safe_inverse(sum);
+        const float sum = quad_sum(l[m][h]) * top[m][h] + a.eps;
+        inverse = safe_inverse(sum) * top[m][h];
         if (a.row_norm.data != nullptr && quad == 0 && row < tile.length)
           *(row_pointer<float>(a.row_norm, batch, tile.start + row, head_x)) = sum;
       }

@@ -5,27 +5,11 @@
 #pragma once
 
 #include "load.h"
+#include "shapes.h"
 
 namespace powerattn {
 namespace cuda {
 namespace sm80 {
-
-template <int D, int P>
-struct UpdateShape {
-  static constexpr int kM = P == 1 ? 1 : 4;  // 16-row fragments per unit
-  static constexpr int kHalves = D == 128 ? 2 : 1;
-  static constexpr int kCols = D / kHalves;
-  static constexpr int kUnits = (P == 1 ? D / 16 : tile_count(2, D)) * kHalves;
-  // d=32: 10 units = 2 blocks of 5 warps; d=64: 36 = 9 of 4; d=128: 272 = 34 of 8. Degree 1: 2, 4, 2 of 8.
-  static constexpr int kWarps = P == 1 ? (kUnits < 8 ? kUnits : 8) : D == 32 ? 5 : D == 64 ? 4 : 8;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kSlices = (kUnits + kWarps - 1) / kWarps;
-  static constexpr int kBlocksPerSM = D == 128 ? 1 : 2;
-  static constexpr int kTokens = 64, kStages = 3;
-  static constexpr int kTileBytes = kTokens * D * 2;
-  // 3 stages of x, u and weights    d=64: 48 KB, d=128: 96 KB
-  static constexpr int kShared = kStages * (2 * kTileBytes + kTokens * 4);
-};
 
 template <typename T, int D, int P>
 __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>::kBlocksPerSM)

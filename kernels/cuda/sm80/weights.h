@@ -4,6 +4,7 @@
 
 #include "args.h"
 #include "mma.h"
+#include "shapes.h"
 
 namespace powerattn {
 namespace cuda {
@@ -56,6 +57,21 @@ __device__ __forceinline__ void power_minus_one(float (&s)[N], int degree) {
   }
 }
 
+// The power of two that divides the weights of a row in float16. When the quad's largest weight of a step would
+// pass 2^14 of it, it becomes 2^-10 of that weight: room to grow by 16 before the next change, and weights down to
+// 2^-24 of the largest keep all their bits. Returns old / new, which rescales what was summed.
+constexpr float kLeastTop = 1e-30f;
+__device__ __forceinline__ float raise_top(float *top, float most) {
+  most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+  most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+  if (!(most > *top * 16384.f)) return 1.f;
+  const uint32_t exponent = __float_as_uint(most) & 0x7f800000u;
+  const float grown = __uint_as_float(exponent > (10u << 23) ? exponent - (10u << 23) : 0x00800000u);
+  const float ratio = *top / grown;
+  *top = grown;
+  return ratio;
+}
+
 // 1 / l, and 0 for a row that sees nothing.
 __device__ __forceinline__ float safe_inverse(float l) { return l > 1e-37f ? 1.f / l : 0.f; }
 
@@ -83,11 +99,6 @@ __device__ __forceinline__ void fill_column(const Columns &c, bool diagonal, int
   *gate = g;
 }
 
-// Which rows a block owns. In shared memory: read again where needed, it would hold 12 registers all along.
-struct Place {
-  Tile tile;
-  Chunk chunk;
-};
 __device__ __forceinline__ const Place &find_place(const Shape &shape, int64_t tile_id, void *memory, int thread) {
   Place *const place = static_cast<Place *>(memory);
   if (thread == 0) {
