@@ -14,6 +14,8 @@ BUILD=${POWERATTN_BUILD:-$ROOT/build}
 JOBS=${POWERATTN_JOBS:-$(nproc)}
 mkdir -p "$CACHE"
 export CCACHE_DIR=${CCACHE_DIR:-$CACHE/ccache}
+# Paths relative to the tree, so that another clone finds what this one compiled.
+export CCACHE_BASEDIR=$ROOT CCACHE_NOHASHDIR=true
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
 export CMAKE_BUILD_PARALLEL_LEVEL=$JOBS
 START_SECONDS=${START_SECONDS:-$(date +%s)}
@@ -96,7 +98,8 @@ need_venv() {
 # What every build of the library needs.
 need_build_tools() { need_apt g++ cmake ninja-build pkg-config ccache; }
 
-# cmake_build folder option...: configures (only when something changed) and builds the repository there.
+# cmake_build folder option...: configures (only when something changed) and builds the repository there; TARGETS="a b"
+# in the environment builds only these.
 cmake_build() {
   local folder=$1
   shift
@@ -108,7 +111,8 @@ cmake_build() {
       -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
   fi
   quietly "$log" cmake -S "$ROOT" -B "$folder" -G Ninja "${launcher[@]}" "$@"
-  quietly "$log-build" cmake --build "$folder" -j "$JOBS"
+  # shellcheck disable=SC2086
+  quietly "$log-build" cmake --build "$folder" -j "$JOBS" ${TARGETS:+--target $TARGETS}
 }
 
 # The library that bindings link against: Release, CPU backend (POWERATTN_CUDA=AUTO or ON adds the other), installed
