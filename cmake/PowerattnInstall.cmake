@@ -33,6 +33,10 @@ install(FILES "${PROJECT_BINARY_DIR}/powerattnConfig.cmake" "${PROJECT_BINARY_DI
 # powerattn.pc finds its prefix from its own place, so the tree can be moved.
 file(RELATIVE_PATH powerattn_pc_prefix "/${CMAKE_INSTALL_LIBDIR}/pkgconfig" "/")
 string(REGEX REPLACE "/$" "" powerattn_pc_prefix "${powerattn_pc_prefix}")
+set(powerattn_pc_private "-lstdc++ -lm -ldl -lpthread")
+if(POWERATTN_HAVE_CUDA)
+  set(powerattn_pc_private "-lcudart_static -lrt ${powerattn_pc_private}")
+endif()
 configure_file("${PROJECT_SOURCE_DIR}/cmake/powerattn.pc.in" "${PROJECT_BINARY_DIR}/powerattn.pc" @ONLY)
 install(FILES "${PROJECT_BINARY_DIR}/powerattn.pc"
   DESTINATION "${CMAKE_INSTALL_LIBDIR}/pkgconfig" COMPONENT devel)
