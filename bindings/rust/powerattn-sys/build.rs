@@ -93,7 +93,7 @@ fn generate(include: &Path) {
         .prepend_enum_name(false)
         .generate_comments(false)
         .rust_target(bindgen::RustTarget::stable(63, 0).expect("Rust 1.63 is a bindgen target"))
-        .formatter(bindgen::Formatter::None)
+        .formatter(bindgen::Formatter::Prettyplease)
         .generate()
         .expect("bindgen reads power_attention.h")
         .write_to_file(out)
