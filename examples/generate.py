@@ -112,7 +112,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("lm"))
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; a token of a small model fills no more")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     if options.measure:
         measure(options)
     elif options.checkpoint:

@@ -269,9 +269,8 @@ def main() -> None:
             }
             (options.out / "losses.json").write_text(json.dumps({"settings": settings, "results": results}))
 
-    print(
-        f"\n{'attention':<10} {'test loss':>9} {'+-':>6}   {'state, this model':>18}  {'d=64, 12 x 12 heads, 2 bytes':>29}"
-    )
+    head = ("attention", "test loss", "+-", "state, this model", "d=64, 12 x 12 heads, 2 bytes")
+    print("\n{:<10} {:>9} {:>6}   {:>18}  {:>29}".format(*head))
     for kind in options.attention:
         losses = [r["test"] for r in results if r["kind"] == kind]
         spread = statistics.stdev(losses) if len(losses) > 1 else float("nan")

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import sys
 
-import power_attention as pa
 import torch
 import torch.distributed as dist
+
+import power_attention as pa
 from power_attention.distributed import context_parallel_attention
 from power_attention.torch import State, power_attention
 
@@ -45,7 +46,11 @@ def run(rank: int, world: int, case: dict) -> None:
     state = None
     if case.get("initial"):
         _, state = power_attention(
-            randn(n, 20, hk, d), randn(n, 20, hk, d), randn(n, 20, hk, e), degree=degree, return_final_state=True
+            randn(n, 20, hk, d),
+            randn(n, 20, hk, d),
+            randn(n, 20, hk, e),
+            degree=degree,
+            return_final_state=True,
         )
     options = {"degree": degree, "normalize": case.get("normalize", True), "rope": case.get("rope"), "eps": 0.1}
     tokens = [total // world] * world
@@ -67,9 +72,7 @@ def run(rank: int, world: int, case: dict) -> None:
         loss = loss + (final.s * ds).sum() + (final.z * dz).sum()
     loss.backward()
 
-    part = {
-        name: (full[name] if name in "sz" else full[name][:, mine]).clone().requires_grad_() for name in names
-    }
+    part = {name: (full[name] if name in "sz" else full[name][:, mine]).clone().requires_grad_() for name in names}
     yp, fp = context_parallel_attention(
         part["q"], part["k"], part["v"], log_g=part.get("log_g"), cu_seqlens=cu, tokens=tokens,
         return_final_state=True, initial_state=State(part["s"], part["z"]) if state else None, **options,

@@ -7,8 +7,9 @@ import pathlib
 import subprocess
 import sys
 
-import power_attention as pa
 import pytest
+
+import power_attention as pa
 
 torch = pytest.importorskip("torch")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+
 from conftest import attention
 
 torch = pytest.importorskip("torch")
@@ -152,13 +153,11 @@ def test_never_switching_keeps_the_state():
     y, state, total = power_retention_inference(Q[:, -1:], K, V, log_G, switch_over_seq_len=None)
     assert state is None
     assert total is None
-    torch.testing.assert_close(
-        y, torch.tensor(attention(Q, K, V, log_G)[:, -1:]).float(), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(y, torch.tensor(attention(Q, K, V, log_G)[:, -1:]).float(), rtol=1e-4, atol=1e-5)
 
 
 def test_bad_input_is_named():
-    Q, K, V, log_G = make()
+    Q, K, V, _log_G = make()
     with pytest.raises(ValueError, match="nothing to attend"):
         power_retention_inference(Q, None, None)
     with pytest.raises(ValueError, match="give both or neither"):

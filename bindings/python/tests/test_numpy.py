@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+
 import power_attention as pa
 import power_attention.numpy as pn
-import pytest
 from conftest import attention, make_inputs, phi, rotate
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -56,7 +57,10 @@ def test_strides_are_honoured_without_a_copy(rng):
     padded = [np.full((*x.shape[:3], 9), np.nan) for x in (q, k, v)]
     for p, x in zip(padded, (q, k, v), strict=True):
         p[..., : x.shape[3]] = x
-    close(pn.power_attention(*(p[..., : x.shape[3]] for p, x in zip(padded, (q, k, v), strict=True)), log_g=g), expected)
+    close(
+        pn.power_attention(*(p[..., : x.shape[3]] for p, x in zip(padded, (q, k, v), strict=True)), log_g=g),
+        expected,
+    )
     close(pn.power_attention(q[:, ::-1], k[:, ::-1], v[:, ::-1]), attention(q[:, ::-1], k[:, ::-1], v[:, ::-1]))
 
 

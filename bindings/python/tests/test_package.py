@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 
-import power_attention as pa
 import pytest
+
+import power_attention as pa
 from power_attention import _plan
 
 
@@ -90,6 +91,7 @@ def test_plans_are_made_from_many_threads():
 
 def test_gil_is_released():
     import numpy as np
+
     import power_attention.numpy as pn
 
     x = np.ones((1, 1500, 2, 32), np.float32)

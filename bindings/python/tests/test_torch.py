@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-import power_attention as pa
 import pytest
+
+import power_attention as pa
 from conftest import attention, make_inputs
 
 torch = pytest.importorskip("torch")
 
-from power_attention.torch import Rope, State, power_attention  # noqa: E402
 from torch.library import opcheck  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+from power_attention.torch import Rope, State, power_attention  # noqa: E402
 
 OPS = torch.ops.powerattn
 
@@ -34,9 +36,7 @@ def states(n=2, heads=2, d=6, e=5, degree=2, requires_grad=True):
     # A state that real tokens made: z . phi(q) is a sum of squares, and so is never near zero.
     _, state = power_attention(*inputs(9, requires_grad=False, t=30, d=d, e=e, b=n, h=heads, hk=heads)[:3],
                                return_final_state=True, degree=degree)  # fmt: skip
-    return State(
-        (state.s + 0.1 * s).requires_grad_(requires_grad), (state.z + 0.01 * z).requires_grad_(requires_grad)
-    )
+    return State((state.s + 0.1 * s).requires_grad_(requires_grad), (state.z + 0.01 * z).requires_grad_(requires_grad))
 
 
 def test_value():
@@ -318,7 +318,12 @@ def test_bad_input_is_named():
         ((q[:1], k[:1], v[:1]), {"cu_seqlens": torch.tensor([0.0, 13.0])}, ValueError, "index tensor"),
         ((q, k, v), {"rope_offset": [1], "rope": "half"}, ValueError, "rope_offset"),
         ((q, k, v), {"initial_state": (state.s, None)}, ValueError, "S and z are needed together"),
-        ((q, k, v), {"initial_state": (state.s.float(), state.z)}, TypeError, "initial_state S is torch.float32"),
+        (
+            (q, k, v),
+            {"initial_state": (state.s.float(), state.z)},
+            TypeError,
+            "initial_state S is torch.float32",
+        ),
         ((q, k, v), {"initial_state": (state.s[:, :, 1:], state.z)}, ValueError, "initial_state: S has shape"),
     ]
     for args, options, error, words in cases:

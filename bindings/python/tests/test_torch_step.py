@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import power_attention as pa
 import pytest
+
+import power_attention as pa
 
 torch = pytest.importorskip("torch")
 
@@ -149,7 +150,7 @@ def test_compile_fullgraph():
 
 
 def test_bad_input_is_named():
-    q, k, v, g = tokens()
+    q, k, v, _g = tokens()
     state = pool(2)
     with pytest.raises(pa.InvalidArgumentError, match="slots has shape"):
         state.step(q, k, v, slots=[0])

@@ -52,7 +52,8 @@ class View(NamedTuple):
 
     def bth(self) -> tuple[int, int, int, int]:
         """Address and strides of (batch, token, head), as an execute call takes a tensor."""
-        return (self.address, *self.strides[:3])
+        b, t, h = self.strides[:3]
+        return (self.address, b, t, h)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -108,6 +109,3 @@ def view(array: Any, name: str) -> View:
         int(index) if device == "cuda" else 0,
         (capsule, array),
     )
-
-
-

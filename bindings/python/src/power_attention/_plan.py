@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Union
+from typing import Any
 
 from . import _power_attention as _swig
 from ._errors import DtypeError, InvalidArgumentError
@@ -53,7 +53,7 @@ class Rope:
     base: float = 10000.0
 
 
-RopeLike = Union[Rope, str, None]
+RopeLike = Rope | str | None
 
 
 def rope_numbers(rope: RopeLike) -> tuple[int, int, float]:

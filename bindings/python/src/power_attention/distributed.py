@@ -134,7 +134,14 @@ class _ContextParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_g: MaybeTensor, s0: MaybeTensor, z0: MaybeTensor, call: _Call
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_g: MaybeTensor,
+        s0: MaybeTensor,
+        z0: MaybeTensor,
+        call: _Call,
     ) -> tuple[Tensor, Tensor, Tensor]:
         options, rank, d = call.options, call.rank, q.shape[3]
         packed = call.cu is not None
@@ -170,7 +177,8 @@ class _ContextParallel(torch.autograd.Function):
         n = s0.shape[0]
         d_y = torch.zeros_like(y) if d_y is None else d_y.to(y.dtype)
         outer = State(
-            torch.zeros_like(s0) if d_s is None else d_s.clone(), torch.zeros_like(z0) if d_z is None else d_z.clone()
+            torch.zeros_like(s0) if d_s is None else d_s.clone(),
+            torch.zeros_like(z0) if d_z is None else d_z.clone(),
         )
         # Gradient of this rank's initial state if nothing came from later ranks:
         # that of its outputs, and that of its own final state, decayed by the rank's gates.
@@ -272,7 +280,10 @@ def context_parallel_attention(
         if q.shape[0] != 1:
             raise InvalidArgumentError(f"batch is {q.shape[0]}; with cu_seqlens it must be 1")
         shard = shard_sequences([int(n) for n in cu_seqlens], tokens, rank)
-        if shard.sequences == (0, 0):  # nothing of any sequence here: one empty piece keeps the collectives in step
+        if shard.sequences == (
+            0,
+            0,
+        ):  # nothing of any sequence here: one empty piece keeps the collectives in step
             shard = Shard([0, 0], (0, 1), [0], rank, rank)
         cu = torch.tensor(shard.cu_seqlens, dtype=torch.int64, device=q.device)
         first, last, where = shard.first_rank, shard.last_rank, shard.sequences

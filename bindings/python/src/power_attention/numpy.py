@@ -140,7 +140,8 @@ def _workspace(nbytes: int) -> tuple[int, Any]:
 def _out(shape: Sequence[int], dtype: str) -> tuple[Any, tuple[int, int, int, int]]:
     a = np.empty(shape, _numpy_dtype(dtype))
     size = a.itemsize
-    return a, (a.ctypes.data, *(s // size for s in a.strides[:3]))
+    b, t, h = (s // size for s in a.strides[:3])
+    return a, (a.ctypes.data, b, t, h)
 
 
 def _state_numbers(state: State | None, name: str, plan: Plan, n: int, dtype: str) -> tuple[int, ...]:

@@ -131,9 +131,7 @@ def power_retention(
     return y, final.s, final.z
 
 
-def _recent(
-    Q: Tensor, K: Tensor, V: Tensor, total: Tensor | None, deg: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def _recent(Q: Tensor, K: Tensor, V: Tensor, total: Tensor | None, deg: int, scale: float) -> tuple[Tensor, Tensor]:
     """Numerator and denominator of the last tq queries over a cache of tk >= tq tokens.
 
     With few queries this is a matrix-vector product: there is no tile to fill.
@@ -161,9 +159,7 @@ def _from_state(Q: Tensor, state: State, options: tuple[Any, ...]) -> tuple[Tens
     # Keys of zero add nothing. In float32, so that the numerator is not rounded twice.
     zero_k, zero_v = Q.new_zeros((1, 1, hk, d), dtype=kind), Q.new_zeros((1, 1, hk, e), dtype=kind)
     k, v = zero_k.expand(b, tq, hk, d), zero_v.expand(b, tq, hk, e)
-    y, norm, _, _ = torch.ops.powerattn.forward(
-        Q.to(kind), k, v, None, state.s, state.z, None, None, False, *options
-    )
+    y, norm, _, _ = torch.ops.powerattn.forward(Q.to(kind), k, v, None, state.s, state.z, None, None, False, *options)
     return y * norm[..., None], norm
 
 

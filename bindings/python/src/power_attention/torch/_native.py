@@ -7,7 +7,7 @@ Nothing here knows of autograd or of the dispatcher; :mod:`.ops` registers these
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from .._plan import (
 
 NUMBERS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.float64: 4}
 STATE_NUMBERS = {torch.float32: 1, torch.bfloat16: 3, torch.float64: 4}
-MaybeTensor = Optional[Tensor]
+MaybeTensor = Tensor | None
 
 
 class Options(NamedTuple):
@@ -120,7 +120,7 @@ def check_device(q: Tensor) -> None:
 
 
 def unit(x: Tensor) -> Tensor:
-    """x itself where its last dimension has stride 1, which is all that the library asks of a layout."""
+    """X itself where its last dimension has stride 1, which is all that the library asks of a layout."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

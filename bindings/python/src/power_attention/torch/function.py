@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from .. import _check
 from .._errors import InvalidArgumentError
 from .._plan import RopeLike, form_number, rope_numbers
-from . import ops as _ops  # registers the operators
+from . import _native
+from . import ops as _ops  # noqa: F401  registers the operators
 
 
 class State(NamedTuple):
@@ -22,7 +23,7 @@ class State(NamedTuple):
     z: Tensor
 
 
-StateLike = Union[State, tuple[Tensor, Tensor]]
+StateLike = State | tuple[Tensor, Tensor]
 _CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -129,7 +130,7 @@ def power_attention(
     q, k, v = autocast(q, k, v)
     s0, z0 = (None, None) if initial_state is None else initial_state
     if q.device.type not in ("cpu", "cuda", "meta"):
-        _ops._native.check_device(q)
+        _native.check_device(q)
     y, _, s, z = torch.ops.powerattn.forward(
         q, k, v, log_g, s0, z0, index(cu_seqlens, q), index(rope_offset, q), return_final_state, *options
     )

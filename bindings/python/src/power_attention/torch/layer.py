@@ -79,13 +79,20 @@ class PowerAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads % num_kv_heads:
-            raise InvalidArgumentError(f"num_heads is {num_heads}; a multiple of num_kv_heads = {num_kv_heads} is needed")
+            raise InvalidArgumentError(
+                f"num_heads is {num_heads}; a multiple of num_kv_heads = {num_kv_heads} is needed"
+            )
         if head_dim is None:
             if embed_dim % num_heads:
                 raise InvalidArgumentError(f"embed_dim is {embed_dim}; a multiple of num_heads = {num_heads} is needed")
             head_dim = embed_dim // num_heads
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = embed_dim, num_heads, num_kv_heads, head_dim
+        self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = (
+            embed_dim,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+        )
         self.degree, self.scale, self.normalize, self.rope = degree, scale, normalize, rope
         self.chunk_size, self.eps, self.gate_bias = chunk_size, eps, gate_bias
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias, **kind)
@@ -155,9 +162,7 @@ class PowerAttention(nn.Module):
         }
 
     @torch.no_grad()
-    def _continue(
-        self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: PowerAttentionState
-    ) -> Tensor:
+    def _continue(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: PowerAttentionState) -> Tensor:
         b, t = q.shape[:2]
         if b != state.slots:
             raise InvalidArgumentError(f"x has a batch of {b}; the cache holds {state.slots} sequences")

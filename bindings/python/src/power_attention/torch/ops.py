@@ -199,9 +199,7 @@ def _refuse(message: str) -> Any:
     return backward
 
 
-torch.library.register_autograd(
-    "powerattn::forward", _differentiate, setup_context=_setup_context, lib=_LIBRARY
-)
+torch.library.register_autograd("powerattn::forward", _differentiate, setup_context=_setup_context, lib=_LIBRARY)
 torch.library.register_autograd(
     "powerattn::backward",
     _refuse("power_attention has no second derivative; use first-order gradients (create_graph=False)"),

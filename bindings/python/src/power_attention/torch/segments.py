@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from .._plan import NO_STATE, Plan, native
+from .._plan import ABSENT, NO_STATE, Plan, native
 from . import _native
 from ._native import MaybeTensor, Options
 from .function import State
@@ -31,7 +31,12 @@ def _plan(q: Tensor, v: Tensor, sequences: int, options: Options) -> Plan:
 
 @torch.no_grad()
 def summary(
-    k: Tensor, v: Tensor, log_g: MaybeTensor, cu_seqlens: MaybeTensor, rope_offset: MaybeTensor, options: Options
+    k: Tensor,
+    v: Tensor,
+    log_g: MaybeTensor,
+    cu_seqlens: MaybeTensor,
+    rope_offset: MaybeTensor,
+    options: Options,
 ) -> Summary:
     """State of each sequence from zero, from keys, values and gates alone, and its total log gate."""
     _native.check_device(k)
@@ -87,7 +92,7 @@ def summary_reverse(
             *_native.tensor_numbers(q),
             *_native.tensor_numbers(log_g),
             *_native.tensor_numbers(y),
-            *(_native.tensor_numbers(row_norm) if options.normalize else _native.ABSENT),
+            *(_native.tensor_numbers(row_norm) if options.normalize else ABSENT),
             *_native.tensor_numbers(d_y),
             *_native.state_numbers(s, z),
             total.data_ptr(),

@@ -351,7 +351,7 @@ class PowerAttentionState:
                 size,
                 _native.stream_of(self.s),
             )
-        return bytes(memoryview(block.numpy())) if size else b""
+        return block.numpy().tobytes() if size else b""
 
     def from_bytes(self, block: bytes) -> None:
         """Reads what :meth:`to_bytes` of a pool with the same shape made; positions stay as they are."""
