@@ -200,7 +200,7 @@ void run(const Problem &p, const powerattn_step_args &a, const fast::Kernels<T> 
   w.scratch = arrays.take(w.scratch_stride * parallel.workers);
   // A bfloat16 state is rounded when it is stored: directly where one pass serves all, else at the end.
   const bool rounds = p.state_dtype == Dtype::kBfloat16;
-  w.direct = !rounds || (p.seq_len == 1 && (group == 1 || group == 2 || group == 4));
+  w.direct = !rounds || (p.seq_len == 1 && group == 1);
   w.pairs = rounds && w.direct;
   w.columns = kernels.nr;
   if (tokens == 0) return;

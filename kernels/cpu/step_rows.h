@@ -179,23 +179,18 @@ POWERATTN_NOINLINE void step_columns(const StepToken<T> &a, typename E::Bits *s)
   for (; c < a.e; ++c) step_column<T, E, kH, kUpdate>(a, s, c);
 }
 
-// All heads, four at a time; the first ones update the state on the way.
+// The first head updates the state on the way, a whole row at a time as memory likes it; the others find the rows
+// in L1, four heads at a time.
 template <class T, class E>
 POWERATTN_INLINE void step_heads(StepToken<T> a, int64_t heads, typename E::Bits *s) {
-  for (int64_t h = 0; h < heads;) {
-    const int64_t n = heads - h >= 4 ? 4 : heads - h >= 2 ? 2 : 1;
-    if (h == 0) {
-      if (n == 4) step_columns<T, E, 4, true>(a, s);
-      else if (n == 2) step_columns<T, E, 2, true>(a, s);
-      else step_columns<T, E, 1, true>(a, s);
-    } else {
-      if (n == 4) step_columns<T, E, 4, false>(a, s);
-      else if (n == 2) step_columns<T, E, 2, false>(a, s);
-      else step_columns<T, E, 1, false>(a, s);
-    }
-    h += n;
+  step_columns<T, E, 1, true>(a, s);
+  for (int64_t h = 1, n = 1; h < heads; h += n) {
     a.phi_q += n * a.q_stride;
     a.y += n * a.y_stride;
+    n = heads - h >= 4 ? 4 : heads - h >= 2 ? 2 : 1;
+    if (n == 4) step_columns<T, E, 4, false>(a, s);
+    else if (n == 2) step_columns<T, E, 2, false>(a, s);
+    else step_columns<T, E, 1, false>(a, s);
   }
 }
 
