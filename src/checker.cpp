@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "checker.h"
 
+#include <algorithm>
 #include <cinttypes>
 #include <cmath>
 #include <cstdarg>
@@ -84,10 +85,9 @@ Span *ArgsChecker::add(const char *name, Role role, const void *data, int64_t al
   require(address % static_cast<uint64_t>(alignment) == 0, "%s is %p; it must be aligned to %" PRId64 " bytes",
           name, data, alignment);
   if (failed()) return nullptr;
-  std::snprintf(names_[size_], kNameLength, "%s", name);
   Span *span = &spans_[size_];
   *span = Span{};
-  span->name = names_[size_];
+  span->name = name;
   span->output = role == Role::kOutput;
   span->data = data;
   span->base = address;
@@ -122,7 +122,9 @@ void ArgsChecker::finish(Span *span, bool on_device) {
   if (on_device) {
     status_ = plan_.backend->check_pointer(p_, span->data, span->name);
   }
-  if (!failed()) ++size_;
+  if (failed()) return;
+  reach(*span, &first_[size_], &last_[size_]);
+  ++size_;
 }
 
 void ArgsChecker::tensor(const char *name, const powerattn_tensor &t, int64_t heads, int64_t inner, Dtype dtype,
@@ -145,15 +147,18 @@ void ArgsChecker::tensor(const char *name, const powerattn_tensor &t, int64_t he
 void ArgsChecker::state_part(const char *name, const char *part, const void *data, int64_t run, Dtype dtype,
                              Role role, const int64_t extent[3], const int64_t stride[3]) {
   if (failed() || data == nullptr) return;
-  char full[kNameLength];
-  std::snprintf(full, sizeof(full), "%s.%s", name, part);
+  static const char *const strides[2][3] = {{"s_stride_segment", "s_stride_n", "s_stride_h"},
+                                            {"z_stride_segment", "z_stride_n", "z_stride_h"}};
+  const bool z = part[0] == 'z';
+  // "initial_state.s", put together by hand: formatting would take longer than all the checks.
+  char *full = names_[size_ < kMaxSpans ? size_ : 0];
+  const size_t length = std::min<size_t>(std::strlen(name), kNameLength - 3);
+  std::memcpy(full, name, length);
+  full[length] = '.';
+  full[length + 1] = part[0];
+  full[length + 2] = '\0';
   Span *span = add(full, role, data, size_of(dtype), run * size_of(dtype));
-  static const char *const axes[] = {"stride_segment", "stride_n", "stride_h"};
-  for (int k = 0; k < 3; ++k) {
-    char stride_name[kNameLength];
-    std::snprintf(stride_name, sizeof(stride_name), "%s_%s", part, axes[k]);
-    dimension(span, k, stride_name, extent[k], stride[k], size_of(dtype));
-  }
+  for (int k = 0; k < 3; ++k) dimension(span, k, strides[z][k], extent[k], stride[k], size_of(dtype));
   finish(span);
 }
 
@@ -347,7 +352,7 @@ void ArgsChecker::no_overlap(const char *same_a, const char *same_b) {
   for (int i = 0; i < size_ && !failed(); ++i) {
     for (int j = 0; j < i && !failed(); ++j) {
       const Span &a = spans_[j], &b = spans_[i];
-      if ((!a.output && !b.output) || a.empty() || b.empty() || allowed(a, b)) continue;
+      if ((!a.output && !b.output) || last_[j] < first_[i] || last_[i] < first_[j] || allowed(a, b)) continue;
       const Overlap found = overlap(a, b);
       const Span &out = b.output ? b : a, &other = b.output ? a : b;
       require(found != Overlap::kYes, "%s overlaps %s; an output may not share memory with another tensor",

@@ -104,7 +104,8 @@ class ArgsChecker : public Checker {
   const powerattn_plan &plan_;
   const Problem &p_;
   Span spans_[kMaxSpans];
-  char names_[kMaxSpans][kNameLength];  // "initial_state.s"
+  char names_[kMaxSpans][kNameLength];           // "initial_state.s"
+  uint64_t first_[kMaxSpans], last_[kMaxSpans];  // the addresses that a span reaches
   int size_ = 0;
 };
 

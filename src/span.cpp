@@ -87,9 +87,30 @@ bool addressable(const Span &s) {
   return first >= 0 && last <= static_cast<Wide>(UINT64_MAX) && last - first < static_cast<Wide>(INT64_MAX);
 }
 
+void reach(const Span &s, uint64_t *first, uint64_t *last) {
+  Wide low = 0, high = 0;
+  bounds(s, &low, &high);
+  *first = static_cast<uint64_t>(low);
+  *last = static_cast<uint64_t>(high);
+}
+
+// Each dimension steps over all that the smaller ones reach: the layout of nearly every tensor.
+static bool nested(const Span &s) {
+  int order[3] = {0, 1, 2};
+  std::sort(order, order + 3, [&](int a, int b) { return magnitude(s.stride[a]) < magnitude(s.stride[b]); });
+  Wide span = s.run;
+  for (const int k : order) {
+    if (s.extent[k] <= 1) continue;
+    if (magnitude(s.stride[k]) < span) return false;
+    span += magnitude(s.stride[k]) * (s.extent[k] - 1);
+  }
+  return true;
+}
+
 // Two indices collide when their difference moves less than the run. The first dimension that differs can be
 // taken as positive; dimensions before it are equal, those after it differ either way.
 Overlap overlaps_itself(const Span &s) {
+  if (nested(s)) return Overlap::kNo;
   for (int k = 0; k < 3; ++k) {
     if (s.extent[k] <= 1) continue;
     if (s.stride[k] == 0) return Overlap::kYes;

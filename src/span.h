@@ -23,6 +23,9 @@ struct Span {
 // False when the farthest byte is more than INT64_MAX away or outside the address space.
 bool addressable(const Span &span);
 
+// The lowest and the highest address of an addressable span that is not empty.
+void reach(const Span &span, uint64_t *first, uint64_t *last);
+
 enum class Overlap { kNo, kYes, kUnknown };  // unknown: strides too entangled to be told apart cheaply
 
 // Does one address belong to two different indices? Spans are addressable and not empty.
