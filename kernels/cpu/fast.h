@@ -21,8 +21,9 @@
 namespace powerattn {
 namespace fast {
 
-// State rows of one unit of an update or a conversion, a multiple of every mr: 22 units at d = 64, p = 2.
-constexpr int64_t kUpdateRows = 84;
+// State rows of one unit of an update or a conversion, a multiple of every mr and of 16 (AMX): 7 units at d =
+// 64, p = 2.
+constexpr int64_t kUpdateRows = 336;
 
 // What is the same for every unit of one call.
 template <class T>
@@ -37,6 +38,7 @@ struct Call {
   bool gated;
   double scale, eps;
   double scale_p;  // scale^p
+  bool low;        // products with states in bfloat16 (sums in float32): the set has AMX, inputs are bfloat16
   int rope_style;
   int rope_dim;
   const double *rope_frequency;  // [rope_dim / 2]
@@ -51,7 +53,8 @@ struct Rows {
 
 template <class T>
 struct Packed {
-  T *rows, *cols, *strips;  // null where the layout is not needed
+  T *rows, *cols, *strips;    // null where the layout is not needed
+  uint16_t *image = nullptr;  // with call.low: bfloat16 tiles of strips of 32 tokens
 };
 
 // The gates of one chunk of one (sequence, kv head); null pointers where the call is not gated.
@@ -68,6 +71,7 @@ struct Gates {
 template <class T>
 struct State {
   T *s, *z;
+  const uint16_t *image = nullptr;  // with call.low: bfloat16 tiles
 };
 
 // What the backward needs of one query head of a chunk, with r_i the reciprocal of the row norm (unnormalised:
@@ -113,6 +117,7 @@ template <class T>
 struct Kernels {
   const char *name;
   int mr, nr;
+  bool low;  // has bfloat16 products with states
 
   // Bytes of scratch that one worker needs for any unit of the call.
   int64_t (*scratch)(const Call<T> &);
@@ -132,7 +137,7 @@ struct Kernels {
 
   // Rows row .. row+rows-1 of: out = decay in + sum_t factor base_t m_r mono_r(x_t) [b_t, u_t]. base null: 1;
   // u null: 1; in.s null: nothing. z is skipped where out.z is null.
-  void (*update)(const Call<T> &, const T *x_cols, const T *b_strips, const T *base, double factor, const T *u,
+  void (*update)(const Call<T> &, const T *x_cols, const Packed<T> &b, const T *base, double factor, const T *u,
                  double decay, const State<T> &in, const State<T> &out, int64_t tokens, int64_t row,
                  int64_t rows, void *scratch);
 
@@ -144,6 +149,11 @@ struct Kernels {
   void (*dkv)(const Call<T> &, int heads, const Packed<T> *q, const OutputGrad<T> *, const Packed<T> &k,
               const Packed<T> &v, const Gates<T> &, const State<T> &d_state, Span, int64_t tokens,
               double position, const Rows &d_k, const Rows &d_v, double *b, void *scratch);
+
+  // Elements of a state's bfloat16 image (0 without call.low), and the image of some rows, a multiple of 32 but
+  // at the end.
+  int64_t (*image_size)(const Call<T> &);
+  void (*image)(const Call<T> &, const State<T> &, int64_t row, int64_t rows, uint16_t *image);
 
   // Public to inner form and back, rows row .. row+rows-1: S~ = sqrt(m_r) S.
   void (*import_state)(const Call<T> &, int state_dtype, const void *s, const void *z, int64_t row,
@@ -171,6 +181,9 @@ namespace avx2 {
 const fast::Isa &isa();
 }
 namespace avx512 {
+const fast::Isa &isa();
+}
+namespace amx {
 const fast::Isa &isa();
 }
 

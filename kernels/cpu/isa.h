@@ -4,6 +4,9 @@
 // that has external linkage is used, so no instruction leaks into code that runs elsewhere.
 #include <cmath>
 #include <cstdint>
+#if defined(POWERATTN_AMX)
+#include <immintrin.h>
+#endif
 
 #include "kernels/cpu/fast.h"
 #include "power_attention.h"
@@ -16,11 +19,15 @@ namespace POWERATTN_ISA {
 
 using namespace fast;
 
-// clang-format off: the order is that of use.
+// In the order of use.
+// clang-format off
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/phi.h"
-#include "kernels/cpu/tokens.h"
 #include "kernels/cpu/scores.h"
+#if defined(POWERATTN_AMX)
+#include "kernels/cpu/amx.h"
+#endif
+#include "kernels/cpu/tokens.h"
 #include "kernels/cpu/update.h"
 #include "kernels/cpu/output.h"
 #include "kernels/cpu/dq.h"
@@ -32,17 +39,29 @@ using namespace fast;
 template <class T>
 int64_t scratch(const Call<T> &call) {
   int64_t most = kNr<T> * (call.dp + call.ep) * static_cast<int64_t>(sizeof(T));
-  const int64_t needs[] = {update_scratch<T>(kUpdateRows), output_scratch(call), dq_scratch(call),
-                           dkv_scratch(call)};
+  const int64_t needs[] = {update_scratch<T>(), output_scratch(call), dq_scratch(call), dkv_scratch(call)};
+#if defined(POWERATTN_AMX)
+  const int64_t amx = amx_update_scratch(kUpdateRows);
+  if (call.low && amx > most) most = amx;
+#endif
   for (const int64_t need : needs) most = need > most ? need : most;
   return round_up(most, 256);
 }
+
+#if defined(POWERATTN_AMX)
+template <class T>
+constexpr bool kLow = sizeof(T) == sizeof(float);
+#else
+template <class T>
+constexpr bool kLow = false;
+#endif
 
 template <class T>
 constexpr Kernels<T> table() {
   return {POWERATTN_STRING(POWERATTN_ISA),
           kMr,
           kNr<T>,
+          kLow<T>,
           &scratch<T>,
           &pack<T>,
           &gates<T>,
@@ -51,6 +70,8 @@ constexpr Kernels<T> table() {
           &update<T>,
           &dq<T>,
           &dkv<T>,
+          &image_size<T>,
+          &image<T>,
           &import_state<T>,
           &export_state<T>,
           &inner<T>,

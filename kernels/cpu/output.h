@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The output of one row tile: the state's part and the chunk's. Included by isa.h only.
 
-constexpr int64_t kRows = 256;  // state rows per pass: a strip of them is 16 kB (AVX2, float32), half of L1
-
 template <class T>
 int64_t query_scratch(const Call<T> &call, int groups) {
   return (round_up(groups * (call.dp + 1) * kGroup<T>, 64) + round_up(groups * kMr * kRows + kGroup<T>, 64)) *
@@ -58,7 +56,13 @@ int64_t output_scratch(const Call<T> &call) {
   const int64_t rows = round_up(groups * kMr, kNr<T>);
   const int64_t elements = rows * call.dp + rows * call.ep + groups * kMr * kColumns + 6 * rows + 4 * kColumns +
                            2 * groups * kGroup<T> + kNr<T> * (call.dp + call.ep) + 64 * 16;
-  return elements * static_cast<int64_t>(sizeof(T)) + query_scratch(call, groups);
+  int64_t query = query_scratch(call, groups);
+#if defined(POWERATTN_AMX)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (call.low) query = amx_query_scratch(call);
+  }
+#endif
+  return elements * static_cast<int64_t>(sizeof(T)) + query;
 }
 
 // y_i = N_i / l_i,  N_i = exp(g_i) scale^p mono(q_i)^T S~ + sum_{j <= i} exp(g_i - g_j) (scale q_i . k_j)^p
@@ -92,11 +96,21 @@ void output(const Call<T> &call, const Rows &q, double position, const Packed<T>
   for (int64_t i = 0; i < rows; ++i) norm[i] = 0;
 
   if (state.s != nullptr) {
-    group_base(call.scale_p, call.gated ? gates.from_start + first : nullptr, span.count, groups, base);
-    for (int i = 0; i < groups * kGroup<T>; ++i) dot[i] = 0;
-    query(call, x, groups, base, state.s, row_norm.data != nullptr || call.normalize ? state.z : nullptr, out,
-          rows, dot, bump);
-    for (int64_t i = 0; i < span.count; ++i) norm[i] = dot[i / kMr * kGroup<T> + i % kMr];
+    const T *factor = call.gated ? gates.from_start + first : nullptr;
+    const T *z = row_norm.data != nullptr || call.normalize ? state.z : nullptr;
+#if defined(POWERATTN_AMX)
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (call.low) {
+        amx_query(call, x, span.count, call.scale_p, factor, state.image, z, out, rows, norm, bump);
+      }
+    }
+#endif
+    if (!call.low) {
+      group_base(call.scale_p, factor, span.count, groups, base);
+      for (int i = 0; i < groups * kGroup<T>; ++i) dot[i] = 0;
+      query(call, x, groups, base, state.s, z, out, rows, dot, bump);
+      for (int64_t i = 0; i < span.count; ++i) norm[i] = dot[i / kMr * kGroup<T> + i % kMr];
+    }
   }
 
   int64_t from[kMaxGroups], to[kMaxGroups];

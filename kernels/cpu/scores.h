@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The weights of one chunk, tile by tile: s = scale q . k, then s^p times the gate. Included by isa.h only.
 
+constexpr int64_t kTokens =
+    256;  // tokens per pass of an update: 6 rows are 6 kB, and a strip of B is 16 kB of L1
+constexpr int64_t kRows = 256;  // state rows per pass of a query: a strip of them is 16 kB (AVX2), half of L1
 constexpr int64_t kColumns =
     128;  // columns of one block of scores: 96 x 128 floats are 48 kB, half of a small L2
 

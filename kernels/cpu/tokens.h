@@ -197,6 +197,11 @@ void pack(const Call<T> &call, const Rows &in, bool rotate, double position, int
       }
     }
     spread_strip(call, rows, padded, t0, out);
+#if defined(POWERATTN_AMX)
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (out.image != nullptr) amx_values(rows, padded, out.image + t0 * padded);
+    }
+#endif
   }
 }
 

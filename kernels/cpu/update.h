@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // State rows from the tokens of a chunk. Included by isa.h only.
 
-constexpr int64_t kTokens = 256;  // tokens per pass: 6 rows of them are 6 kB, and a strip of B is 16 kB of L1
+constexpr int64_t kBlock =
+    84;  // state rows per pass: their phi for kTokens tokens is 86 kB in float32, half of L2
 
 template <class T>
-int64_t update_scratch(int64_t rows) {
-  return round_up(rows, kMr) * kTokens * static_cast<int64_t>(sizeof(T));
+int64_t update_scratch() {
+  return kBlock * kTokens * static_cast<int64_t>(sizeof(T));
 }
 
 // out_r = decay in_r + sum_t a_rt [b_t, u_t],  a_rt = factor base_t m_r mono_r(x_t)
 template <class T>
-void update(const Call<T> &call, const T *x_cols, const T *b_strips, const T *base, double factor, const T *u,
-            double decay, const State<T> &in, const State<T> &out, int64_t tokens, int64_t row, int64_t rows,
-            void *scratch) {
+void update_block(const Call<T> &call, const T *x_cols, const T *b_strips, const T *base, double factor,
+                  const T *u, double decay, const State<T> &in, const State<T> &out, int64_t tokens,
+                  int64_t row, int64_t rows, void *scratch) {
   constexpr int kN = kNr<T>;
   T *a = static_cast<T *>(scratch);  // [rows][kTokens]
   const int64_t padded = round_up(rows, kMr);
@@ -62,6 +63,36 @@ void update(const Call<T> &call, const T *x_cols, const T *b_strips, const T *ba
       out.z[row + r] = before + sum<T>(total);
     }
   }
+}
+
+template <class T>
+void update(const Call<T> &call, const T *x_cols, const Packed<T> &b, const T *base, double factor, const T *u,
+            double decay, const State<T> &in, const State<T> &out, int64_t tokens, int64_t row, int64_t rows,
+            void *scratch) {
+#if defined(POWERATTN_AMX)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (call.low) {
+      amx_update(call, x_cols, b.image, base, factor, decay, in, out, tokens, row, rows, scratch);
+      return;
+    }
+  }
+#endif
+  for (int64_t r = 0; r < rows; r += kBlock) {
+    update_block(call, x_cols, b.strips, base, factor, u, decay, in, out, tokens, row + r,
+                 lesser(kBlock, rows - r), scratch);
+  }
+}
+
+template <class T>
+int64_t image_size(const Call<T> &call) {
+  return call.low ? call.ep * round_up(call.D, 32) : 0;
+}
+
+template <class T>
+void image(const Call<T> &call, const State<T> &state, int64_t row, int64_t rows, uint16_t *out) {
+#if defined(POWERATTN_AMX)
+  if constexpr (sizeof(T) == sizeof(float)) amx_image(call, state, row, rows, out);
+#endif
 }
 
 // f(row, m_r) for rows row .. row + rows - 1.

@@ -1,5 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The fast implementation of the CPU's table: what it takes, what it needs, how it describes itself.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
@@ -14,21 +22,50 @@ namespace powerattn {
 namespace cpu {
 namespace {
 
+#if defined(POWERATTN_HAVE_AMX)
+// AMX needs the operating system twice: to save the tiles (XCR0) and to let this process use them.
+bool amx_allowed() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tile = (d >> 24 & 1) != 0, bf16_tile = (d >> 22 & 1) != 0;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+  const bool bf16 = (a >> 5 & 1) != 0;
+  if (!tile || !bf16_tile || !bf16 || !__get_cpuid(1, &a, &b, &c, &d) || (c >> 27 & 1) == 0) return false;
+  unsigned low = 0, high = 0;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr unsigned kTileState = 3u << 17;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (low & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 // The widest set that the processor has. POWERATTN_CPU_ISA may name a narrower one, for tests.
 const fast::Isa &detect() {
-  const char *asked = std::getenv("POWERATTN_CPU_ISA");
-  const auto allowed = [&](const char *name) { return asked == nullptr || std::strcmp(asked, name) == 0; };
-  (void)allowed;
 #if defined(__x86_64__)
+  const char *asked = std::getenv("POWERATTN_CPU_ISA");
+  static const char *const names[] = {"baseline", "avx2", "avx512", "amx"};
+  int widest = 2;  // amx: on request
+  for (int i = 0; i < 4; ++i) {
+    if (asked != nullptr && std::strcmp(asked, names[i]) == 0) widest = i;
+  }
   __builtin_cpu_init();
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return avx512::isa();
-  }
-  if ((allowed("avx2") || allowed("avx512")) && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return avx2::isa();
-  }
+#if defined(POWERATTN_HAVE_AMX)
+  if (widest >= 3 && has_avx512() && amx_allowed()) return amx::isa();
+#endif
+  if (widest >= 2 && has_avx512()) return avx512::isa();
+  // Every processor with AVX2 has F16C.
+  if (widest >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::isa();
 #endif
   return baseline::isa();
 }
@@ -59,7 +96,7 @@ uint64_t workspace(const Problem &p, const Tiling &tiling, Pass pass) {
   const fast::Kernels<T> &kernels = chosen_kernels<T>();
   const Geometry g = geometry(p, tiling, pass);
   Carver carver(nullptr);
-  carve(p, g, make_call<T>(p, g, kernels), kernels, pass, &carver);
+  carve(p, g, make_call<T>(p, g, kernels, pass), kernels, pass, &carver);
   return carver.used();
 }
 
@@ -74,7 +111,7 @@ Sizes sizes_of(const Problem &p, const Tiling &tiling) {
   const Geometry g = geometry(p, tiling, Pass::kForward);
   if (tiling.form == Form::kChunked && g.chunks > 1) {
     s.saved = static_cast<uint64_t>(g.saved_slots * p.heads_kv *
-                                    state_elements(make_call<T>(p, g, chosen_kernels<T>()))) *
+                                    state_elements(make_call<T>(p, g, chosen_kernels<T>(), Pass::kForward))) *
               sizeof(T);
   }
   return s;

@@ -34,8 +34,15 @@ void run_forward(const powerattn_plan &plan, const powerattn_forward_args &a) {
     }
 
     for (int64_t n = 0; n < chunks; ++n) {
-      run.units(count, g.tiles + 1, [&](Slot<T> &s, int64_t tile, void *scratch) {
+      constexpr int64_t kImageRows = 512;  // a multiple of 32
+      const int64_t images = call.low ? (call.D + kImageRows - 1) / kImageRows : 0;
+      run.units(count, g.tiles + 1 + images, [&](Slot<T> &s, int64_t tile, void *scratch) {
         if (run.tokens(s, n) == 0) return;
+        if (tile > g.tiles) {
+          const int64_t row = (tile - g.tiles - 1) * kImageRows;
+          if (s.carried) kernels.image(call, state_of(s, n), row, std::min(kImageRows, call.D - row), s.image);
+          return;
+        }
         if (tile == g.tiles) {
           const fast::Span all = {n * g.chunk, 0, run.tokens(s, n)};
           if (call.gated) kernels.gates(call, run.statistics(a.log_g, s, s.head), all, &s.gates);
@@ -52,7 +59,8 @@ void run_forward(const powerattn_plan &plan, const powerattn_forward_args &a) {
         const fast::Span span = run.tile_span(s, n, g.tiles - 1 - unit / g.groups);
         if (span.count <= 0) return;
         const int64_t head = run.query_head(s, unit % g.groups);
-        const fast::State<T> state = s.carried ? state_of(s, n) : fast::State<T>{nullptr, nullptr};
+        fast::State<T> state = s.carried ? state_of(s, n) : fast::State<T>{nullptr, nullptr};
+        state.image = s.image;
         kernels.output(call, run.rows(a.q, s, head), s.position, s.k, s.v, s.gates, state, span,
                        run.rows(a.y, s, head), run.statistics(a.row_norm, s, head), scratch);
       });
@@ -64,8 +72,8 @@ void run_forward(const powerattn_plan &plan, const powerattn_forward_args &a) {
       run.state_units(count, [&](Slot<T> &s, int64_t row, int64_t rows, void *scratch) {
         if (!updates(s)) return;
         const fast::State<T> in = s.carried ? state_of(s, n) : fast::State<T>{nullptr, nullptr};
-        kernels.update(call, s.k.cols, s.v.strips, call.gated ? s.gates.to_end : nullptr, 1.0, nullptr,
-                       s.gates.decay, in, state_of(s, n + 1), run.tokens(s, n), row, rows, scratch);
+        kernels.update(call, s.k.cols, s.v, call.gated ? s.gates.to_end : nullptr, 1.0, nullptr, s.gates.decay,
+                       in, state_of(s, n + 1), run.tokens(s, n), row, rows, scratch);
       });
       for (int64_t i = 0; i < count; ++i) {
         if (updates(run.buffers.slots[i])) run.buffers.slots[i].carried = true;

@@ -76,7 +76,7 @@ inline Geometry geometry(const Problem &p, const Tiling &tiling, Pass pass) {
 }
 
 template <class T>
-fast::Call<T> make_call(const Problem &p, const Geometry &g, const fast::Kernels<T> &kernels) {
+fast::Call<T> make_call(const Problem &p, const Geometry &g, const fast::Kernels<T> &kernels, Pass pass) {
   fast::Call<T> c = {};
   const auto pad = [](int64_t n, int64_t to) { return (n + to - 1) / to * to; };
   c.d = static_cast<int>(p.head_dim);
@@ -87,6 +87,8 @@ fast::Call<T> make_call(const Problem &p, const Geometry &g, const fast::Kernels
   c.D = g.states ? p.state_rows : 0;
   c.Dp = pad(c.D, kernels.mr);
   c.cp = pad(g.chunk, kernels.nr);
+  // Smaller states than a block of the query do not repay their image.
+  c.low = kernels.low && pass == Pass::kForward && p.dtype == Dtype::kBfloat16 && c.D >= 256;
   c.tile = kTile;
   c.dtype = static_cast<int>(p.dtype);
   c.normalize = p.normalize;
@@ -106,6 +108,7 @@ struct Slot {
   fast::Packed<T> k, v;
   fast::Gates<T> gates;
   fast::State<T> state;          // forward: the running state; backward: the running gradient of the state
+  uint16_t *image = nullptr;     // with call.low: of the state at the chunk's start
   T *history = nullptr;          // backward without `saved`: states at the chunk starts and at the end
   fast::Packed<T> *q = nullptr;  // [groups]
   fast::OutputGrad<T> *grad = nullptr;  // [groups]
@@ -136,7 +139,7 @@ int64_t state_blocks(const fast::Call<T> &c) {
 
 template <class T>
 fast::State<T> state_at(const fast::Call<T> &c, T *base) {
-  return {base, base == nullptr ? nullptr : base + c.Dp * c.ep};
+  return {base, base == nullptr ? nullptr : base + c.Dp * c.ep, nullptr};
 }
 
 // Carves everything that a pass needs.
@@ -160,6 +163,10 @@ Buffers<T> carve(const Problem &p, const Geometry &g, const fast::Call<T> &c, co
     s.v = pack(c.ep, backward, backward, true);
     s.gates = {carver->take<double>(c.cp), carver->take<double>(c.cp), carver->take<T>(c.cp),
                carver->take<T>(c.cp), 1.0};
+    if (c.low) {
+      s.v.image = carver->take<uint16_t>(c.cp * c.ep);
+      s.image = carver->take<uint16_t>(kernels.image_size(c));
+    }
     if (g.states) s.state = state_at(c, carver->take<T>(state_elements(c)));
     if (reverse) {
       s.q = carver->take<fast::Packed<T>>(g.groups);

@@ -35,7 +35,7 @@ struct Run {
       : p(problem),
         kernels(chosen_kernels<T>()),
         g(geometry(problem, tiling, pass)),
-        call(make_call<T>(problem, g, kernels)),
+        call(make_call<T>(problem, g, kernels, pass)),
         parallel(::powerattn::parallel(problem.threads)) {
     Carver carver(workspace);
     buffers = carve(p, g, call, kernels, pass, &carver);
