@@ -50,8 +50,8 @@ POWERATTN_INLINE void transpose16(Vec16 (&v)[16]) {
     for (int i = 0; i < 16; ++i) {
       if (i & s) continue;
       const Vec16 a = v[i], b = v[i + s];
-      v[i] = __builtin_shuffle(a, b, low);
-      v[i + s] = __builtin_shuffle(a, b, high);
+      v[i] = (Vec16)_mm512_permutex2var_ps((__m512)a, (__m512i)low, (__m512)b);
+      v[i + s] = (Vec16)_mm512_permutex2var_ps((__m512)a, (__m512i)high, (__m512)b);
     }
   }
 }
