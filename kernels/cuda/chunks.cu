@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "kernels/cuda/chunks.h"
-
 #include <algorithm>
 
+#include "kernels/cuda/chunks.h"
 #include "kernels/cuda/numeric.cuh"
 
 namespace powerattn::cuda {
@@ -12,9 +11,9 @@ constexpr int kThreads = 256;
 
 // ---- Tables ----------------------------------------------------------------------------------------------
 
-// Sequence n of a packed call covers [E(n), E(n+1)) with E(n) = max over m <= n of clamp(cu[m], 0, t): increasing
-// and inside the tensors whatever cu_seqlens holds. first_chunk is the running sum of ceil(length / chunk).
-// One block; each thread owns a run of sequences, so both scans are over per-thread totals.
+// Sequence n of a packed call covers [E(n), E(n+1)) with E(n) = max over m <= n of clamp(cu[m], 0, t):
+// increasing and inside the tensors whatever cu_seqlens holds. first_chunk is the running sum of ceil(length /
+// chunk). One block; each thread owns a run of sequences, so both scans are over per-thread totals.
 __global__ void __launch_bounds__(1024)
     packed_sequences(Sequence *out, const int64_t *cu, int64_t n, int64_t tokens, int64_t chunk) {
   __shared__ int64_t totals[1024];
@@ -108,7 +107,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The same when chunks are as long as sequences and sequences many: tiles are packed without gaps. Slot
-// floor(start / tile) + sequence is free for a sequence's first tile, since floor(a) + ceil(b) <= floor(a + b) + 1.
+// floor(start / tile) + sequence is free for a sequence's first tile, since floor(a) + ceil(b) <= floor(a + b)
+// + 1.
 __global__ void __launch_bounds__(kThreads) clear_tiles(Tile *out, int64_t bound) {
   const int64_t id = blockIdx.x * int64_t(kThreads) + threadIdx.x;
   if (id < bound) out[id] = Tile{0, 0, 0, 0, 0};
@@ -147,7 +147,8 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t head = blockIdx.x % heads;
   const Chunk c = chunks[blockIdx.x / heads];
   const int64_t b = batch_of(packed, c.sequence);
-  const float *in = log_g + (packed ? 0 : b * shape.stride_b) + head * shape.stride_h + c.start * shape.stride_t;
+  const float *in =
+      log_g + (packed ? 0 : b * shape.stride_b) + head * shape.stride_h + c.start * shape.stride_t;
   const int64_t row = (b * heads + head) * seq_len + c.start;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 
@@ -180,9 +181,9 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) total_kernel(const Sequence *sequences, const float *log_g,
-                                                         powerattn_tensor shape, bool packed, int64_t heads,
-                                                         float *total) {
+__global__ void __launch_bounds__(kThreads)
+    total_kernel(const Sequence *sequences, const float *log_g, powerattn_tensor shape, bool packed,
+                 int64_t heads, float *total) {
   __shared__ double partial[kThreads];
   const int64_t head = blockIdx.x % heads, m = blockIdx.x / heads;
   double sum = 0;
@@ -205,25 +206,26 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const Sequence *sequenc
 // Rows from `first` (packed: the end of the last sequence) to seq_len of every batch entry.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    zero_rows(const Sequence *last, T *out, powerattn_tensor shape, int64_t batch, int64_t seq_len, int64_t heads,
-              int64_t dim) {
+    zero_rows(const Sequence *last, T *out, powerattn_tensor shape, int64_t batch, int64_t seq_len,
+              int64_t heads, int64_t dim) {
   const int64_t first = last ? last->start + last->length : 0;
   const int64_t rows = seq_len - first, total = batch * rows * heads * dim;
-  for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < total; i += int64_t(gridDim.x) * kThreads) {
+  for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < total;
+       i += int64_t(gridDim.x) * kThreads) {
     const int64_t col = i % dim, h = i / dim % heads, r = i / dim / heads % rows, b = i / dim / heads / rows;
     out[b * shape.stride_b + (first + r) * shape.stride_t + h * shape.stride_h + col] = from_float<T>(0.0f);
   }
 }
 
-cudaError_t zero(const Problem &p, const Sequence *last, const powerattn_tensor &out, Dtype dtype, int64_t heads,
-                 int64_t dim, cudaStream_t stream) {
+cudaError_t zero(const Problem &p, const Sequence *last, const powerattn_tensor &out, Dtype dtype,
+                 int64_t heads, int64_t dim, cudaStream_t stream) {
   const int64_t total = p.batch * p.seq_len * heads * dim;
   if (total == 0) return cudaSuccess;
   const int blocks = int(std::min<int64_t>(ceil_div(total, kThreads * 8), 1056));
   return with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    zero_rows<T><<<blocks, kThreads, 0, stream>>>(last, static_cast<T *>(out.data), out, p.batch, p.seq_len, heads,
-                                                  dim);
+    zero_rows<T><<<blocks, kThreads, 0, stream>>>(last, static_cast<T *>(out.data), out, p.batch, p.seq_len,
+                                                  heads, dim);
     return cudaGetLastError();
   });
 }
@@ -244,7 +246,8 @@ int64_t tile_bound(const Problem &p, int64_t chunk, int64_t tile) {
 }
 
 size_t chunk_table_bytes(const Problem &p, int64_t chunk, int64_t tile) {
-  return align256(size_t(p.sequences) * sizeof(Sequence)) + align256(size_t(chunk_bound(p, chunk)) * sizeof(Chunk)) +
+  return align256(size_t(p.sequences) * sizeof(Sequence)) +
+         align256(size_t(chunk_bound(p, chunk)) * sizeof(Chunk)) +
          align256(size_t(tile_bound(p, chunk, tile)) * sizeof(Tile));
 }
 
@@ -273,15 +276,15 @@ cudaError_t build_chunks(const Problem &p, int64_t chunk, int64_t tile, const in
         sequences, p.sequences, p.seq_len, ceil_div(p.seq_len, chunk));
   }
   if (table->num_chunks > 0) {
-    fill_chunks<<<int(ceil_div(table->num_chunks, kThreads)), kThreads, 0, stream>>>(chunks, sequences, p.sequences,
-                                                                                    table->num_chunks, chunk);
+    fill_chunks<<<int(ceil_div(table->num_chunks, kThreads)), kThreads, 0, stream>>>(
+        chunks, sequences, p.sequences, table->num_chunks, chunk);
   }
   if (table->num_tiles > 0) {
     const int blocks = int(ceil_div(table->num_tiles, kThreads));
     if (gap_free(p, chunk, tile)) {
       clear_tiles<<<blocks, kThreads, 0, stream>>>(tiles, table->num_tiles);
-      scatter_tiles<<<int(std::min<int64_t>(p.sequences, 4096)), kThreads, 0, stream>>>(tiles, sequences, p.sequences,
-                                                                                       chunk, tile);
+      scatter_tiles<<<int(std::min<int64_t>(p.sequences, 4096)), kThreads, 0, stream>>>(
+          tiles, sequences, p.sequences, chunk, tile);
     } else {
       fill_tiles<<<blocks, kThreads, 0, stream>>>(tiles, chunks, table->num_tiles,
                                                   tiles_per_chunk(p, chunk, tile), tile);
@@ -303,9 +306,11 @@ cudaError_t chunk_gates(const Problem &p, const ChunkTable &table, const powerat
   const int blocks = int(table.num_chunks * p.heads_kv);
   if (blocks == 0) return cudaSuccess;
   if (table.chunk <= 128 * kPerThread) {
-    gates_kernel<128><<<blocks, 128, 0, stream>>>(table.chunks, data, log_g, p.packed, p.heads_kv, p.seq_len, g, g64);
+    gates_kernel<128>
+        <<<blocks, 128, 0, stream>>>(table.chunks, data, log_g, p.packed, p.heads_kv, p.seq_len, g, g64);
   } else {
-    gates_kernel<512><<<blocks, 512, 0, stream>>>(table.chunks, data, log_g, p.packed, p.heads_kv, p.seq_len, g, g64);
+    gates_kernel<512>
+        <<<blocks, 512, 0, stream>>>(table.chunks, data, log_g, p.packed, p.heads_kv, p.seq_len, g, g64);
   }
   return cudaGetLastError();
 }
@@ -314,8 +319,8 @@ cudaError_t total_gates(const Problem &p, const ChunkTable &table, const powerat
                         cudaStream_t stream) {
   const int64_t blocks = p.sequences * p.heads_kv;
   if (blocks == 0) return cudaSuccess;
-  total_kernel<<<int(blocks), kThreads, 0, stream>>>(table.sequences, static_cast<const float *>(log_g.data), log_g,
-                                                     p.packed, p.heads_kv, total);
+  total_kernel<<<int(blocks), kThreads, 0, stream>>>(table.sequences, static_cast<const float *>(log_g.data),
+                                                     log_g, p.packed, p.heads_kv, total);
   return cudaGetLastError();
 }
 

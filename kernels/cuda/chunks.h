@@ -31,11 +31,11 @@ struct Chunk {
 
 // Up to `tile` rows of one chunk: the unit of work of a thread block that owns rows.
 struct Tile {
-  int64_t start;     // first token, counted as in Sequence
-  int32_t length;    // rows, 1 .. tile; 0 = unused descriptor
+  int64_t start;   // first token, counted as in Sequence
+  int32_t length;  // rows, 1 .. tile; 0 = unused descriptor
   int32_t sequence;
-  int32_t chunk;     // in the chunk table
-  int32_t offset;    // start - the chunk's start
+  int32_t chunk;   // in the chunk table
+  int32_t offset;  // start - the chunk's start
 };
 
 // Device pointers and the bounds of the grids. tiles is null when no tile table was asked for.
@@ -66,7 +66,10 @@ cudaError_t build_chunks(const Problem &p, int64_t chunk, int64_t tile, const in
 #if defined(__CUDACC__)
 __host__ __device__
 #endif
-inline int64_t batch_of(bool packed, int32_t sequence) { return packed ? 0 : sequence; }
+    inline int64_t
+    batch_of(bool packed, int32_t sequence) {
+  return packed ? 0 : sequence;
+}
 
 // A gate below this is a reset: exp(-110) is 0 in float32, and finite sums never give inf - inf.
 constexpr float kResetLogGate = -110.0f;

@@ -69,10 +69,14 @@ __device__ inline void store_from_float(void *data, Dtype dtype, int64_t i, floa
 template <class F>
 cudaError_t with_dtype(Dtype dtype, F f) {
   switch (dtype) {
-    case Dtype::kFloat32: return f(float{});
-    case Dtype::kFloat16: return f(half{});
-    case Dtype::kBfloat16: return f(bf16{});
-    default: return cudaErrorInvalidValue;
+    case Dtype::kFloat32:
+      return f(float{});
+    case Dtype::kFloat16:
+      return f(half{});
+    case Dtype::kBfloat16:
+      return f(bf16{});
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "kernels/cuda/prepare.h"
-
 #include <algorithm>
 #include <cmath>
 
 #include "kernels/cuda/numeric.cuh"
+#include "kernels/cuda/prepare.h"
 
 namespace powerattn::cuda {
 namespace {
@@ -23,26 +22,28 @@ RopeShape rope_shape(const Problem &p, bool on) {
   return {on, p.rope.style == POWERATTN_ROPE_INTERLEAVED, on ? p.rope.dim : 0, std::log2(p.rope.base)};
 }
 
-// cos and sin of position * base^(-2i/dim). The angle is reduced in double: at position 1e6 a float angle would be
-// wrong by 0.06.
+// cos and sin of position * base^(-2i/dim). The angle is reduced in double: at position 1e6 a float angle would
+// be wrong by 0.06.
 __device__ void rotation(const RopeShape &rope, int64_t position, int64_t pair, float *c, float *s) {
   const double turns = double(position) * exp2(-2.0 * double(pair) / double(rope.dim) * rope.log2_base) *
                        0.15915494309189533577;  // 1 / (2 pi)
   sincospif(2.0f * float(turns - rint(turns)), s, c);
 }
 
-// Rows of a sequence: block x = tile of kWarps rows, y = head, z = sequence would be 65535 at most, so all three are
-// folded into x. One warp per row; a lane takes pairs, then what is not rotated.
+// Rows of a sequence: block x = tile of kWarps rows, y = head, z = sequence would be 65535 at most, so all
+// three are folded into x. One warp per row; a lane takes pairs, then what is not rotated.
 //   (x1, x2) -> (x1 cos - x2 sin, x1 sin + x2 cos); back with the angle negated.
 template <class In, class Out, bool kBack>
 __global__ void __launch_bounds__(kThreads)
     rotate_rows(const Sequence *sequences, bool packed, int64_t num_sequences, int64_t batch, int64_t seq_len,
                 int64_t heads, int64_t dim, const In *in, int64_t in_b, int64_t in_t, int64_t in_h, Out *out,
-                int64_t out_b, int64_t out_t, int64_t out_h, float scale, RopeShape rope, const int64_t *offsets) {
+                int64_t out_b, int64_t out_t, int64_t out_h, float scale, RopeShape rope,
+                const int64_t *offsets) {
   const int lane = threadIdx.x & 31;
   const int64_t rows = batch * seq_len;
   const int64_t pairs = rope.on ? rope.dim / 2 : 0;
-  for (int64_t r = blockIdx.x * int64_t(kWarps) + (threadIdx.x >> 5); r < rows; r += int64_t(gridDim.x) * kWarps) {
+  for (int64_t r = blockIdx.x * int64_t(kWarps) + (threadIdx.x >> 5); r < rows;
+       r += int64_t(gridDim.x) * kWarps) {
     const int64_t b = r / seq_len, t = r % seq_len;
     int64_t owner = b, index = t;
     bool valid = true;

@@ -13,12 +13,12 @@ namespace powerattn::cuda {
 struct PrepareArgs {
   powerattn_tensor in{};  // [b, t, heads, dim], strided
   Dtype in_dtype = Dtype::kFloat32;
-  void *out = nullptr;    // contiguous [b, heads, t, dim]
+  void *out = nullptr;  // contiguous [b, heads, t, dim]
   Dtype out_dtype = Dtype::kFloat32;
   int64_t heads = 0;
   int64_t dim = 0;
-  float scale = 1.0f;     // applied after the rotation
-  bool rope = false;      // rotate by p.rope
+  float scale = 1.0f;                    // applied after the rotation
+  bool rope = false;                     // rotate by p.rope
   const int64_t *rope_offset = nullptr;  // [sequences] or null
 };
 
@@ -26,13 +26,13 @@ struct PrepareArgs {
 cudaError_t prepare(const Problem &p, const ChunkTable &table, const PrepareArgs &args, cudaStream_t stream);
 
 struct FinishArgs {
-  const float *in = nullptr;   // contiguous [b, heads, t, dim]
-  powerattn_tensor out{};      // [b, t, heads, dim], strided
+  const float *in = nullptr;  // contiguous [b, heads, t, dim]
+  powerattn_tensor out{};     // [b, t, heads, dim], strided
   Dtype out_dtype = Dtype::kFloat32;
   int64_t heads = 0;
   int64_t dim = 0;
   float scale = 1.0f;
-  bool rope = false;           // rotate back: R(position)^T
+  bool rope = false;  // rotate back: R(position)^T
   const int64_t *rope_offset = nullptr;
 };
 

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "kernels/cuda/scan.h"
-
 #include <algorithm>
 
 #include "kernels/cuda/numeric.cuh"
+#include "kernels/cuda/scan.h"
 
 namespace powerattn::cuda {
 namespace {
@@ -15,14 +14,16 @@ struct alignas(sizeof(T) * N) Pack {
   T v[N];
 };
 
-// prefix[n] = carry;  carry = exp(g_end[n]) carry + local[n], n over the chunks of a sequence. One thread owns N
-// neighbouring elements for a whole sequence; the loads of the next kAhead chunks are in flight while it adds.
+// prefix[n] = carry;  carry = exp(g_end[n]) carry + local[n], n over the chunks of a sequence. One thread owns
+// N neighbouring elements for a whole sequence; the loads of the next kAhead chunks are in flight while it
+// adds.
 template <class Local, class Prefix, int N>
 __global__ void __launch_bounds__(kThreads) scan_kernel(ScanArgs a) {
   constexpr int kAhead = 4;
   const int64_t packs = a.elements / N;
   const int64_t pack = blockIdx.x * int64_t(kThreads) + threadIdx.x;
-  const int64_t head = blockIdx.y % a.heads, m = blockIdx.y / a.heads + int64_t(blockIdx.z) * (gridDim.y / a.heads);
+  const int64_t head = blockIdx.y % a.heads,
+                m = blockIdx.y / a.heads + int64_t(blockIdx.z) * (gridDim.y / a.heads);
   if (pack >= packs || m >= a.table.num_sequences) return;
   const Sequence s = a.table.sequences[m];
   const int64_t e = pack * N;
@@ -103,7 +104,8 @@ __global__ void __launch_bounds__(kThreads) boundary_kernel(BoundaryArgs a) {
   } else {
     const int64_t x = ((n + 1) * a.heads + head) * a.elements, y = (n * a.heads + head) * a.elements;
     for (int64_t i = threadIdx.x; i < a.elements; i += kThreads)
-      sum += double(load_as_float(a.state, a.state_dtype, x + i)) * double(load_as_float(a.grad, a.grad_dtype, y + i));
+      sum += double(load_as_float(a.state, a.state_dtype, x + i)) *
+             double(load_as_float(a.grad, a.grad_dtype, y + i));
   }
   partial[threadIdx.x] = sum;
   __syncthreads();

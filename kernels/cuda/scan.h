@@ -14,18 +14,19 @@ struct ScanArgs {
   ChunkTable table;
   bool packed = false;
   bool reverse = false;
-  int64_t heads = 0;     // kv heads
-  int64_t elements = 0;  // of one state
+  int64_t heads = 0;            // kv heads
+  int64_t elements = 0;         // of one state
   const void *local = nullptr;  // [num_chunks, heads, elements]
   Dtype local_dtype = Dtype::kFloat32;
-  void *prefix = nullptr;       // same shape: the carry at each chunk; may be `local` when the dtypes agree
+  void *prefix = nullptr;  // same shape: the carry at each chunk; may be `local` when the dtypes agree
   Dtype prefix_dtype = Dtype::kFloat32;
-  const float *g = nullptr;     // [b, heads, t] of chunk_gates: a chunk's gate is at its last token; null: no gates
-  int64_t seq_len = 0;          // extent of t in g
+  const float *g =
+      nullptr;          // [b, heads, t] of chunk_gates: a chunk's gate is at its last token; null: no gates
+  int64_t seq_len = 0;  // extent of t in g
   const float *initial = nullptr;  // carry to start from, or null = 0: [sequences, heads, elements] by strides
   int64_t initial_stride_n = 0;
   int64_t initial_stride_h = 0;
-  float *final = nullptr;          // last carry, or null; may be the same memory as initial
+  float *final = nullptr;  // last carry, or null; may be the same memory as initial
   int64_t final_stride_n = 0;
   int64_t final_stride_h = 0;
 };
@@ -44,7 +45,7 @@ struct BoundaryArgs {
   int64_t elements = 0;
   const void *state = nullptr;  // [num_chunks, heads, elements]: before each chunk
   Dtype state_dtype = Dtype::kFloat32;
-  const void *grad = nullptr;   // [num_chunks, heads, elements]: after each chunk
+  const void *grad = nullptr;  // [num_chunks, heads, elements]: after each chunk
   Dtype grad_dtype = Dtype::kFloat32;
   const float *final = nullptr;
   int64_t final_stride_n = 0;

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "kernels/cuda/states.h"
-
 #include <algorithm>
 
 #include "kernels/cuda/numeric.cuh"
+#include "kernels/cuda/states.h"
 #include "kernels/cuda/tiles.h"
 
 namespace powerattn::cuda {
@@ -13,11 +12,12 @@ constexpr int kThreads = 256;
 
 // S <- exp(L_m) S + S_m over the segments m in order, one thread per element of (sequence, head).
 __global__ void __launch_bounds__(kThreads)
-    compose_kernel(int64_t count, const void *in, int64_t in_seg, int64_t in_n, int64_t in_h, void *out, int64_t out_n,
-                   int64_t out_h, Dtype dtype, const float *log_g, int64_t g_seg, int64_t g_n, int64_t g_h,
-                   int64_t heads, int64_t elements) {
+    compose_kernel(int64_t count, const void *in, int64_t in_seg, int64_t in_n, int64_t in_h, void *out,
+                   int64_t out_n, int64_t out_h, Dtype dtype, const float *log_g, int64_t g_seg, int64_t g_n,
+                   int64_t g_h, int64_t heads, int64_t elements) {
   const int64_t n = blockIdx.y / heads, h = blockIdx.y % heads;
-  for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < elements; i += int64_t(gridDim.x) * kThreads) {
+  for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < elements;
+       i += int64_t(gridDim.x) * kThreads) {
     float x = 0;
     for (int64_t m = 0; m < count; ++m) {
       const float gate = log_g ? expf(log_g[m * g_seg + n * g_n + h * g_h]) : 1.0f;
@@ -43,8 +43,10 @@ __global__ void __launch_bounds__(kThreads) convert_kernel(ConvertArgs a) {
   const int64_t n = blockIdx.y / a.heads, h = blockIdx.y % a.heads;
   const int64_t from = a.src_slots ? a.src_slots[n] : n, to = a.dst_slots ? a.dst_slots[n] : n;
   if (from < 0 || to < 0 || from >= a.src_num_slots || to >= a.dst_num_slots) return;
-  const int64_t src = from * a.src_stride_n + h * a.src_stride_h, dst = to * a.dst_stride_n + h * a.dst_stride_h;
-  for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < a.elements; i += int64_t(gridDim.x) * kThreads)
+  const int64_t src = from * a.src_stride_n + h * a.src_stride_h,
+                dst = to * a.dst_stride_n + h * a.dst_stride_h;
+  for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < a.elements;
+       i += int64_t(gridDim.x) * kThreads)
     store_from_float(a.dst, a.dst_dtype, dst + i, load_as_float(a.src, a.src_dtype, src + i));
 }
 
@@ -54,8 +56,8 @@ dim3 element_grid(int64_t elements, int64_t rows) {
 
 // ---- Canonical order <-> tiles ---------------------------------------------------------------------------
 
-// Padded row `r` of the tile layout: its canonical row (-1: padding), stored = factor * canonical, and whether it is
-// the mirror (j, i) of a row that the diagonal tile holds as (i, j) too.
+// Padded row `r` of the tile layout: its canonical row (-1: padding), stored = factor * canonical, and whether
+// it is the mirror (j, i) of a row that the diagonal tile holds as (i, j) too.
 struct TileRow {
   int64_t row;
   float factor;
@@ -83,7 +85,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t n = blockIdx.y / heads, h = blockIdx.y % heads;
   float *can = canonical + n * stride_n + h * stride_h;
   float *til = tiles + blockIdx.y * rows * e;
-  for (int64_t x = blockIdx.x * int64_t(kThreads) + threadIdx.x; x < rows * e; x += int64_t(gridDim.x) * kThreads) {
+  for (int64_t x = blockIdx.x * int64_t(kThreads) + threadIdx.x; x < rows * e;
+       x += int64_t(gridDim.x) * kThreads) {
     const int64_t r = x / e, col = x % e, position = padded_position(e, r, col);
     const TileRow t = locate(degree, d, r);
     if (kToTiles) {
@@ -97,11 +100,13 @@ __global__ void __launch_bounds__(kThreads)
 // Z[i][j] = canonical / sqrt 2 where i != j.
 template <bool kToTiles>
 __global__ void __launch_bounds__(kThreads)
-    z_kernel(int32_t degree, int64_t d, float *canonical, int64_t stride_n, int64_t stride_h, float *z, int64_t heads) {
+    z_kernel(int32_t degree, int64_t d, float *canonical, int64_t stride_n, int64_t stride_h, float *z,
+             int64_t heads) {
   const int64_t n = blockIdx.y / heads, h = blockIdx.y % heads;
   float *can = canonical + n * stride_n + h * stride_h;
   const int64_t elements = degree == 1 ? d : d * d;
-  for (int64_t x = blockIdx.x * int64_t(kThreads) + threadIdx.x; x < elements; x += int64_t(gridDim.x) * kThreads) {
+  for (int64_t x = blockIdx.x * int64_t(kThreads) + threadIdx.x; x < elements;
+       x += int64_t(gridDim.x) * kThreads) {
     const int64_t i = degree == 1 ? x : x / d, j = degree == 1 ? x : x % d;
     const int64_t low = min(i, j), high = max(i, j);
     const int64_t row = degree == 1 ? x : low * d - low * (low - 1) / 2 + (high - low);
@@ -115,16 +120,17 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <bool kToTiles>
-cudaError_t change_order(const Problem &p, const powerattn_state &canonical, float *tiles, float *z, int64_t sequences,
-                         cudaStream_t stream) {
+cudaError_t change_order(const Problem &p, const powerattn_state &canonical, float *tiles, float *z,
+                         int64_t sequences, cudaStream_t stream) {
   const int64_t heads = p.heads_kv;
   const int64_t rows = tile_rows(p.degree, int(p.head_dim));
   for (int64_t first = 0; first < sequences; first += std::max<int64_t>(1, 65535 / heads)) {
     const int64_t n = std::min(std::max<int64_t>(1, 65535 / heads), sequences - first);
     if (tiles) {
       tiles_kernel<kToTiles><<<element_grid(rows * p.value_dim, n * heads), kThreads, 0, stream>>>(
-          p.degree, p.head_dim, static_cast<float *>(canonical.s) + first * canonical.s_stride_n, canonical.s_stride_n,
-          canonical.s_stride_h, tiles + first * heads * rows * p.value_dim, heads, rows, p.value_dim);
+          p.degree, p.head_dim, static_cast<float *>(canonical.s) + first * canonical.s_stride_n,
+          canonical.s_stride_n, canonical.s_stride_h, tiles + first * heads * rows * p.value_dim, heads, rows,
+          p.value_dim);
     }
     if (z && canonical.z) {
       const int64_t elements = p.degree == 1 ? p.head_dim : p.head_dim * p.head_dim;
@@ -154,11 +160,11 @@ cudaError_t compose(const Problem &p, const powerattn_compose_args &a, cudaStrea
           log_g ? log_g + first * a.log_g_stride_n : nullptr, a.log_g_stride_segment, a.log_g_stride_n,
           a.log_g_stride_h, p.heads_kv, elements);
     };
-    fold(a.segments.s, a.s_stride_segment, a.segments.s_stride_n, a.segments.s_stride_h, a.out.s, a.out.s_stride_n,
-         a.out.s_stride_h, p.state_rows * p.value_dim);
+    fold(a.segments.s, a.s_stride_segment, a.segments.s_stride_n, a.segments.s_stride_h, a.out.s,
+         a.out.s_stride_n, a.out.s_stride_h, p.state_rows * p.value_dim);
     if (a.out.z)
-      fold(a.segments.z, a.z_stride_segment, a.segments.z_stride_n, a.segments.z_stride_h, a.out.z, a.out.z_stride_n,
-           a.out.z_stride_h, p.state_rows);
+      fold(a.segments.z, a.z_stride_segment, a.segments.z_stride_n, a.segments.z_stride_h, a.out.z,
+           a.out.z_stride_n, a.out.z_stride_h, p.state_rows);
   }
   if (a.out_log_g) {
     compose_gates<<<unsigned(ceil_div(rows, kThreads)), kThreads, 0, stream>>>(
@@ -192,14 +198,15 @@ cudaError_t convert(const ConvertArgs &a, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t to_tiles(const Problem &p, const powerattn_state &canonical, float *tiles, float *z, int64_t sequences,
-                     cudaStream_t stream) {
+cudaError_t to_tiles(const Problem &p, const powerattn_state &canonical, float *tiles, float *z,
+                     int64_t sequences, cudaStream_t stream) {
   return change_order<true>(p, canonical, tiles, z, sequences, stream);
 }
 
 cudaError_t from_tiles(const Problem &p, const float *tiles, const float *z, const powerattn_state &canonical,
                        int64_t sequences, cudaStream_t stream) {
-  return change_order<false>(p, canonical, const_cast<float *>(tiles), const_cast<float *>(z), sequences, stream);
+  return change_order<false>(p, canonical, const_cast<float *>(tiles), const_cast<float *>(z), sequences,
+                             stream);
 }
 
 }  // namespace powerattn::cuda

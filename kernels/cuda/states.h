@@ -36,8 +36,8 @@ cudaError_t convert(const ConvertArgs &args, cudaStream_t stream);
 // Canonical float32 (S [n, h, D, e] and z [n, h, D], strided as in powerattn_state) <-> the element order of
 // tiles.h in float32: S [n, h, tile_rows * e] and, degree 2, Z [n, h, d, d] symmetric with
 // Z = sum w k k^T (degree 1: z [n, h, d]). Contiguous; z may be null.
-cudaError_t to_tiles(const Problem &p, const powerattn_state &canonical, float *tiles, float *z, int64_t sequences,
-                     cudaStream_t stream);
+cudaError_t to_tiles(const Problem &p, const powerattn_state &canonical, float *tiles, float *z,
+                     int64_t sequences, cudaStream_t stream);
 cudaError_t from_tiles(const Problem &p, const float *tiles, const float *z, const powerattn_state &canonical,
                        int64_t sequences, cudaStream_t stream);
 

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "kernels/cuda/step.h"
-
 #include <cooperative_groups.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "kernels/cuda/numeric.cuh"
+#include "kernels/cuda/step.h"
 
 namespace powerattn::cuda {
 namespace {
@@ -34,8 +33,8 @@ __device__ double choose(int n, int k) {
   return rint(c);
 }
 
-// Indices (one byte each) and sqrt(multinomial) of a canonical row. Degrees 1 and 2 in closed form, since this runs in
-// every step; see powerattn_state_monomial for the order.
+// Indices (one byte each) and sqrt(multinomial) of a canonical row. Degrees 1 and 2 in closed form, since this
+// runs in every step; see powerattn_state_monomial for the order.
 struct Row {
   uint64_t indices;
   float weight;
@@ -86,23 +85,18 @@ __device__ float feature_of(const Row &r, int degree, const float *x) {
   return y;
 }
 
-// x[0 .. d) of one row into shared memory, rotated. All threads of the block.
-__device__ __noinline__ void load_vector(float *to, const void *from, Dtype dtype, int64_t offset, int64_t d, const StepShape &s,
-                            int64_t position) {
-  const int64_t pairs = s.rope ? s.rope_dim / 2 : 0;
-#pragma unroll 1
-  for (int64_t i = threadIdx.x; i < pairs; i += kThreads) {
-    const double turns = double(position) * exp2(-2.0 * double(i) / double(s.rope_dim) * s.rope_log2_base) *
-                         0.15915494309189533577;  // 1 / (2 pi), reduced in double
-    float c, sn;
-    sincospif(2.0f * float(turns - rint(turns)), &sn, &c);
-    const int64_t i1 = s.interleaved ? 2 * i : i, i2 = s.interleaved ? 2 * i + 1 : i + pairs;
-    const float x1 = load_as_float(from, dtype, offset + i1), x2 = load_as_float(from, dtype, offset + i2);
-    to[i1] = x1 * c - x2 * sn;
-    to[i2] = x1 * sn + x2 * c;
-  }
-#pragma unroll 1
-  for (int64_t i = 2 * pairs + threadIdx.x; i < d; i += kThreads) to[i] = load_as_float(from, dtype, offset + i);
+// Element `i` of a rotated row. Out of line: it would cost the kernel registers that only rotated inputs need.
+__device__ __noinline__ float rotated_element(const void *from, Dtype dtype, int64_t offset, int64_t i,
+                                              int64_t position, int64_t rope_dim, bool interleaved,
+                                              double log2_base) {
+  const int64_t pairs = rope_dim / 2, pair = interleaved ? i / 2 : i % pairs;
+  const int64_t i1 = interleaved ? 2 * pair : pair, i2 = interleaved ? 2 * pair + 1 : pair + pairs;
+  const float x1 = load_as_float(from, dtype, offset + i1), x2 = load_as_float(from, dtype, offset + i2);
+  const double turns = double(position) * exp2(-2.0 * double(pair) / double(rope_dim) * log2_base) *
+                       0.15915494309189533577;  // 1 / (2 pi), reduced in double
+  float c, sn;
+  sincospif(2.0f * float(turns - rint(turns)), &sn, &c);
+  return i == i1 ? x1 * c - x2 * sn : x1 * sn + x2 * c;
 }
 
 template <class T, int V>
@@ -110,27 +104,30 @@ struct alignas(sizeof(T) * V) Pack {
   T v[V];
 };
 
-// Shared memory, floats: q [kQ][d], k, v [tokens of a pass][d, e], phi_k [kQ][256], phi_q [kQ][256], gates [kQ],
-// sums [8][kQ][e], norms [8][kQ], partial [kQ][e + 1].
+// Shared memory, floats: q [kQ][d], k, v [tokens of a pass][d, e], phi_k [kQ][256], phi_q [kQ][256], gates
+// [kQ], sums [8][kQ][e], norms [8][kQ], partial [kQ][e + 1].
 __host__ __device__ inline int64_t step_shared_floats(int queries, int64_t d, int64_t e) {
   return queries * (2 * d + e + 2 * kRowBlock + 1) + 8 * queries * (e + 1) + queries * (e + 1);
 }
 
-// Block: one split of the rows of one (sequence, kv head). Thread (row group, column): rows row group, + row groups, ...;
-// V neighbouring columns. A pass handles up to kQ (token, query head) pairs: several tokens of a small group, or some
-// heads of one token, so that their sums stay in registers; the state is read and written once per pass.
+// Block: one split of the rows of one (sequence, kv head). Thread (row group, column): rows row group, + row
+// groups, ...; V neighbouring columns. A pass handles up to kQ (token, query head) pairs: several tokens of a
+// small group, or some heads of one token, so that their sums stay in registers; the state is read and written
+// once per pass.
 template <class State, int V, int kQ, bool kCluster>
-__global__ void __launch_bounds__(kThreads, V * kQ >= 64 ? 1 : 2) step_kernel(const __grid_constant__ StepShape s,
-                                                                           const __grid_constant__ powerattn_step_args a) {
+__global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
+    step_kernel(const __grid_constant__ StepShape s, const __grid_constant__ powerattn_step_args a) {
   extern __shared__ float memory[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   const int split = int(blockIdx.x % unsigned(s.splits));
   const int64_t unit = blockIdx.x / s.splits, b = unit / s.heads_kv, head = unit % s.heads_kv;
-  float *q = memory, *k = q + kQ * s.d, *v = k + kQ * s.d, *phi_k = v + kQ * s.e, *phi_q = phi_k + kQ * kRowBlock;
+  float *q = memory, *k = q + kQ * s.d, *v = k + kQ * s.d, *phi_k = v + kQ * s.e,
+        *phi_q = phi_k + kQ * kRowBlock;
   float *gates = phi_q + kQ * kRowBlock, *sums = gates + kQ, *norms = sums + 8 * kQ * s.e,
         *partial = norms + 8 * kQ;
 
-  const int64_t slot = a.slots ? a.slots[b] : b;
+  constexpr int kAhead = V * sizeof(State) >= 16 ? 4 : 2;  // rows in flight per thread
+  const int64_t slot = a.slots ? a.slots[b] : b, position0 = a.rope_offset ? a.rope_offset[b] : 0;
   const bool skipped = slot < 0 || slot >= s.num_slots;
   int64_t length = a.lengths ? min(max(a.lengths[b], int64_t(0)), s.seq_len) : s.seq_len;
   if (skipped) length = 0;
@@ -147,8 +144,9 @@ __global__ void __launch_bounds__(kThreads, V * kQ >= 64 ? 1 : 2) step_kernel(co
   if (length == 0) return;  // the whole cluster leaves: it depends on the sequence only
 
   State *state = static_cast<State *>(a.state.s) + slot * a.state.s_stride_n + head * a.state.s_stride_h;
-  State *zstate = a.state.z ? static_cast<State *>(a.state.z) + slot * a.state.z_stride_n + head * a.state.z_stride_h
-                            : nullptr;
+  State *zstate = a.state.z
+                      ? static_cast<State *>(a.state.z) + slot * a.state.z_stride_n + head * a.state.z_stride_h
+                      : nullptr;
   const int64_t row_begin = split * s.rows_per_split, row_end = min(row_begin + s.rows_per_split, s.rows);
   const int tpr = s.threads_per_row, row_groups = kThreads / tpr;
   const int group_row = tid / tpr, col = tid % tpr * V;
@@ -166,25 +164,39 @@ __global__ void __launch_bounds__(kThreads, V * kQ >= 64 ? 1 : 2) step_kernel(co
       unsigned starts = 0;  // bit i: pair i is the first of its token
       for (int t = 0; t < tokens; ++t) starts |= 1u << (t * heads);
       __syncthreads();
+      // The first states and z are on their way while the inputs are loaded and the features are made.
+      Pack<State, V> ahead[kAhead];
+      auto issue = [&](int64_t start, int64_t limit) {
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+          const int64_t r = start + group_row + u * row_groups;
+          if (active && r < limit) ahead[u] = *reinterpret_cast<const Pack<State, V> *>(state + r * s.e + col);
+        }
+      };
+      auto read_z = [&](int64_t r) { return zstate && r < row_end ? to_float(zstate[r]) : 0.0f; };
+      issue(row_begin, min(row_begin + kRowBlock, row_end));
+      float znext = read_z(row_begin + tid);
+
+      const int e = int(s.e), d = int(s.d), kd = tokens * d, kve = kd + tokens * e;
 #pragma unroll 1
-      for (int t = 0; t < tokens; ++t) {
-        const int64_t token = t0 + t, position = token + (a.rope_offset ? a.rope_offset[b] : 0);
-        load_vector(k + t * s.d, a.k.data, s.dtype,
-                    b * a.k.stride_b + token * a.k.stride_t + head * a.k.stride_h, s.d, s, position);
-        const int64_t v_row = b * a.v.stride_b + token * a.v.stride_t + head * a.v.stride_h;
-#pragma unroll 1
-        for (int64_t i = tid; i < s.e; i += kThreads) v[t * s.e + i] = load_as_float(a.v.data, s.dtype, v_row + i);
-#pragma unroll 1
-        for (int h = 0; h < heads; ++h)
-          load_vector(q + (t * heads + h) * s.d, a.q.data, s.dtype,
-                      b * a.q.stride_b + token * a.q.stride_t + (head * s.group + h0 + h) * a.q.stride_h, s.d, s,
-                      position);
-        if (tid == 0)
-          gates[t] = a.log_g.data ? expf(static_cast<const float *>(a.log_g.data)[b * a.log_g.stride_b +
-                                                                                  token * a.log_g.stride_t +
-                                                                                  head * a.log_g.stride_h])
-                                  : 1.0f;
+      for (int i = tid; i < kve + pairs * d; i += kThreads) {
+        const bool is_k = i < kd, is_v = !is_k && i < kve;
+        const int within = is_k ? i : is_v ? i - kd : i - kve, width = is_v ? e : d;
+        const int vector = within / width, element = within % width, t = is_k || is_v ? vector : vector / heads;
+        const powerattn_tensor &x = is_k ? a.k : is_v ? a.v : a.q;
+        const int64_t h = is_k || is_v ? head : head * s.group + h0 + vector % heads;
+        const int64_t offset = b * x.stride_b + (t0 + t) * x.stride_t + h * x.stride_h;
+        const float value = !is_v && s.rope && element < s.rope_dim
+                                ? rotated_element(x.data, s.dtype, offset, element, t0 + t + position0,
+                                                  s.rope_dim, s.interleaved, s.rope_log2_base)
+                                : load_as_float(x.data, s.dtype, offset + element);
+        (is_k ? k : is_v ? v : q)[within] = value;
       }
+      if (tid < tokens)
+        gates[tid] = a.log_g.data ? expf(static_cast<const float *>(
+                                        a.log_g.data)[b * a.log_g.stride_b + (t0 + tid) * a.log_g.stride_t +
+                                                      head * a.log_g.stride_h])
+                                  : 1.0f;
 
       float acc[kQ][V], norm[kQ];
 #pragma unroll
@@ -199,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, V * kQ >= 64 ? 1 : 2) step_kernel(co
         __syncthreads();
         if (tid < count) {  // features of the block's rows, and z, which has one number per row
           const Row r = locate_row(block + tid, int(s.d), s.degree);
-          float z = zstate ? to_float(zstate[block + tid]) : 0.0f;
+          float z = znext;
           int t = -1;
 #pragma unroll
           for (int i = 0; i < kQ; ++i) {
@@ -217,44 +229,45 @@ __global__ void __launch_bounds__(kThreads, V * kQ >= 64 ? 1 : 2) step_kernel(co
           if (zstate && first) zstate[block + tid] = from_float<State>(z);
         }
         __syncthreads();
-        if (active) {
-          State *block_state = state + block * s.e + col;
-          const int e = int(s.e);
-          constexpr int kAhead = V * sizeof(State) >= 16 ? 4 : 2;  // rows in flight per thread
+        znext = read_z(block + kRowBlock + tid);
+        const int64_t block_end = block + count;
 #pragma unroll 1
-          for (int r0 = group_row; r0 < count; r0 += row_groups * kAhead) {
-            Pack<State, V> raw[kAhead];
+        for (int64_t row = block; row < block_end; row += row_groups * kAhead) {
+          Pack<State, V> now[kAhead];
 #pragma unroll
-            for (int u = 0; u < kAhead; ++u) {
-              const int r = r0 + u * row_groups;
-              if (r < count) raw[u] = *reinterpret_cast<const Pack<State, V> *>(block_state + r * e);
+          for (int u = 0; u < kAhead; ++u) now[u] = ahead[u];
+          const int64_t next = row + row_groups * kAhead;
+          if (next < block_end) {
+            issue(next, block_end);
+          } else {
+            issue(block + kRowBlock, min(block + 2 * kRowBlock, row_end));
+          }
+#pragma unroll
+          for (int u = 0; u < kAhead; ++u) {
+            const int64_t r64 = row + group_row + u * row_groups;
+            if (!active || r64 >= block_end) break;
+            const int r = int(r64 - block);
+            float x[V];
+#pragma unroll
+            for (int j = 0; j < V; ++j) x[j] = to_float(now[u].v[j]);
+            int t = -1;
+#pragma unroll
+            for (int i = 0; i < kQ; ++i) {
+              if (i >= pairs) break;
+              t += int(starts >> i & 1);
+              if (first && (starts >> i & 1)) {
+                const float gate = gates[t], pk = phi_k[t * kRowBlock + r];
+#pragma unroll
+                for (int j = 0; j < V; ++j) x[j] = gate * x[j] + pk * v[t * e + col + j];
+              }
+              const float pq = phi_q[i * kRowBlock + r];
+#pragma unroll
+              for (int j = 0; j < V; ++j) acc[i][j] += pq * x[j];
             }
+            if (first) {
 #pragma unroll
-            for (int u = 0; u < kAhead; ++u) {
-              const int r = r0 + u * row_groups;
-              if (r >= count) break;
-              float x[V];
-#pragma unroll
-              for (int j = 0; j < V; ++j) x[j] = to_float(raw[u].v[j]);
-              int t = -1;
-#pragma unroll
-              for (int i = 0; i < kQ; ++i) {
-                if (i >= pairs) break;
-                t += int(starts >> i & 1);
-                if (first && (starts >> i & 1)) {
-                  const float gate = gates[t], pk = phi_k[t * kRowBlock + r];
-#pragma unroll
-                  for (int j = 0; j < V; ++j) x[j] = gate * x[j] + pk * v[t * e + col + j];
-                }
-                const float pq = phi_q[i * kRowBlock + r];
-#pragma unroll
-                for (int j = 0; j < V; ++j) acc[i][j] += pq * x[j];
-              }
-              if (first) {
-#pragma unroll
-                for (int j = 0; j < V; ++j) raw[u].v[j] = from_float<State>(x[j]);
-                *reinterpret_cast<Pack<State, V> *>(block_state + r * e) = raw[u];
-              }
+              for (int j = 0; j < V; ++j) now[u].v[j] = from_float<State>(x[j]);
+              *reinterpret_cast<Pack<State, V> *>(state + r64 * s.e + col) = now[u];
             }
           }
         }
@@ -291,7 +304,8 @@ __global__ void __launch_bounds__(kThreads, V * kQ >= 64 ? 1 : 2) step_kernel(co
       }
       if (!kCluster && s.splits > 1) {
         __syncthreads();
-        const int64_t queries = s.seq_len * s.group, first_query = t0 * s.group + h0;  // [t][h]: a pass is contiguous
+        const int64_t queries = s.seq_len * s.group,
+                      first_query = t0 * s.group + h0;  // [t][h]: a pass is contiguous
         float *out = s.partial + ((unit * s.splits + split) * queries + first_query) * (s.e + 1);
         for (int64_t i = tid; i < pairs * (s.e + 1); i += kThreads) out[i] = partial[i];
         continue;
@@ -412,15 +426,19 @@ StepTiling step_tiling(const Problem &p, int sm_count, bool clusters) {
   t.cluster = clusters;
   // Four blocks per multiprocessor hide the latency of memory; a block keeps at least 64 rows.
   const int64_t units = p.sequences * p.heads_kv;
-  while (units * t.splits < 4 * int64_t(sm_count) && t.splits < 16 && p.state_rows / (2 * t.splits) >= 64) t.splits *= 2;
+  while (units * t.splits < 4 * int64_t(sm_count) && t.splits < 16 && p.state_rows / (2 * t.splits) >= 64)
+    t.splits *= 2;
   return t;
 }
 
-size_t step_shared_bytes(const Problem &p) { return size_t(step_shared_floats(8, p.head_dim, p.value_dim)) * sizeof(float); }
+size_t step_shared_bytes(const Problem &p) {
+  return size_t(step_shared_floats(8, p.head_dim, p.value_dim)) * sizeof(float);
+}
 
 size_t step_workspace_bytes(const Problem &p, const StepTiling &t) {
   if (t.cluster || t.splits == 1) return 0;
-  return size_t(p.sequences) * p.heads_kv * t.splits * p.seq_len * p.group() * (p.value_dim + 1) * sizeof(float);
+  return size_t(p.sequences) * p.heads_kv * t.splits * p.seq_len * p.group() * (p.value_dim + 1) *
+         sizeof(float);
 }
 
 cudaError_t step(const Problem &p, const StepTiling &t, const powerattn_step_args &a, cudaStream_t stream) {
@@ -458,8 +476,10 @@ cudaError_t step(const Problem &p, const StepTiling &t, const powerattn_step_arg
     while (s.threads_per_row < p.value_dim) s.threads_per_row *= 2;
   }
   if (p.state_dtype == Dtype::kBfloat16)
-    return aligned ? launch_queries<bf16, 8>(t, s, a, units, stream) : launch_queries<bf16, 1>(t, s, a, units, stream);
-  return aligned ? launch_queries<float, 4>(t, s, a, units, stream) : launch_queries<float, 1>(t, s, a, units, stream);
+    return aligned ? launch_queries<bf16, 8>(t, s, a, units, stream)
+                   : launch_queries<bf16, 1>(t, s, a, units, stream);
+  return aligned ? launch_queries<float, 4>(t, s, a, units, stream)
+                 : launch_queries<float, 1>(t, s, a, units, stream);
 }
 
 }  // namespace powerattn::cuda

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The state step: a few tokens against a pool of states, in place, in one launch (two where thread blocks cannot form
-// clusters). Bandwidth-bound: every state is read and written once.
+// The state step: a few tokens against a pool of states, in place, in one launch (two where thread blocks
+// cannot form clusters). Bandwidth-bound: every state is read and written once.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,10 +11,10 @@ namespace powerattn::cuda {
 
 // How the launch is cut; a pure function of the problem and the device.
 struct StepTiling {
-  int splits = 1;         // thread blocks that share one state
-  bool cluster = false;   // they form a cluster and add up through shared memory; else through the workspace
-  int queries = 1;        // (token, query head) pairs held in registers in one pass over a state
-  int vector = 1;         // columns of one access
+  int splits = 1;        // thread blocks that share one state
+  bool cluster = false;  // they form a cluster and add up through shared memory; else through the workspace
+  int queries = 1;       // (token, query head) pairs held in registers in one pass over a state
+  int vector = 1;        // columns of one access
   int threads_per_row = 1;
 };
 StepTiling step_tiling(const Problem &p, int sm_count, bool clusters);

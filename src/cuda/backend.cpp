@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA backend: finding devices, the ordered table of implementations, and the operations on states. The static
-// CUDA runtime opens the driver when the first of these functions asks for a device, not before.
+// The CUDA backend: finding devices, the ordered table of implementations, and the operations on states. The
+// static CUDA runtime opens the driver when the first of these functions asks for a device, not before.
 #include "backend.h"
 
 #include <cstdlib>
@@ -36,7 +36,8 @@ const Implementation *const kAll[] = {
 #endif
     &kCudaGeneric, nullptr};
 
-// The table, or the part of it that POWERATTN_CUDA_IMPLEMENTATION names ("cuda.generic"): for tests and comparisons.
+// The table, or the part of it that POWERATTN_CUDA_IMPLEMENTATION names ("cuda.generic"): for tests and
+// comparisons.
 const Implementation *const *implementations() {
   static const Implementation *const *const table = [] {
     static const Implementation *one[] = {nullptr, nullptr};
@@ -68,8 +69,9 @@ powerattn_status open_device(int32_t device_index, uint64_t *memory_bytes) {
   const powerattn_status status = cuda::device_properties(device_index, &properties);
   if (status != POWERATTN_OK) return status;
   if (properties->major < 8)
-    return fail(POWERATTN_ERROR_NO_DEVICE, "CUDA device %d (%s) has compute capability %d.%d; 8.0 or newer is needed",
-                device_index, properties->name, properties->major, properties->minor);
+    return fail(POWERATTN_ERROR_NO_DEVICE,
+                "CUDA device %d (%s) has compute capability %d.%d; 8.0 or newer is needed", device_index,
+                properties->name, properties->major, properties->minor);
   *memory_bytes = properties->memory_bytes;
   return POWERATTN_OK;
 }
@@ -88,8 +90,9 @@ powerattn_status check_pointer(const Problem &p, const void *pointer, const char
                 "%s is %p, which is host memory; a CUDA plan needs memory of its device %d", argument, pointer,
                 p.device_index);
   if (attributes.device != p.device_index)
-    return fail(POWERATTN_ERROR_INVALID_ARGUMENT, "%s is %p, memory of CUDA device %d; the plan is for device %d",
-                argument, pointer, attributes.device, p.device_index);
+    return fail(POWERATTN_ERROR_INVALID_ARGUMENT,
+                "%s is %p, memory of CUDA device %d; the plan is for device %d", argument, pointer,
+                attributes.device, p.device_index);
   return POWERATTN_OK;
 }
 
@@ -133,8 +136,8 @@ powerattn_status convert(const powerattn_plan &plan, const powerattn_convert_arg
   return check_launch(error, "convert");
 }
 
-// Device bytes of one packed (state, head): z then S, contiguous, in the packed dtype. Copies of the same dtype go
-// straight from the pool; others through a temporary device block, since these calls may wait and allocate.
+// Device bytes of one packed (state, head): z then S, contiguous, in the packed dtype. Copies of the same dtype
+// go straight from the pool; others through a temporary device block, since these calls may wait and allocate.
 powerattn_status transfer(const powerattn_plan &plan, const powerattn_pack_args &args, Dtype dtype, char *host,
                           bool to_host, const char *what) {
   const Problem &p = plan.problem;
@@ -184,8 +187,9 @@ powerattn_status transfer(const powerattn_plan &plan, const powerattn_pack_args 
     if (to_host) {
       error = run(s);
       if (error == cudaSuccess)
-        error = z.src ? run(z)
-                      : cudaMemset2DAsync(temporary, block, 0, size_t(rows * element), size_t(p.heads_kv), stream);
+        error =
+            z.src ? run(z)
+                  : cudaMemset2DAsync(temporary, block, 0, size_t(rows * element), size_t(p.heads_kv), stream);
       if (error == cudaSuccess)
         error = cudaMemcpyAsync(packed, temporary, block * size_t(p.heads_kv), cudaMemcpyDeviceToHost, stream);
     } else {

@@ -32,7 +32,8 @@ powerattn_status device_properties(int device_index, const DeviceProperties **pr
   made->shared_per_block = raw.sharedMemPerBlockOptin;
   made->memory_bytes = raw.totalGlobalMem;
   int clock_khz = 0;
-  if (cudaDeviceGetAttribute(&clock_khz, cudaDevAttrMemoryClockRate, device_index) != cudaSuccess) cudaGetLastError();
+  if (cudaDeviceGetAttribute(&clock_khz, cudaDevAttrMemoryClockRate, device_index) != cudaSuccess)
+    cudaGetLastError();
   made->bandwidth = 2.0 * double(clock_khz) * 1e3 * double(raw.memoryBusWidth) / 8.0;
   if (known.size() <= size_t(device_index)) known.resize(size_t(device_index) + 1);
   known[size_t(device_index)] = std::move(made);

@@ -19,14 +19,14 @@ struct DeviceProperties {
   size_t l2_bytes = 0;
   size_t shared_per_block = 0;  // opt-in maximum
   size_t memory_bytes = 0;
-  double bandwidth = 0;         // bytes per second, from the memory clock and bus
+  double bandwidth = 0;  // bytes per second, from the memory clock and bus
 };
 
 // Read once per device and kept. Fails with NO_DEVICE and the reason.
 powerattn_status device_properties(int device_index, const DeviceProperties **properties);
 
-// Makes the plan's device current and the caller's again at the end. Also drops a pending error of an earlier call
-// that is none of ours, so that what cudaGetLastError says afterwards is.
+// Makes the plan's device current and the caller's again at the end. Also drops a pending error of an earlier
+// call that is none of ours, so that what cudaGetLastError says afterwards is.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device_index);
@@ -43,7 +43,8 @@ class DeviceGuard {
 // OK, or DEVICE with what was being done and what the device said.
 powerattn_status check_launch(cudaError_t error, const char *what);
 
-// Cuts a workspace into 256-byte aligned arrays. With a null base it only counts, so that the same code gives sizes.
+// Cuts a workspace into 256-byte aligned arrays. With a null base it only counts, so that the same code gives
+// sizes.
 class Carver {
  public:
   explicit Carver(void *base) : base_(static_cast<char *>(base)) {}

@@ -31,15 +31,24 @@ struct Rates {
 };
 Rates rates_of(Math math) {
   switch (math) {
-    case Math::kBfloat16: return {60e12, 150e12, 50e12, 40e12};
-    case Math::kTf32: return {30e12, 60e12, 25e12, 25e12};
-    case Math::kFloat32: break;
+    case Math::kBfloat16:
+      return {60e12, 150e12, 50e12, 40e12};
+    case Math::kTf32:
+      return {30e12, 60e12, 25e12, 25e12};
+    case Math::kFloat32:
+      break;
   }
   return {15e12, 22e12, 12e12, 14e12};
 }
 
-// Chunks as the kernels see them: the attention form is one chunk per sequence, rounded up to whole row tiles so that
-// the tile table has no gaps.
+enum class Pass { kForward, kBackward, kSummary };
+
+// The gate gradient takes the difference of large sums over states, which bfloat16 operands would blur: TF32
+// there.
+Math backward_state_math(Math math) { return math == Math::kBfloat16 ? Math::kTf32 : math; }
+
+// Chunks as the kernels see them: the attention form is one chunk per sequence, rounded up to whole row tiles
+// so that the tile table has no gaps.
 int64_t chunk_of(const Problem &p, const Tiling &t) {
   if (t.form == Form::kChunked) return t.chunk;
   return std::max<int64_t>(kRows, (p.seq_len + kRows - 1) / kRows * kRows);
@@ -51,7 +60,8 @@ int64_t summary_chunk(const Problem &p) {
 // Bytes of the states of all chunks: float32 sums and, where the operand type differs, their prefix sums.
 double chunk_state_bytes(const Problem &p, int64_t chunk) {
   const double element = math_of(p) == Math::kBfloat16 ? 6.0 : 4.0;
-  return double(chunk_bound(p, chunk)) * double(p.heads_kv) * double(p.state_rows) * double(p.value_dim + 1) * element;
+  return double(chunk_bound(p, chunk)) * double(p.heads_kv) * double(p.state_rows) * double(p.value_dim + 1) *
+         element;
 }
 
 double forward_seconds(const Problem &p, Form form, int64_t chunk, double bandwidth) {
@@ -117,8 +127,11 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
     t.chunk = chunk;
     const int64_t inner = chunk_of(p, t);
     const bool states = form == Form::kChunked || p.use_state;
-    const size_t shared = op == Op::kBackward ? backward_shared_bytes(math_of(p), p, states)
-                                              : forward_shared_bytes(math_of(p), p, states);
+    const Math math = math_of(p);
+    const size_t shared = op == Op::kForward
+                              ? forward_shared_bytes(math, p, states)
+                              : std::max(backward_shared_bytes(math, p, states),
+                                         backward_shared_bytes(backward_state_math(math), p, states));
     if (shared > device->shared_per_block) {
       refusal = "needs " + std::to_string(shared) + " bytes of shared memory per block, the device has " +
                 std::to_string(device->shared_per_block);
@@ -142,8 +155,8 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
         consider(Form::kChunked, pins.chunk);
       } else {
         for (int64_t c = 128; c <= 8192; c *= 2) {
-          // A quarter of the memory for the states of the chunks; the last candidate is taken whatever it needs when
-          // the form is pinned.
+          // A quarter of the memory for the states of the chunks; the last candidate is taken whatever it needs
+          // when the form is pinned.
           const bool fits = chunk_state_bytes(p, c) <= 0.25 * double(memory);
           if (fits || (pins.form == POWERATTN_FORM_CHUNKED && c == 8192 && !std::isfinite(best.forward_s)))
             consider(Form::kChunked, c);
@@ -165,9 +178,9 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
 // ---- Workspace -------------------------------------------------------------------------------------------
 
 struct StateBuffers {
-  float *s = nullptr;       // sums of the chunks
-  void *prefix = nullptr;   // operand type; the same memory as s for float32 operands
-  float *z = nullptr;       // sums, then prefix sums
+  float *s = nullptr;      // sums of the chunks
+  void *prefix = nullptr;  // operand type; the same memory as s for float32 operands
+  float *z = nullptr;      // sums, then prefix sums
 };
 
 struct Buffers {
@@ -182,10 +195,8 @@ struct Buffers {
   float *final_s = nullptr, *final_z = nullptr;
   float *inverse = nullptr, *delta = nullptr;
   float *dq = nullptr, *dk = nullptr, *dv = nullptr;
-  float *boundary = nullptr, *scratch = nullptr;
+  float *boundary = nullptr, *scratch = nullptr, *dots = nullptr;
 };
-
-enum class Pass { kForward, kBackward, kSummary };
 
 size_t rows_q(const Problem &p) { return size_t(p.batch) * p.heads_q * p.seq_len; }
 size_t rows_kv(const Problem &p) { return size_t(p.batch) * p.heads_kv * p.seq_len; }
@@ -203,7 +214,7 @@ size_t carve(const Problem &p, int64_t chunk, bool states, Pass pass, void *base
   const size_t one = states ? size_t(p.state_rows) : 0, per_state = one * size_t(p.value_dim);
   const size_t slots = size_t(chunk_bound(p, chunk)) * p.heads_kv, ends = size_t(p.sequences) * p.heads_kv;
   if (states) {
-    const bool apart = operand_dtype(math_of(p)) != Dtype::kFloat32;
+    const bool apart = pass == Pass::kForward && operand_dtype(math_of(p)) != Dtype::kFloat32;
     b->monomials = carver.take<Monomial>(one);
     b->state.s = carver.take<float>(slots * per_state);
     b->state.z = carver.take<float>(slots * one);
@@ -223,8 +234,8 @@ size_t carve(const Problem &p, int64_t chunk, bool states, Pass pass, void *base
       b->state_norm = carver.take<float>(q);
     }
     if (pass == Pass::kBackward) {
-      b->grad.s = apart ? b->state.s : carver.take<float>(slots * per_state);  // free once the prefix is made
-      b->grad.prefix = apart ? carver.bytes(slots * per_state * size_of(p.dtype)) : b->grad.s;
+      b->grad.s = carver.take<float>(slots * per_state);
+      b->grad.prefix = b->grad.s;
       b->grad.z = carver.take<float>(slots * one);
       b->boundary = carver.take<float>(slots);
     }
@@ -240,6 +251,7 @@ size_t carve(const Problem &p, int64_t chunk, bool states, Pass pass, void *base
     b->dk = carver.take<float>(kv * p.head_dim);
     b->dv = carver.take<float>(kv * p.value_dim);
     b->scratch = carver.take<float>(kv);
+    b->dots = carver.take<float>(kv);
   }
   return carver.used();
 }
@@ -263,14 +275,20 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
   const Math math = math_of(p);
   say(text, "  products: %s\n",
       math == Math::kBfloat16 ? "mma bfloat16, float32 sums"
-      : math == Math::kTf32   ? (p.dtype == Dtype::kFloat16 ? "mma TF32 (holds every float16, with the range of float32), "
-                                                              "float32 sums"
-                                                            : "mma TF32 (ALLOW_TF32), float32 sums")
-                              : "float32 FFMA");
-  say(text, "  tiles: %d query rows (4 warps of 16) x 32 keys; state products in slabs of 32 rows, features built in\n"
-            "         shared memory\n", kRows);
+      : math == Math::kTf32
+          ? (p.dtype == Dtype::kFloat16 ? "mma TF32 (holds every float16, with the range of float32), "
+                                          "float32 sums"
+                                        : "mma TF32 (ALLOW_TF32), float32 sums")
+          : "float32 FFMA");
+  say(text,
+      "  tiles: %d query rows (4 warps of 16) x 32 keys; state products in slabs of 32 rows, features built "
+      "in\n"
+      "         shared memory\n",
+      kRows);
   if (p.rope.style != POWERATTN_ROPE_NONE)
     text->append("  prepare pass: q and k are rotated into contiguous copies in the workspace\n");
+  if (math == Math::kBfloat16)
+    text->append("  backward: products against states in TF32, for the gradient of the gates\n");
   text->append("  gradients are summed in float32 copies in the workspace, then rotated back and rounded\n");
   if (with_states(p, t) && p.state_rows != kRowsOverflow) {
     const int64_t chunk = chunk_of(p, t);
@@ -291,7 +309,8 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
 struct Call {
   const Problem &p;
   cudaStream_t stream;
-  Math math;
+  Math math;        // of the attention inside chunks
+  Math state_math;  // of everything against states
   Shape shape;
   Buffers b;
 };
@@ -355,7 +374,11 @@ FloatState contiguous_state(const Problem &p, float *s, float *z) {
   return {s, z, p.heads_kv * per, per, p.heads_kv * p.state_rows, p.state_rows};
 }
 FloatState direct_state(const powerattn_state &x) {
-  return {static_cast<float *>(x.s), static_cast<float *>(x.z), x.s_stride_n, x.s_stride_h, x.z_stride_n,
+  return {static_cast<float *>(x.s),
+          static_cast<float *>(x.z),
+          x.s_stride_n,
+          x.s_stride_h,
+          x.z_stride_n,
           x.z_stride_h};
 }
 cudaError_t convert_state(const Call &c, const powerattn_state &user, const FloatState &copy, bool to_user) {
@@ -375,8 +398,10 @@ cudaError_t convert_state(const Call &c, const powerattn_state &user, const Floa
     a.dst_stride_h = to_user ? uh : fh;
     return convert(a, c.stream);
   };
-  POWERATTN_TRY(part(user.s, user.s_stride_n, user.s_stride_h, copy.s, copy.s_n, copy.s_h, p.state_rows * p.value_dim));
-  if (user.z) POWERATTN_TRY(part(user.z, user.z_stride_n, user.z_stride_h, copy.z, copy.z_n, copy.z_h, p.state_rows));
+  POWERATTN_TRY(
+      part(user.s, user.s_stride_n, user.s_stride_h, copy.s, copy.s_n, copy.s_h, p.state_rows * p.value_dim));
+  if (user.z)
+    POWERATTN_TRY(part(user.z, user.z_stride_n, user.z_stride_h, copy.z, copy.z_n, copy.z_h, p.state_rows));
   return kOk;
 }
 // Which: 0 = the initial state, 1 = the gradient of the final one.
@@ -394,7 +419,8 @@ cudaError_t read_state(const Call &c, const powerattn_state &user, int which, Fl
   return convert_state(c, user, *out, false);
 }
 
-// Both scans of a pass: prefix sums of (S, z) in place or into the operand type; carry from `from`, last carry to `to`.
+// Both scans of a pass: prefix sums of (S, z) in place or into the operand type; carry from `from`, last carry
+// to `to`.
 cudaError_t scan_states(const Call &c, const StateBuffers &b, bool reverse, const FloatState &from,
                         const FloatState &to, bool keep_prefix) {
   const Problem &p = c.p;
@@ -406,7 +432,7 @@ cudaError_t scan_states(const Call &c, const StateBuffers &b, bool reverse, cons
   a.elements = p.state_rows * p.value_dim;
   a.local = b.s;
   a.prefix = keep_prefix ? b.prefix : b.s;
-  a.prefix_dtype = keep_prefix ? operand_dtype(c.math) : Dtype::kFloat32;
+  a.prefix_dtype = keep_prefix ? operand_dtype(c.state_math) : Dtype::kFloat32;
   a.g = c.shape.gated ? c.b.g : nullptr;
   a.seq_len = p.seq_len;
   a.initial = from.s;
@@ -437,7 +463,7 @@ cudaError_t key_sums(const Call &c, const View &k, const View &v) {
   a.table = c.b.monomials;
   a.s = c.b.state.s;
   a.z = c.b.state.z;
-  return update(c.math, a, c.stream);
+  return update(c.state_math, a, c.stream);
 }
 
 cudaError_t query_sums(const Call &c, const View &q, const View &dy, const StateBuffers &out) {
@@ -451,7 +477,7 @@ cudaError_t query_sums(const Call &c, const View &q, const View &dy, const State
   a.table = c.b.monomials;
   a.s = out.s;
   a.z = out.z;
-  return update(c.math, a, c.stream);
+  return update(c.state_math, a, c.stream);
 }
 
 cudaError_t run_forward(Call *c, const Tiling &t, const powerattn_forward_args &args) {
@@ -490,7 +516,7 @@ cudaError_t run_forward(Call *c, const Tiling &t, const powerattn_forward_args &
       q.z = c->b.state.z;
       q.out = c->b.state_out;
       q.norm = c->b.state_norm;
-      POWERATTN_TRY(query(c->math, q, stream));
+      POWERATTN_TRY(query(c->state_math, q, stream));
       a.state_out = c->b.state_out;
       a.state_norm = c->b.state_norm;
     }
@@ -501,8 +527,8 @@ cudaError_t run_forward(Call *c, const Tiling &t, const powerattn_forward_args &
 }
 
 // Gradients of rows: rotated back, rounded, padding zeroed.
-cudaError_t store_gradient(const Call &c, const float *in, const powerattn_tensor &out, int64_t heads, int64_t dim,
-                           bool rope, const int64_t *rope_offset) {
+cudaError_t store_gradient(const Call &c, const float *in, const powerattn_tensor &out, int64_t heads,
+                           int64_t dim, bool rope, const int64_t *rope_offset) {
   FinishArgs f;
   f.in = in;
   f.out = out;
@@ -555,7 +581,6 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
   const bool query_state = chunked || initial, key_state = chunked || d_final;
 
   if (grad_states) {
-    // The float32 sums of the keys are no longer needed where the prefix states have memory of their own.
     POWERATTN_TRY(query_sums(*c, q, dy, b.grad));
     FloatState to;
     if (d_initial) {
@@ -580,7 +605,7 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
     x.elements = p.state_rows * p.value_dim;
     x.state = b.state.prefix;
     x.grad = b.grad.prefix;
-    x.state_dtype = x.grad_dtype = operand_dtype(c->math);
+    x.state_dtype = x.grad_dtype = operand_dtype(c->state_math);
     x.final = last.s;
     x.final_stride_n = last.s_n;
     x.final_stride_h = last.s_h;
@@ -604,6 +629,9 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
     edge = b.boundary;
   }
 
+  // Padding rows have no products; their terms are read all the same.
+  if (p.packed && gate) POWERATTN_TRY(cudaMemsetAsync(b.dots, 0, rows_kv(p) * sizeof(float), stream));
+
   // The states' part of the row gradients, then the part of the chunk's own tokens on top.
   ContractArgs contraction;
   contraction.shape = c->shape;
@@ -618,7 +646,7 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
     contraction.s = b.state.prefix;
     contraction.z = p.normalize ? b.state.z : nullptr;
     contraction.out = b.dq;
-    POWERATTN_TRY(contract(c->math, contraction, stream));
+    POWERATTN_TRY(contract(c->state_math, contraction, stream));
   }
   if (key_state) {
     contraction.queries = false;
@@ -628,7 +656,8 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
     contraction.s = b.grad.prefix;
     contraction.z = b.grad.z;
     contraction.out = b.dk;
-    POWERATTN_TRY(contract(c->math, contraction, stream));
+    contraction.dots = b.dots;
+    POWERATTN_TRY(contract(c->state_math, contraction, stream));
     QueryArgs values;
     values.shape = c->shape;
     values.queries = false;
@@ -637,7 +666,7 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
     values.table = b.monomials;
     values.s = b.grad.prefix;
     values.out = b.dv;
-    POWERATTN_TRY(query(c->math, values, stream));
+    POWERATTN_TRY(query(c->state_math, values, stream));
   }
   AttentionGradArgs a;
   a.shape = c->shape;
@@ -652,6 +681,7 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
   POWERATTN_TRY(attention_grad_q(c->math, a, stream));
   a.accumulate = key_state;
   a.out = b.dk;
+  a.dots = b.dots;
   POWERATTN_TRY(attention_grad_k(c->math, a, stream));
   a.out = b.dv;
   POWERATTN_TRY(attention_grad_v(c->math, a, stream));
@@ -662,8 +692,7 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
   if (gate) {
     GateGradArgs gates;
     gates.shape = c->shape;
-    gates.k = k;
-    gates.dk = b.dk;
+    gates.dots = b.dots;
     gates.inverse = b.inverse;
     gates.delta = b.delta;
     gates.boundary = edge;
@@ -676,15 +705,17 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
   return kOk;
 }
 
-Call make_call(const powerattn_plan &plan, void *stream) {
-  return Call{plan.problem, stream_of(stream), math_of(plan.problem), Shape{}, Buffers{}};
+Call make_call(const powerattn_plan &plan, void *stream, Pass pass) {
+  const Math math = math_of(plan.problem);
+  return Call{plan.problem, stream_of(stream), math, pass == Pass::kForward ? math : backward_state_math(math),
+              Shape{},      Buffers{}};
 }
 
 powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_args &args) {
   const Problem &p = plan.problem;
   const DeviceGuard guard(p.device_index);
   if (guard.error() != kOk) return check_launch(guard.error(), "forward");
-  Call c = make_call(plan, args.stream);
+  Call c = make_call(plan, args.stream, Pass::kForward);
   carve(p, chunk_of(p, plan.tiling), with_states(p, plan.tiling), Pass::kForward, args.workspace, &c.b);
   return check_launch(run_forward(&c, plan.tiling, args), "forward");
 }
@@ -693,7 +724,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   const Problem &p = plan.problem;
   const DeviceGuard guard(p.device_index);
   if (guard.error() != kOk) return check_launch(guard.error(), "backward");
-  Call c = make_call(plan, args.stream);
+  Call c = make_call(plan, args.stream, Pass::kBackward);
   carve(p, chunk_of(p, plan.tiling), with_states(p, plan.tiling), Pass::kBackward, args.workspace, &c.b);
   return check_launch(run_backward(&c, plan.tiling, args), "backward");
 }
@@ -745,7 +776,7 @@ cudaError_t run_summary_reverse(Call *c, const powerattn_summary_reverse_args &a
 powerattn_status summary(const powerattn_plan &plan, const powerattn_summary_args &args) {
   const DeviceGuard guard(plan.problem.device_index);
   if (guard.error() != kOk) return check_launch(guard.error(), "summary");
-  Call c = make_call(plan, args.stream);
+  Call c = make_call(plan, args.stream, Pass::kSummary);
   carve(plan.problem, summary_chunk(plan.problem), true, Pass::kSummary, args.workspace, &c.b);
   return check_launch(run_summary(&c, args), "summary");
 }
@@ -753,7 +784,7 @@ powerattn_status summary(const powerattn_plan &plan, const powerattn_summary_arg
 powerattn_status summary_reverse(const powerattn_plan &plan, const powerattn_summary_reverse_args &args) {
   const DeviceGuard guard(plan.problem.device_index);
   if (guard.error() != kOk) return check_launch(guard.error(), "summary_reverse");
-  Call c = make_call(plan, args.stream);
+  Call c = make_call(plan, args.stream, Pass::kSummary);
   carve(plan.problem, summary_chunk(plan.problem), true, Pass::kSummary, args.workspace, &c.b);
   return check_launch(run_summary_reverse(&c, args), "summary_reverse");
 }
@@ -761,7 +792,7 @@ powerattn_status summary_reverse(const powerattn_plan &plan, const powerattn_sum
 }  // namespace
 
 extern const Implementation kCudaGeneric;
-const Implementation kCudaGeneric = {"cuda.generic", choose, sizes, describe, forward, backward, generic_step, summary,
-                                     summary_reverse};
+const Implementation kCudaGeneric = {"cuda.generic", choose,       sizes,   describe,       forward,
+                                     backward,       generic_step, summary, summary_reverse};
 
 }  // namespace powerattn

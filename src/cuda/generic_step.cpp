@@ -36,12 +36,15 @@ size_t step_workspace(const Problem &p) { return step_workspace_bytes(p, tiling_
 void describe_step(const Problem &p, std::string *text) {
   const StepTiling t = tiling_of(p);
   char line[256];
-  std::snprintf(line, sizeof(line),
-                "  step: %d blocks per state (four per multiprocessor in all), summed %s; %d-byte accesses, %d query "
-                "rows per pass\n",
-                t.splits, t.splits == 1 ? "in the block" : t.cluster ? "through the cluster's shared memory"
-                                                                     : "through the workspace by a second launch",
-                int(t.vector * size_of(p.state_dtype)), t.queries);
+  std::snprintf(
+      line, sizeof(line),
+      "  step: %d blocks per state (four per multiprocessor in all), summed %s; %d-byte accesses, %d query "
+      "rows per pass\n",
+      t.splits,
+      t.splits == 1 ? "in the block"
+      : t.cluster   ? "through the cluster's shared memory"
+                    : "through the workspace by a second launch",
+      int(t.vector * size_of(p.state_dtype)), t.queries);
   text->append(line);
 }
 

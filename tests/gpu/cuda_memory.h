@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device memory for the case runner of tests/run_case.h. Every byte that is allocated is set (all bits: NaN), and
-// every block is checked for writes past its ends when it is released.
+// Device memory for the case runner of tests/run_case.h. Every byte that is allocated is set (all bits: NaN),
+// and every block is checked for writes past its ends when it is released.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -34,6 +34,7 @@ class CudaMemory : public Memory {
     const size_t total = (bytes ? bytes : 1) + 2 * guard_;
     cuda_must(cudaMalloc(reinterpret_cast<void **>(&base), total), "cudaMalloc");
     cuda_must(cudaMemset(base, 0xff, total), "cudaMemset");
+    cuda_must(cudaStreamSynchronize(nullptr), "cudaMemset");  // not ordered with stream_, and asynchronous
     sizes_[base + guard_] = bytes;
     return base + guard_;
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A forward, backward or step problem whose tensors lie contiguously in device memory, filled with random numbers:
-// for the tests of the runtime and for the benchmark.
+// A forward, backward or step problem whose tensors lie contiguously in device memory, filled with random
+// numbers: for the tests of the runtime and for the benchmark.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,7 +22,8 @@ inline void device_must(cudaError_t error, const char *what) {
 }
 inline void api_must(powerattn_status status, const char *what) {
   if (status != POWERATTN_OK)
-    throw std::runtime_error(std::string(what) + ": " + powerattn_status_string(status) + ": " + powerattn_last_error());
+    throw std::runtime_error(std::string(what) + ": " + powerattn_status_string(status) + ": " +
+                             powerattn_last_error());
 }
 
 // Device bytes that free themselves; every bit set at first (NaN in every dtype).
@@ -47,11 +48,15 @@ class Block {
   void *get() const { return data_; }
   size_t bytes() const { return bytes_; }
   void poison() {
-    if (bytes_) device_must(cudaMemset(data_, 0xff, bytes_), "cudaMemset");
+    if (bytes_ == 0) return;
+    device_must(cudaMemset(data_, 0xff, bytes_), "cudaMemset");
+    device_must(cudaStreamSynchronize(nullptr),
+                "cudaMemset");  // asynchronous, and not ordered with other streams
   }
   std::vector<char> host() const {
     std::vector<char> out(bytes_);
-    if (bytes_) device_must(cudaMemcpy(out.data(), data_, bytes_, cudaMemcpyDeviceToHost), "copy from the device");
+    if (bytes_)
+      device_must(cudaMemcpy(out.data(), data_, bytes_, cudaMemcpyDeviceToHost), "copy from the device");
     return out;
   }
 
@@ -63,7 +68,8 @@ class Block {
 inline size_t element_bytes(int32_t dtype) { return dtype == POWERATTN_FLOAT32 ? 4 : 2; }
 
 // `count` numbers of a repeating random block of about a million: normal(mean, sd), or -|normal| for gates.
-inline Block random_block(size_t count, int32_t dtype, double mean, double sd, uint64_t seed, bool negative = false) {
+inline Block random_block(size_t count, int32_t dtype, double mean, double sd, uint64_t seed,
+                          bool negative = false) {
   const size_t period = std::min<size_t>(count, 1000003);
   std::mt19937_64 engine(seed);
   std::normal_distribution<double> normal(mean, sd);
@@ -112,8 +118,8 @@ struct DeviceProblem {
   DeviceProblem &operator=(const DeviceProblem &) = delete;
   ~DeviceProblem() { powerattn_plan_destroy(plan); }
 
-  static powerattn_desc description(int32_t dtype, int64_t b, int64_t t, int64_t heads_q, int64_t heads_kv, int64_t d,
-                                    int64_t e, int degree) {
+  static powerattn_desc description(int32_t dtype, int64_t b, int64_t t, int64_t heads_q, int64_t heads_kv,
+                                    int64_t d, int64_t e, int degree) {
     powerattn_desc x = {};
     x.struct_size = sizeof x;
     x.device_type = POWERATTN_CUDA;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The case files of tests/cases on a CUDA device, against the same float64 oracles as the CPU:
 //   test_gpu_cases FILE... [--only TEXT] [--shard I/N] [--no-guard]
-// One line per case: the largest ratio of an error to its tolerance, the output it belongs to, the implementation.
+// One line per case: the largest ratio of an error to its tolerance, the output it belongs to, the
+// implementation.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -30,11 +31,12 @@ std::string implementation_of(const Case &c) {
 bool second_run_is_identical(const Case &c, uint64_t seed) {
   CudaMemory memory;
   Inputs in = make_inputs(c, seed);
-  if (c.op == CaseOp::kSummaryReverse) return true;  // needs a forward's outputs; covered by the forward and backward
+  if (c.op == CaseOp::kSummaryReverse)
+    return true;  // needs a forward's outputs; covered by the forward and backward
   const Plan plan(c.desc(POWERATTN_CUDA));
   const Outputs a = run(memory, c, in, plan), b = run(memory, c, in, plan);
-  for (Vector Outputs::*field : {&Outputs::y, &Outputs::norm, &Outputs::s, &Outputs::z, &Outputs::dq, &Outputs::dk,
-                                 &Outputs::dv, &Outputs::dlog_g, &Outputs::ds0, &Outputs::dz0}) {
+  for (Vector Outputs::*field : {&Outputs::y, &Outputs::norm, &Outputs::s, &Outputs::z, &Outputs::dq,
+                                 &Outputs::dk, &Outputs::dv, &Outputs::dlog_g, &Outputs::ds0, &Outputs::dz0}) {
     if ((a.*field).size() != (b.*field).size() ||
         std::memcmp((a.*field).data(), (b.*field).data(), (a.*field).size() * sizeof(double)) != 0)
       return false;
@@ -79,7 +81,8 @@ int main(int argc, char **argv) {
         problems = check_case(memory, c, seed, &report);
         if (memory.damaged()) problems += "bytes outside the buffers were written; ";
         try {
-          if (problems.empty() && !second_run_is_identical(c, seed)) problems = "a second run gave other bits; ";
+          if (problems.empty() && !second_run_is_identical(c, seed))
+            problems = "a second run gave other bits; ";
         } catch (const std::exception &error) {
           problems += error.what();
         }

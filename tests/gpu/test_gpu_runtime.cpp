@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a CUDA device adds to the contract: graphs, streams, pointers of the wrong kind, tensors past 2^31 elements,
-// states that move between the CPU and the device.
+// What a CUDA device adds to the contract: graphs, streams, pointers of the wrong kind, tensors past 2^31
+// elements, states that move between the CPU and the device.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -40,7 +40,8 @@ powerattn_desc usual(int32_t dtype, int64_t t) {
   return d;
 }
 
-// One capture of forward + backward, replayed on other inputs than it was captured with, equals the plain calls.
+// One capture of forward + backward, replayed on other inputs than it was captured with, equals the plain
+// calls.
 void graph_forward_backward() {
   for (int32_t dtype : {POWERATTN_BFLOAT16, POWERATTN_FLOAT16, POWERATTN_FLOAT32}) {
     for (int32_t form : {POWERATTN_FORM_ATTENTION, POWERATTN_FORM_CHUNKED}) {
@@ -151,7 +152,8 @@ void two_streams() {
       const auto f = p[i].forward_args(streams[i].stream, true);
       const auto b = p[i].backward_args(streams[i].stream, true);
       for (int round = 0; round < 10; ++round) {
-        if (powerattn_forward(p[0].plan, &f) != POWERATTN_OK || powerattn_backward(p[0].plan, &b) != POWERATTN_OK)
+        if (powerattn_forward(p[0].plan, &f) != POWERATTN_OK ||
+            powerattn_backward(p[0].plan, &b) != POWERATTN_OK)
           failure[i] = powerattn_last_error();
       }
       if (cudaStreamSynchronize(streams[i].stream) != cudaSuccess) failure[i] = "kernels failed";
@@ -164,8 +166,8 @@ void two_streams() {
   }
 }
 
-// Host memory, pinned memory, no device, a workspace that is too small: a status and a message that names it, outputs
-// untouched, and the next good call works.
+// Host memory, pinned memory, no device, a workspace that is too small: a status and a message that names it,
+// outputs untouched, and the next good call works.
 void refused_arguments() {
   powerattn_desc d = usual(POWERATTN_BFLOAT16, 100);
   DeviceProblem p;
@@ -175,11 +177,13 @@ void refused_arguments() {
   void *pinned = nullptr;
   device_must(cudaMallocHost(&pinned, p.q.bytes()), "cudaMallocHost");
   const std::vector<char> before = p.y.host();
-  auto refuse = [&](const char *name, powerattn_status status, const std::function<void(powerattn_forward_args *)> &spoil) {
+  auto refuse = [&](const char *name, powerattn_status status,
+                    const std::function<void(powerattn_forward_args *)> &spoil) {
     powerattn_forward_args a = p.forward_args(s.stream);
     spoil(&a);
     const powerattn_status got = powerattn_forward(p.plan, &a);
-    expect(got == status, std::string(name) + ": status " + std::to_string(got) + ", " + powerattn_last_error());
+    expect(got == status,
+           std::string(name) + ": status " + std::to_string(got) + ", " + powerattn_last_error());
     expect(std::strstr(powerattn_last_error(), name) != nullptr,
            std::string("the message does not name ") + name + ": " + powerattn_last_error());
     s.wait();
@@ -188,8 +192,10 @@ void refused_arguments() {
   refuse("q", POWERATTN_ERROR_INVALID_ARGUMENT, [&](powerattn_forward_args *a) { a->q.data = host.data(); });
   refuse("k", POWERATTN_ERROR_INVALID_ARGUMENT, [&](powerattn_forward_args *a) { a->k.data = pinned; });
   refuse("y", POWERATTN_ERROR_INVALID_ARGUMENT, [&](powerattn_forward_args *a) { a->y.data = host.data(); });
-  refuse("log_g", POWERATTN_ERROR_INVALID_ARGUMENT, [&](powerattn_forward_args *a) { a->log_g.data = host.data(); });
-  refuse("workspace", POWERATTN_ERROR_WORKSPACE_TOO_SMALL, [&](powerattn_forward_args *a) { a->workspace_bytes -= 1; });
+  refuse("log_g", POWERATTN_ERROR_INVALID_ARGUMENT,
+         [&](powerattn_forward_args *a) { a->log_g.data = host.data(); });
+  refuse("workspace", POWERATTN_ERROR_WORKSPACE_TOO_SMALL,
+         [&](powerattn_forward_args *a) { a->workspace_bytes = p.info.workspace_forward - 1; });
   refuse("workspace", POWERATTN_ERROR_INVALID_ARGUMENT,
          [&](powerattn_forward_args *a) { a->workspace = static_cast<char *>(a->workspace) + 16; });
   cudaFreeHost(pinned);
@@ -260,8 +266,8 @@ void past_2_31_elements(bool backward) {
   }
 }
 
-// A state made on the device, packed, unpacked into a CPU plan: the CPU's own state of the same tokens is within rounding,
-// and what the device packs from the CPU's block is the same block.
+// A state made on the device, packed, unpacked into a CPU plan: the CPU's own state of the same tokens is
+// within rounding, and what the device packs from the CPU's block is the same block.
 void states_between_devices() {
   powerattn_desc gpu = DeviceProblem::description(POWERATTN_FLOAT32, 2, 300, 2, 2, 32, 48, 2);
   gpu.flags |= POWERATTN_USE_STATE;
@@ -269,8 +275,9 @@ void states_between_devices() {
   p.make(gpu, true, DeviceProblem::kForward, 31);
   const size_t states = size_t(4 * p.info.state_rows), elements = states * 48;
   const Block s(elements * 4), z(states * 4), s2(elements * 4), z2(states * 4);
-  const powerattn_state device_state = {s.get(), z.get(), 2 * p.info.state_rows * 48, p.info.state_rows * 48,
-                                        2 * p.info.state_rows, p.info.state_rows};
+  const powerattn_state device_state = {
+      s.get(),          z.get(), 2 * p.info.state_rows * 48, p.info.state_rows * 48, 2 * p.info.state_rows,
+      p.info.state_rows};
   const Stream stream;
   auto f = p.forward_args(stream.stream);
   f.final_state = device_state;
@@ -316,7 +323,8 @@ void states_between_devices() {
   r.final_state = host_state;
   r.final_state.s = rs.data();
   r.final_state.z = rz.data();
-  r.workspace = reinterpret_cast<void *>((reinterpret_cast<uintptr_t>(workspace_memory.data()) + 255) / 256 * 256);
+  r.workspace =
+      reinterpret_cast<void *>((reinterpret_cast<uintptr_t>(workspace_memory.data()) + 255) / 256 * 256);
   r.workspace_bytes = info.workspace_forward;
   api_must(powerattn_forward(host_plan, &r), "forward on the CPU");
   auto close = [&](const std::vector<float> &x, const std::vector<float> &reference, const char *name) {
@@ -325,8 +333,8 @@ void states_between_devices() {
       error += std::pow(double(x[i]) - double(reference[i]), 2);
       size += std::pow(double(reference[i]), 2);
     }
-    expect(std::sqrt(error / size) < 3e-6, std::string(name) + " of the device is off by " +
-                                               std::to_string(std::sqrt(error / size)));
+    expect(std::sqrt(error / size) < 3e-6,
+           std::string(name) + " of the device is off by " + std::to_string(std::sqrt(error / size)));
   };
   close(hs, rs, "S");
   close(hz, rz, "z");
@@ -353,8 +361,8 @@ void compose_and_convert() {
   const int64_t rows = p.info.state_rows, segments = 4, per_s = 3 * 2 * rows * 8, per_z = 3 * 2 * rows;
   const Block s = random_block(size_t(segments * per_s), POWERATTN_FLOAT32, 0, 1, 51),
               z = random_block(size_t(segments * per_z), POWERATTN_FLOAT32, 0, 1, 52),
-              g = random_block(size_t(segments * 6), POWERATTN_FLOAT32, 0, 1, 53, true), out_s(size_t(per_s) * 4),
-              out_z(size_t(per_z) * 4), out_g(6 * 4);
+              g = random_block(size_t(segments * 6), POWERATTN_FLOAT32, 0, 1, 53, true),
+              out_s(size_t(per_s) * 4), out_z(size_t(per_z) * 4), out_g(6 * 4);
   const Stream stream;
   powerattn_compose_args a = {};
   a.struct_size = sizeof a;
@@ -374,10 +382,13 @@ void compose_and_convert() {
   api_must(powerattn_state_compose(p.plan, &a), "compose");
   stream.wait();
   const std::vector<char> hs = s.host(), hg = g.host(), got = out_s.host(), got_g = out_g.host();
-  auto f = [](const std::vector<char> &x, int64_t i) { return double(reinterpret_cast<const float *>(x.data())[i]); };
+  auto f = [](const std::vector<char> &x, int64_t i) {
+    return double(reinterpret_cast<const float *>(x.data())[i]);
+  };
   for (int64_t i = 0; i < per_s; ++i) {
     double x = 0;
-    for (int64_t m = 0; m < segments; ++m) x = std::exp(f(hg, m * 6 + i / (rows * 8))) * x + f(hs, m * per_s + i);
+    for (int64_t m = 0; m < segments; ++m)
+      x = std::exp(f(hg, m * 6 + i / (rows * 8))) * x + f(hs, m * per_s + i);
     expect(std::fabs(x - f(got, i)) <= 1e-5 * (1 + std::fabs(x)), "compose: element " + std::to_string(i));
   }
   for (int64_t i = 0; i < 6; ++i) {

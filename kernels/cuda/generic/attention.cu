@@ -7,18 +7,21 @@ namespace {
 
 constexpr int kKeys = 32;  // keys per step
 
-// Shared memory: q [64][d16 + pad], k [32][d16 + pad], v [32][8 N + pad], p [64][32 + pad], gates double [64 + 32].
+// Shared memory: q [64][d16 + pad], k [32][d16 + pad], v [32][8 N + pad], p [64][32 + pad], gates [64 + 32]
+// double and float.
 template <class Mul, int N>
 size_t attention_shared(int64_t d) {
   using T = typename Mul::T;
   const int d16 = round16(d);
   return shared_size(kRows * pad_k<Mul>(d16) * sizeof(T)) + shared_size(kKeys * pad_k<Mul>(d16) * sizeof(T)) +
-         shared_size(kKeys * pad_n<Mul>(8 * N) * sizeof(T)) + shared_size(kRows * pad_k<Mul>(kKeys) * sizeof(T)) +
-         shared_size((kRows + kKeys) * sizeof(double));
+         shared_size(kKeys * pad_n<Mul>(8 * N) * sizeof(T)) +
+         shared_size(kRows * pad_k<Mul>(kKeys) * sizeof(T)) + shared_size((kRows + kKeys) * sizeof(double)) +
+         shared_size((kRows + kKeys) * sizeof(float));
 }
 
-// y_i = sum_{j <= i} w_ij v_j / (sum_{j <= i} w_ij + eps),  w_ij = exp(g_i - g_j) (scale q_i . k_j)^p, both sums with
-// the state's part. Block: 64 query rows of one head x 8 N value columns; keys from the chunk's start to the diagonal.
+// y_i = sum_{j <= i} w_ij v_j / (sum_{j <= i} w_ij + eps),  w_ij = exp(g_i - g_j) (scale q_i . k_j)^p, both
+// sums with the state's part. Block: 64 query rows of one head x 8 N value columns; keys from the chunk's start
+// to the diagonal.
 template <class Mul, int N>
 __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArgs a) {
   using T = typename Mul::T;
@@ -33,6 +36,7 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArgs a) {
   T *p = carve.take<T>(kRows * ldp);
   double *gi = carve.take<double>(kRows);
   double *gj = carve.take<double>(kKeys);
+  float *fi = carve.take<float>(kRows), *fj = carve.take<float>(kKeys);
 
   const int64_t head = blockIdx.x % s.heads_q, kv = head / s.group;
   const Tile tile = s.table.tiles[blockIdx.x / s.heads_q];
@@ -44,7 +48,13 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArgs a) {
 
   load_operand<Mul>(q, ldq, a.q, s.dtype, view_row(s, a.q, head, tile.sequence, tile.start), tile.length, kRows,
                     int(s.d), d16);
-  if (tid < kRows) gi[tid] = s.gated && tid < tile.length ? s.g[g_row + tile.offset + tid] : 0.0;
+  // exp(g_i - g_j) = exp(g_i - g_0) exp(g_0 - g_j) with g_0 of the tile's first row: both at most 1 for keys
+  // before the tile, so that nothing overflows; in the diagonal the difference itself, in double.
+  const double g0 = s.gated ? s.g[g_row + tile.offset] : 0.0;
+  if (tid < kRows) {
+    gi[tid] = s.gated && tid < tile.length ? s.g[g_row + tile.offset + tid] : 0.0;
+    fi[tid] = s.gated ? expf(float(gi[tid] - g0)) : 1.0f;
+  }
 
   float acc[N][4], norm[4] = {0, 0, 0, 0};
   clear(acc);
@@ -54,10 +64,14 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArgs a) {
     __syncthreads();
     load_operand<Mul>(k, ldq, a.k, s.dtype, view_row(s, a.k, kv, tile.sequence, chunk_start + j0), valid, kKeys,
                       int(s.d), d16);
-    load_operand<Mul>(v, ldv, a.v, s.dtype, view_row(s, a.v, kv, tile.sequence, chunk_start + j0) + column, valid,
-                      kKeys, int(min(int64_t(8 * N), s.e - column)), 8 * N);
-    if (tid < kKeys) gj[tid] = s.gated && tid < valid ? s.g[g_row + j0 + tid] : 0.0;
+    load_operand<Mul>(v, ldv, a.v, s.dtype, view_row(s, a.v, kv, tile.sequence, chunk_start + j0) + column,
+                      valid, kKeys, int(min(int64_t(8 * N), s.e - column)), 8 * N);
+    if (tid < kKeys) {
+      gj[tid] = s.gated && tid < valid ? s.g[g_row + j0 + tid] : 0.0;
+      fj[tid] = s.gated ? expf(float(g0 - gj[tid])) : 1.0f;
+    }
     __syncthreads();
+    const bool diagonal = j0 + kKeys > tile.offset;
     float score[kKeys / 8][4];
     clear(score);
     Mul::template multiply<false, true>(score, q + row0 * ldq, ldq, k, ldq, d16);
@@ -67,8 +81,12 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArgs a) {
       for (int j = 0; j < 4; ++j) {
         const int r = row0 + Mul::row(j), col = Mul::col(n, j);
         float w = power(s.scale * score[n][j], s.degree);
-        if (s.gated) w *= expf(float(gi[r] - gj[col]));
-        if (j0 + col > tile.offset + r || r >= tile.length) w = 0.0f;
+        if (!diagonal) {
+          w *= fi[r] * fj[col];
+        } else {
+          if (s.gated) w *= expf(float(gi[r] - gj[col]));
+          if (j0 + col > tile.offset + r) w = 0.0f;
+        }
         const T rounded = Mul::pack(w);
         norm[j] += Mul::value(rounded);
         p[r * ldp + col] = rounded;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients of the attention inside chunks. With s_ij = scale q_i . k_j, w_ij = exp(g_i - g_j) s_ij^p and the output's
-// gradient dy_i, r_i = 1 / norm_i and delta_i = dy_i . y_i:
+// Gradients of the attention inside chunks. With s_ij = scale q_i . k_j, w_ij = exp(g_i - g_j) s_ij^p and the
+// output's gradient dy_i, r_i = 1 / norm_i and delta_i = dy_i . y_i:
 //   d s_ij = p w_ij / s_ij r_i (dy_i . v_j - delta_i)        (delta only when normalised)
 //   dq_i = scale sum_j d s_ij k_j      dk_j = scale sum_i d s_ij q_i      dv_j = sum_i w_ij r_i dy_i
 // Each kernel owns the rows that it sums, so nothing is added by two blocks.
@@ -9,13 +9,13 @@
 namespace powerattn::cuda::generic {
 namespace {
 
-constexpr int kStep = 32;  // rows of the other side per step
+constexpr int kStep = 32;   // rows of the other side per step
 constexpr int kOver = 128;  // columns that the last row may be read past its end; what they give is not stored
 
 enum class Of { kQuery, kKey, kValue };
 
-// Shared memory: own rows x [64][d16], u [64][e16]; the others' x [32][d16] and u [32][e16]; weights [64][32]; row
-// numbers of both sides.
+// Shared memory: own rows x [64][d16], u [64][e16]; the others' x [32][d16] and u [32][e16]; weights [64][32];
+// row numbers of both sides.
 template <class Mul>
 size_t grad_shared(int64_t d, int64_t e) {
   using T = typename Mul::T;
@@ -23,11 +23,11 @@ size_t grad_shared(int64_t d, int64_t e) {
   return shared_size(kRows * ldd * sizeof(T)) + shared_size(kRows * lde * sizeof(T)) +
          shared_size((kStep * ldd + kOver) * sizeof(T)) + shared_size((kStep * lde + kOver) * sizeof(T)) +
          shared_size(kRows * pad_k<Mul>(kStep) * sizeof(T)) + shared_size((kRows + kStep) * sizeof(double)) +
-         shared_size(2 * (kRows + kStep) * sizeof(float));
+         shared_size(3 * (kRows + kStep) * sizeof(float));
 }
 
-// Block: 64 own rows (queries for dq, keys for dk and dv) x 8 N columns of the gradient. "Own" rows stand in the rows
-// of every product, the others in its columns.
+// Block: 64 own rows (queries for dq, keys for dk and dv) x 8 N columns of the gradient. "Own" rows stand in
+// the rows of every product, the others in its columns.
 template <class Mul, int N, Of kOf>
 __global__ void __launch_bounds__(kThreads) grad_kernel(AttentionGradArgs a) {
   using T = typename Mul::T;
@@ -43,8 +43,9 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(AttentionGradArgs a) {
   T *ou = carve.take<T>(kStep * lde + kOver);
   T *p = carve.take<T>(kRows * ldp);
   double *g_own = carve.take<double>(kRows + kStep), *g_other = g_own + kRows;
-  float *r_own = carve.take<float>(2 * (kRows + kStep));
-  float *delta_own = r_own + kRows, *r_other = delta_own + kRows, *delta_other = r_other + kStep;
+  float *r_own = carve.take<float>(3 * (kRows + kStep));
+  float *delta_own = r_own + kRows, *f_own = delta_own + kRows, *r_other = f_own + kRows;
+  float *delta_other = r_other + kStep, *f_other = delta_other + kStep;
 
   const int64_t heads = kOwnQuery ? s.heads_q : s.heads_kv;
   const int64_t head = blockIdx.x % heads, kv = kOwnQuery ? head / s.group : head;
@@ -57,13 +58,19 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(AttentionGradArgs a) {
 
   const View &own_x = kOwnQuery ? a.q : a.k, &own_u = kOwnQuery ? a.dy : a.v;
   const View &other_x = kOwnQuery ? a.k : a.q, &other_u = kOwnQuery ? a.v : a.dy;
-  load_operand<Mul>(x, ldd, own_x, s.dtype, view_row(s, own_x, head, tile.sequence, tile.start), tile.length, kRows,
-                    int(s.d), d16);
-  load_operand<Mul>(u, lde, own_u, s.dtype, view_row(s, own_u, head, tile.sequence, tile.start), tile.length, kRows,
-                    int(s.e), e16);
+  load_operand<Mul>(x, ldd, own_x, s.dtype, view_row(s, own_x, head, tile.sequence, tile.start), tile.length,
+                    kRows, int(s.d), d16);
+  load_operand<Mul>(u, lde, own_u, s.dtype, view_row(s, own_u, head, tile.sequence, tile.start), tile.length,
+                    kRows, int(s.e), e16);
+  // Off the diagonal exp(g_i - g_j) is a factor per row times one per column, both at most 1: taken against the
+  // own tile's first row (own queries) or last row (own keys). In the diagonal it is the difference itself, in
+  // double.
+  const double g0 = s.gated ? s.g[g_row + tile.offset + (kOwnQuery ? 0 : tile.length - 1)] : 0.0;
+  auto factor = [&](double g, bool query) { return s.gated ? expf(float(query ? g - g0 : g0 - g)) : 1.0f; };
   if (tid < kRows) {
     const bool valid = tid < tile.length;
     g_own[tid] = s.gated && valid ? s.g[g_row + tile.offset + tid] : 0.0;
+    f_own[tid] = factor(g_own[tid], kOwnQuery);
     if (kOwnQuery) {
       const int64_t row = row_index(s, s.heads_q, head, tile.sequence, tile.start + tid);
       r_own[tid] = valid ? a.inverse[row] : 0.0f;
@@ -71,10 +78,10 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(AttentionGradArgs a) {
     }
   }
 
-  float acc[N][4];
+  float acc[N][4], dots[4] = {0, 0, 0, 0};  // dots: k_j . dk_j from what is not rounded, for the gates
   clear(acc);
-  // Others: keys from the chunk's start to the diagonal, or queries from the diagonal to the chunk's end, for each
-  // query head of the group.
+  // Others: keys from the chunk's start to the diagonal, or queries from the diagonal to the chunk's end, for
+  // each query head of the group.
   const int first = kOwnQuery ? 0 : tile.offset, last = kOwnQuery ? tile.offset + tile.length : c.length;
   const int64_t subs = kOwnQuery ? 1 : s.group;
   for (int64_t sub = 0; sub < subs; ++sub) {
@@ -83,13 +90,14 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(AttentionGradArgs a) {
       const int valid = min(kStep, last - o0);
       const int64_t t = c.start + o0;
       __syncthreads();
-      load_operand<Mul>(ox, ldd, other_x, s.dtype, view_row(s, other_x, other_head, tile.sequence, t), valid, kStep,
-                        int(s.d), d16);
-      load_operand<Mul>(ou, lde, other_u, s.dtype, view_row(s, other_u, other_head, tile.sequence, t), valid, kStep,
-                        int(s.e), e16);
+      load_operand<Mul>(ox, ldd, other_x, s.dtype, view_row(s, other_x, other_head, tile.sequence, t), valid,
+                        kStep, int(s.d), d16);
+      load_operand<Mul>(ou, lde, other_u, s.dtype, view_row(s, other_u, other_head, tile.sequence, t), valid,
+                        kStep, int(s.e), e16);
       if (tid < kStep) {
         const bool in = tid < valid;
         g_other[tid] = s.gated && in ? s.g[g_row + o0 + tid] : 0.0;
+        f_other[tid] = factor(g_other[tid], !kOwnQuery);
         if (!kOwnQuery) {
           const int64_t row = row_index(s, s.heads_q, other_head, tile.sequence, t + tid);
           r_other[tid] = in ? a.inverse[row] : 0.0f;
@@ -97,6 +105,7 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(AttentionGradArgs a) {
         }
       }
       __syncthreads();
+      const bool diagonal = kOwnQuery ? o0 + kStep > tile.offset : o0 < tile.offset + kRows;
       float score[kStep / 8][4], dot[kStep / 8][4];
       clear(score);
       Mul::template multiply<false, true>(score, x + row0 * ldd, ldd, ox, ldd, d16);
@@ -113,7 +122,11 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(AttentionGradArgs a) {
           const int query = kOwnQuery ? own : other, key = kOwnQuery ? other : own;
           const float sij = s.scale * score[n][j];
           float w = kOwnQuery ? r_own[r] : r_other[col];
-          if (s.gated) w *= expf(float(kOwnQuery ? g_own[r] - g_other[col] : g_other[col] - g_own[r]));
+          if (!diagonal) {
+            w *= f_own[r] * f_other[col];
+          } else if (s.gated) {
+            w *= expf(float(kOwnQuery ? g_own[r] - g_other[col] : g_other[col] - g_own[r]));
+          }
           if (kOf == Of::kValue) {
             w *= power(sij, s.degree);
           } else {
@@ -122,6 +135,7 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(AttentionGradArgs a) {
           }
           if (key > query || r >= tile.length || col >= valid) w = 0.0f;
           p[r * ldp + col] = Mul::pack(w);
+          if (kOf == Of::kKey) dots[j] += w * score[n][j];
         }
       __syncwarp();  // a warp reads only the rows of p that it wrote
       Mul::template multiply<false, false>(acc, p + row0 * ldp, ldp, (kOf == Of::kValue ? ou : ox) + column,
@@ -141,6 +155,16 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(AttentionGradArgs a) {
       float *out = a.out + (out_row + r) * dim + col;
       *out = acc[n][j] + (a.accumulate ? *out : 0.0f);
     }
+  if (kOf == Of::kKey && a.dots && blockIdx.y == 0) {
+    Mul::reduce_rows(dots);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int r = row0 + Mul::row(j);
+      if (r >= tile.length || Mul::col(0, j) != 0) continue;
+      float *out = a.dots + out_row + r;
+      *out = dots[j] + (a.accumulate ? *out : 0.0f);
+    }
+  }
 }
 
 template <class Mul, int N, Of kOf>

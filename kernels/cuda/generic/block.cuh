@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the generic kernels share inside a block: where a row lies, loading row tiles into shared memory, products of
-// features.
+// What the generic kernels share inside a block: where a row lies, loading row tiles into shared memory,
+// products of features.
 #pragma once
 
 #include <type_traits>
@@ -38,8 +38,8 @@ __device__ inline int64_t view_row(const Shape &s, const View &v, int64_t head, 
 // dst[r][c] = convert(src[offset + r * stride + c]) for r < rows, c < cols; zero where r >= valid or c >= dim.
 // ld % 4 == 0 is needed for the vector path of float destinations with `aligned`.
 template <class D, class F>
-__device__ void load_rows(D *dst, int ld, const View &v, Dtype dtype, int64_t offset, int valid, int rows, int dim,
-                          int cols, bool aligned, F convert) {
+__device__ void load_rows(D *dst, int ld, const View &v, Dtype dtype, int64_t offset, int valid, int rows,
+                          int dim, int cols, bool aligned, F convert) {
   if (v.vector && aligned) {
     const int pieces = cols / 8;
     for (int i = threadIdx.x; i < rows * pieces; i += blockDim.x) {
@@ -51,7 +51,8 @@ __device__ void load_rows(D *dst, int ld, const View &v, Dtype dtype, int64_t of
         if (dtype == Dtype::kFloat32) {
           const auto *p = reinterpret_cast<const float4 *>(static_cast<const float *>(v.data) + at);
           const float4 lo = p[0], hi = p[1];
-          x[0] = lo.x, x[1] = lo.y, x[2] = lo.z, x[3] = lo.w, x[4] = hi.x, x[5] = hi.y, x[6] = hi.z, x[7] = hi.w;
+          x[0] = lo.x, x[1] = lo.y, x[2] = lo.z, x[3] = lo.w, x[4] = hi.x, x[5] = hi.y, x[6] = hi.z,
+          x[7] = hi.w;
         } else {
           const uint4 raw = *reinterpret_cast<const uint4 *>(static_cast<const uint16_t *>(v.data) + at);
           if (sizeof(D) == 2 && dtype == Dtype::kBfloat16) {
@@ -84,18 +85,20 @@ __device__ void load_rows(D *dst, int ld, const View &v, Dtype dtype, int64_t of
 }
 
 template <class Mul>
-__device__ void load_operand(typename Mul::T *dst, int ld, const View &v, Dtype dtype, int64_t offset, int valid,
-                             int rows, int dim, int cols) {
+__device__ void load_operand(typename Mul::T *dst, int ld, const View &v, Dtype dtype, int64_t offset,
+                             int valid, int rows, int dim, int cols) {
   load_rows(dst, ld, v, dtype, offset, valid, rows, dim, cols, true, [](float x) { return Mul::pack(x); });
 }
-__device__ inline void load_float(float *dst, int ld, const View &v, Dtype dtype, int64_t offset, int valid, int rows,
-                                  int dim, int cols) {
+__device__ inline void load_float(float *dst, int ld, const View &v, Dtype dtype, int64_t offset, int valid,
+                                  int rows, int dim, int cols) {
   const int padded = v.vector ? (cols + 7) / 8 * 8 : cols;  // whole pieces; dim % 8 == 0 there
   load_rows(dst, ld, v, dtype, offset, valid, rows, dim, padded, ld >= padded, [](float x) { return x; });
 }
 
-// x^p for p >= 1.
+// x^p for p >= 0.
 __device__ inline float power(float x, int p) {
+  if (p == 2) return x * x;
+  if (p == 1) return x;
   float y = 1.0f;
   while (p > 0) {
     if (p & 1) y *= x;
@@ -120,8 +123,9 @@ __device__ inline Monomial monomial_or_zero(const Monomial *table, int64_t row, 
   return Monomial{0, 0.0f, 0};
 }
 
-// Rows kSlab of a prefix state as an operand: dst[r][c] = s[(first + r) * e + c0 + c]; zero outside. Asynchronous for
-// operands that are stored as they are (commit and wait are the caller's); TF32 rounds on the way.
+// Rows kSlab of a prefix state as an operand: dst[r][c] = s[(first + r) * e + c0 + c]; zero outside.
+// Asynchronous for operands that are stored as they are (commit and wait are the caller's); TF32 rounds on the
+// way.
 constexpr int kSlab = 32;
 template <class Mul>
 __device__ void load_slab(typename Mul::T *dst, int ld, const typename Mul::T *s, int64_t first, int64_t rows,
@@ -139,7 +143,8 @@ __device__ void load_slab(typename Mul::T *dst, int ld, const typename Mul::T *s
           const float4 x = *reinterpret_cast<const float4 *>(from);
           to[0] = Mul::pack(x.x), to[1] = Mul::pack(x.y), to[2] = Mul::pack(x.z), to[3] = Mul::pack(x.w);
         } else {
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+                       : "memory");
         }
       } else {
         *reinterpret_cast<uint4 *>(to) = make_uint4(0, 0, 0, 0);
@@ -148,8 +153,8 @@ __device__ void load_slab(typename Mul::T *dst, int ld, const typename Mul::T *s
   } else {
     for (int i = threadIdx.x; i < kSlab * cols; i += blockDim.x) {
       const int r = i / cols, c = i % cols;
-      dst[r * ld + c] = first + r < rows && c0 + c < e ? Mul::pack(Mul::value(s[(first + r) * e + c0 + c]))
-                                                       : Mul::pack(0.0f);
+      dst[r * ld + c] =
+          first + r < rows && c0 + c < e ? Mul::pack(Mul::value(s[(first + r) * e + c0 + c])) : Mul::pack(0.0f);
     }
   }
 }
@@ -163,16 +168,20 @@ __device__ inline void wait_slab() {
 template <class F>
 cudaError_t with_math(Math math, F launch) {
   switch (math) {
-    case Math::kFloat32: return launch(MulF32{});
-    case Math::kTf32: return launch(MulTf32{});
-    case Math::kBfloat16: return launch(MulBf16{});
+    case Math::kFloat32:
+      return launch(MulF32{});
+    case Math::kTf32:
+      return launch(MulTf32{});
+    case Math::kBfloat16:
+      return launch(MulBf16{});
   }
   return cudaErrorInvalidValue;
 }
 
 // Raises the dynamic shared memory limit of a kernel where needed, then launches it.
 template <class K, class... A>
-cudaError_t launch(K kernel, int64_t blocks, int y, int threads, size_t shared, cudaStream_t stream, const A &...args) {
+cudaError_t launch(K kernel, int64_t blocks, int y, int threads, size_t shared, cudaStream_t stream,
+                   const A &...args) {
   if (blocks == 0 || y == 0) return cudaSuccess;
   if (shared > 48 * 1024) {
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));

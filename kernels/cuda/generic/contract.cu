@@ -18,14 +18,14 @@ size_t contract_shared(int64_t d, int64_t e) {
   const int depth = e < kDepth ? round16(e) : kDepth;
   const size_t x = shared_size(kRows * odd((d + 7) / 8 * 8) * sizeof(float));
   return x + shared_size(size_t(copies_of(d)) * kRows * odd(d) * sizeof(float)) +
-         shared_size(kRows * pad_k<Mul>(depth) * sizeof(T)) + shared_size(kSlab * pad_k<Mul>(depth) * sizeof(T)) +
-         shared_size(kRows * (kSlab + 1) * sizeof(float)) + shared_size(kSlab * sizeof(float)) +
-         shared_size(2 * kSlab * sizeof(Monomial));
+         shared_size(kRows * pad_k<Mul>(depth) * sizeof(T)) +
+         shared_size(kSlab * pad_k<Mul>(depth) * sizeof(T)) + shared_size(kRows * (kSlab + 1) * sizeof(float)) +
+         shared_size(kSlab * sizeof(float)) + shared_size(2 * kSlab * sizeof(Monomial));
 }
 
-// T[m][r] = sum_c u[m][c] S[r][c] + c_m z[r];  out[m][i] += T[m][r] d phi(x_m)[r] / d x_i, slab by slab of 32 rows r.
-// A product of features differs by every index in turn: d/dx_i of x_a x_b ... = sum over the places that hold i of the
-// product of the others, which counts repeated indices as often as they occur.
+// T[m][r] = sum_c u[m][c] S[r][c] + c_m z[r];  out[m][i] += T[m][r] d phi(x_m)[r] / d x_i, slab by slab of 32
+// rows r. A product of features differs by every index in turn: d/dx_i of x_a x_b ... = sum over the places
+// that hold i of the product of the others, which counts repeated indices as often as they occur.
 template <class Mul, int kDegree>
 __global__ void __launch_bounds__(kThreads) contract_kernel(ContractArgs a, int64_t heads) {
   using T = typename Mul::T;
@@ -54,11 +54,12 @@ __global__ void __launch_bounds__(kThreads) contract_kernel(ContractArgs a, int6
   const bool at_edge = a.queries ? c.index == 0 : c.index == c.count - 1;
   if (at_edge && !a.edge) {
     for (int64_t i = tid; i < tile.length * s.d; i += kThreads) a.out[out_row * s.d + i] = 0.0f;
+    if (a.dots && tid < tile.length) a.dots[out_row + tid] = 0.0f;
     return;
   }
 
-  load_rows(x, ldx, a.x, s.dtype, view_row(s, a.x, head, tile.sequence, tile.start), tile.length, kRows, int(s.d),
-            int((s.d + 7) / 8 * 8), true, [](float v) { return v; });
+  load_rows(x, ldx, a.x, s.dtype, view_row(s, a.x, head, tile.sequence, tile.start), tile.length, kRows,
+            int(s.d), int((s.d + 7) / 8 * 8), true, [](float v) { return v; });
   for (int i = tid; i < copies * kRows * ldo; i += kThreads) out[i] = 0.0f;
   const int64_t slot = int64_t(tile.chunk) * s.heads_kv + kv;
   const T *state = static_cast<const T *>(a.s) + slot * s.rows * s.e;
@@ -83,8 +84,8 @@ __global__ void __launch_bounds__(kThreads) contract_kernel(ContractArgs a, int6
     for (int64_t c0 = 0; c0 < s.e; c0 += depth) {
       if (c0 > 0) __syncthreads();
       if (first == 0 || s.e > depth)
-        load_operand<Mul>(u, ldk, a.u, s.dtype, u_row + c0, tile.length, kRows, int(min(int64_t(depth), s.e - c0)),
-                          depth);
+        load_operand<Mul>(u, ldk, a.u, s.dtype, u_row + c0, tile.length, kRows,
+                          int(min(int64_t(depth), s.e - c0)), depth);
       load_slab<Mul>(slab, ldk, state, first, s.rows, s.e, c0, depth);
       commit_slab();
       if (c0 == 0 && tid < kSlab) {
@@ -136,10 +137,16 @@ __global__ void __launch_bounds__(kThreads) contract_kernel(ContractArgs a, int6
       const double g = s.g[g_row + tile.offset + r];
       f *= expf(float(a.queries ? g : s.g[g_row + c.length - 1] - g));
     }
+    float dot = 0;
     for (int i = tid & 31; i < s.d; i += 32) {
       float v = out[r * ldo + i];
       if (copies == 2) v += out[(kRows + r) * ldo + i];
       a.out[(out_row + r) * s.d + i] = f * v;
+      dot += f * v * x[r * ldx + i];
+    }
+    if (a.dots) {
+      dot = warp_sum(dot);
+      if ((tid & 31) == 0) a.dots[out_row + r] = dot;
     }
   }
 }

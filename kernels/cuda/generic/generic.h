@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The generic kernels: any degree, head_dim, value_dim and dtype, every feature. Fallback of the tensor-core kernels
-// and their reference on the device. Feature vectors phi are built in shared memory, a slab at a time, straight
-// from q and k, and never reach device memory.
+// The generic kernels: any degree, head_dim, value_dim and dtype, every feature. Fallback of the tensor-core
+// kernels and their reference on the device. Feature vectors phi are built in shared memory, a slab at a time,
+// straight from q and k, and never reach device memory.
 //
 // Arrays indexed by rows are contiguous [b, heads, t, ...]: row(b, h, t) = (b * heads + h) * seq_len + t.
 #pragma once
@@ -12,7 +12,7 @@
 
 namespace powerattn::cuda::generic {
 
-constexpr int kRows = 64;      // rows of a thread block that owns rows: 4 warps of 16
+constexpr int kRows = 64;  // rows of a thread block that owns rows: 4 warps of 16
 constexpr int kThreads = 128;
 
 enum class Math { kFloat32, kTf32, kBfloat16 };
@@ -45,15 +45,16 @@ struct Shape {
   int32_t degree = 0;
   int64_t heads_q = 0, heads_kv = 0, group = 0;
   int64_t d = 0, e = 0, seq_len = 0;
-  int64_t rows = 0;      // D
+  int64_t rows = 0;  // D
   float scale = 0;
-  float scale_p = 0;     // scale^p
+  float scale_p = 0;  // scale^p
   float eps = 0;
   Dtype dtype = Dtype::kFloat32;
   const double *g = nullptr;  // [b, heads_kv, t], cumulative in the chunk
 };
 
-// local S[chunk, h, r, :] = sum_t w_t phi(x_t)[r] u_t,  z[chunk, h, r] = sum_t w_t phi(x_t)[r] c_t  over a chunk's tokens
+// local S[chunk, h, r, :] = sum_t w_t phi(x_t)[r] u_t,  z[chunk, h, r] = sum_t w_t phi(x_t)[r] c_t  over a
+// chunk's tokens
 //   keys:    x = k, u = v, w = exp(g_end - g_t), c = 1
 //   queries: x = q, u = d_y, w = exp(g_t) scale^p r_t, c = -delta_t, over all query heads of the group
 struct UpdateArgs {
@@ -96,7 +97,8 @@ struct ContractArgs {
   const Monomial *table = nullptr;
   const void *s = nullptr;
   const float *z = nullptr;
-  float *out = nullptr;  // [b, heads, t, d]
+  float *out = nullptr;   // [b, heads, t, d]
+  float *dots = nullptr;  // x . out [b, heads, t]; may be null
 };
 cudaError_t contract(Math math, const ContractArgs &a, cudaStream_t stream);
 
@@ -117,7 +119,8 @@ struct AttentionGradArgs {
   const float *inverse = nullptr;  // r [b, heads_q, t]
   const float *delta = nullptr;    // [b, heads_q, t]
   float *out = nullptr;            // [b, heads, t, d or e]
-  bool accumulate = false;         // add to what contract() or query() left there
+  float *dots = nullptr;    // k . dk [b, heads_kv, t] of attention_grad_k, before any rounding; may be null
+  bool accumulate = false;  // add to what contract() or query() left there
 };
 cudaError_t attention_grad_q(Math math, const AttentionGradArgs &a, cudaStream_t stream);
 cudaError_t attention_grad_k(Math math, const AttentionGradArgs &a, cudaStream_t stream);
@@ -137,14 +140,13 @@ cudaError_t row_stats(const RowStatsArgs &a, cudaStream_t stream);
 //   rho = delta * eps * r when normalised (0 for eps = 0), delta when not; a reset (-inf) gets 0.
 struct GateGradArgs {
   Shape shape;
-  View k;
-  const float *dk = nullptr;        // [b, heads_kv, t, d]
+  const float *dots = nullptr;  // k . dk [b, heads_kv, t]
   const float *inverse = nullptr;
   const float *delta = nullptr;
   const float *boundary = nullptr;  // [num_chunks, heads_kv] or null
   powerattn_tensor log_g{};
   powerattn_tensor out{};
-  float *scratch = nullptr;         // [b, heads_kv, t]
+  float *scratch = nullptr;  // [b, heads_kv, t]
 };
 cudaError_t gate_grad(const GateGradArgs &a, cudaStream_t stream);
 

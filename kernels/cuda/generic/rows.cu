@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Per-row work around the products: the monomial table, row statistics of the backward pass, the gate gradient.
-#include "kernels/cuda/generic/block.cuh"
-
 #include <algorithm>
 #include <cmath>
+
+#include "kernels/cuda/generic/block.cuh"
 
 namespace powerattn::cuda::generic {
 namespace {
@@ -18,8 +18,10 @@ __device__ double choose(int64_t n, int k) {
 }
 
 // Row r of the canonical order, i1 <= i2 <= ... lexicographic: the next index is the smallest i whose block of
-// C(d - i + left - 1, left) rows (all monomials of degree `left` on indices >= i, minus those >= i + 1) holds r.
-__global__ void __launch_bounds__(kRowThreads) monomial_kernel(Monomial *table, int64_t rows, int d, int degree) {
+// C(d - i + left - 1, left) rows (all monomials of degree `left` on indices >= i, minus those >= i + 1) holds
+// r.
+__global__ void __launch_bounds__(kRowThreads)
+    monomial_kernel(Monomial *table, int64_t rows, int d, int degree) {
   const int64_t row = blockIdx.x * int64_t(kRowThreads) + threadIdx.x;
   if (row >= rows) return;
   double left_rows = double(row), weight2 = 1;
@@ -68,31 +70,24 @@ __global__ void __launch_bounds__(kRowThreads) row_stats_kernel(RowStatsArgs a, 
   }
 }
 
-// scratch[b, h, t] = sum over the group of rho - k . dk / p; one warp per row.
+// scratch[b, h, t] = sum over the group of rho - k . dk / p.
 __global__ void __launch_bounds__(kRowThreads) gate_terms_kernel(GateGradArgs a, int64_t batch) {
   const Shape &s = a.shape;
-  const int lane = threadIdx.x & 31;
   const int64_t total = batch * s.heads_kv * s.seq_len;
-  for (int64_t row = blockIdx.x * int64_t(kRowThreads / 32) + threadIdx.x / 32; row < total;
-       row += int64_t(gridDim.x) * (kRowThreads / 32)) {
+  for (int64_t row = blockIdx.x * int64_t(kRowThreads) + threadIdx.x; row < total;
+       row += int64_t(gridDim.x) * kRowThreads) {
     const int64_t t = row % s.seq_len, h = row / s.seq_len % s.heads_kv, b = row / s.seq_len / s.heads_kv;
-    const int64_t k = b * a.k.b + t * a.k.t + h * a.k.h;
-    float sum = 0;
-    for (int64_t i = lane; i < s.d; i += 32) sum += load_as_float(a.k.data, s.dtype, k + i) * a.dk[row * s.d + i];
-    sum = warp_sum(sum) / float(s.degree);
-    if (lane == 0) {
-      float rho = 0;
-      for (int64_t m = 0; m < s.group; ++m) {
-        const int64_t q = (b * s.heads_q + h * s.group + m) * s.seq_len + t;
-        rho += !s.normalize ? a.delta[q] : s.eps != 0.0f ? a.delta[q] * s.eps * a.inverse[q] : 0.0f;
-      }
-      a.scratch[row] = rho - sum;
+    float rho = 0;
+    for (int64_t m = 0; m < s.group; ++m) {
+      const int64_t q = (b * s.heads_q + h * s.group + m) * s.seq_len + t;
+      rho += !s.normalize ? a.delta[q] : s.eps != 0.0f ? a.delta[q] * s.eps * a.inverse[q] : 0.0f;
     }
+    a.scratch[row] = rho - a.dots[row] / float(s.degree);
   }
 }
 
-// d_log_g[t] = X + sum_{i >= t} scratch[i] inside the chunk: tiles of kRowThreads tokens from the end, summed in
-// double, thread 0 holding the tile's last token.
+// d_log_g[t] = X + sum_{i >= t} scratch[i] inside the chunk: tiles of kRowThreads tokens from the end, summed
+// in double, thread 0 holding the tile's last token.
 __global__ void __launch_bounds__(kRowThreads) gate_suffix_kernel(GateGradArgs a) {
   __shared__ double warps[kRowThreads / 32];
   const Shape &s = a.shape;
@@ -116,8 +111,8 @@ __global__ void __launch_bounds__(kRowThreads) gate_suffix_kernel(GateGradArgs a
     }
     if (i >= 0) {
       const int64_t t = c.start + i;
-      const bool reset = log_g && log_g[b * a.log_g.stride_b + t * a.log_g.stride_t + h * a.log_g.stride_h] ==
-                                      -INFINITY;
+      const bool reset =
+          log_g && log_g[b * a.log_g.stride_b + t * a.log_g.stride_t + h * a.log_g.stride_h] == -INFINITY;
       out[b * a.out.stride_b + t * a.out.stride_t + h * a.out.stride_h] = reset ? 0.0f : float(sum);
     }
     __syncthreads();
@@ -146,7 +141,8 @@ size_t forward_shared_bytes(Math math, const Problem &p, bool states) {
 size_t backward_shared_bytes(Math math, const Problem &p, bool states) {
   size_t most = attention_grad_shared_bytes(math, p);
   if (states)
-    most = std::max({most, update_shared_bytes(math, p), query_shared_bytes(math, p), contract_shared_bytes(math, p)});
+    most = std::max(
+        {most, update_shared_bytes(math, p), query_shared_bytes(math, p), contract_shared_bytes(math, p)});
   return most;
 }
 

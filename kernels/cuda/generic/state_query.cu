@@ -5,18 +5,19 @@
 namespace powerattn::cuda::generic {
 namespace {
 
-// N column tiles of 8: N - 1 of values, and one whose first two columns are z, split in a high and a low part so that
-// the operand type does not round it.
-// Shared memory: x [64][d | 1] float, phi 2 x [64][32 + pad], S 3 x [32][8 N], z parts [64][2].
+// N column tiles of 8: N - 1 of values, and one whose first two columns are z, split in a high and a low part
+// so that the operand type does not round it. Shared memory: x [64][d | 1] float, phi 2 x [64][32 + pad], S 3 x
+// [32][8 N], z parts [64][2].
 template <class Mul, int N>
 size_t query_shared(int64_t d) {
   using T = typename Mul::T;
-  return shared_size(kRows * odd((d + 7) / 8 * 8) * sizeof(float)) + 2 * shared_size(kRows * pad_k<Mul>(kSlab) * sizeof(T)) +
+  return shared_size(kRows * odd((d + 7) / 8 * 8) * sizeof(float)) +
+         2 * shared_size(kRows * pad_k<Mul>(kSlab) * sizeof(T)) +
          3 * shared_size(kSlab * pad_n<Mul>(8 * N) * sizeof(T)) + shared_size(kRows * 2 * sizeof(float));
 }
 
-// Slabs of 32 state rows: phi of slab n is built in registers and stored while the copy of slab n + 1 of S is in flight;
-// one barrier per slab (two phi buffers, three of S).
+// Slabs of 32 state rows: phi of slab n is built in registers and stored while the copy of slab n + 1 of S is
+// in flight; one barrier per slab (two phi buffers, three of S).
 template <class Mul, int N, int kDegree>
 __global__ void __launch_bounds__(kThreads) query_kernel(QueryArgs a, int64_t heads) {
   using T = typename Mul::T;
@@ -47,41 +48,44 @@ __global__ void __launch_bounds__(kThreads) query_kernel(QueryArgs a, int64_t he
     return;
   }
 
-  load_rows(x, ldx, a.x, s.dtype, view_row(s, a.x, head, tile.sequence, tile.start), tile.length, kRows, int(s.d),
-            int((s.d + 7) / 8 * 8), true, [](float v) { return v; });
+  load_rows(x, ldx, a.x, s.dtype, view_row(s, a.x, head, tile.sequence, tile.start), tile.length, kRows,
+            int(s.d), int((s.d + 7) / 8 * 8), true, [](float v) { return v; });
   const int64_t slot = int64_t(tile.chunk) * s.heads_kv + kv;
   const T *state = static_cast<const T *>(a.s) + slot * s.rows * s.e;
   const float *z = a.z ? a.z + slot * s.rows : nullptr;
-  auto fetch = [&](int64_t n) {
+  const int64_t slabs = ceil_div(s.rows, kSlab);
+  // The last column tile holds z in two parts; the columns behind them stay zero. Thread r < 32 moves the z of
+  // row r, read one slab ahead.
+  for (int i = tid; i < 3 * kSlab * 8; i += kThreads) slab[i / 8 * ldb + kValues + i % 8] = Mul::pack(0.0f);
+  auto read_z = [&](int64_t n) {
+    return z && tid < kSlab && n * kSlab + tid < s.rows ? z[n * kSlab + tid] : 0.0f;
+  };
+  auto fetch = [&](int64_t n, float zn) {
     T *to = slab + n % 3 * kSlab * ldb;
     load_slab<Mul>(to, ldb, state, n * kSlab, s.rows, s.e, column, kValues);
-    for (int i = tid; i < kSlab * 8; i += kThreads) {
-      const int r = i / 8, k = i % 8;
-      float v = 0;
-      if (z && k < 2 && n * kSlab + r < s.rows) {
-        v = z[n * kSlab + r];
-        const float high = Mul::value(Mul::pack(v));
-        v = k == 0 ? high : v - high;
-      }
-      to[r * ldb + kValues + k] = Mul::pack(v);
-    }
     commit_slab();
+    if (tid < kSlab) {
+      const T high = Mul::pack(zn);
+      to[tid * ldb + kValues] = high;
+      to[tid * ldb + kValues + 1] = Mul::pack(zn - Mul::value(high));
+    }
   };
 
   float acc[N][4];
   clear(acc);
-  const int64_t slabs = ceil_div(s.rows, kSlab);
   const int pair = tid % 16 * 2, phase = tid / 16;  // two features; rows phase, phase + 8, ...
-  fetch(0);
-  __syncthreads();
+  Monomial m0 = monomial_or_zero(a.table, pair, s.rows), m1 = monomial_or_zero(a.table, pair + 1, s.rows);
+  float zn = read_z(0);
+  __syncthreads();  // the zero columns, x
+  fetch(0, zn);
+  zn = read_z(1);
   for (int64_t n = 0; n < slabs; ++n) {
     if (n + 1 < slabs) {
-      fetch(n + 1);
+      fetch(n + 1, zn);
     } else {
       commit_slab();
     }
-    const Monomial m0 = monomial_or_zero(a.table, n * kSlab + pair, s.rows);
-    const Monomial m1 = monomial_or_zero(a.table, n * kSlab + pair + 1, s.rows);
+    zn = read_z(n + 2);
     T *to = phi + n % 2 * kRows * lda;
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
@@ -89,9 +93,12 @@ __global__ void __launch_bounds__(kThreads) query_kernel(QueryArgs a, int64_t he
       to[r * lda + pair] = Mul::pack(feature<kDegree>(m0, s.degree, x + r * ldx));
       to[r * lda + pair + 1] = Mul::pack(feature<kDegree>(m1, s.degree, x + r * ldx));
     }
+    m0 = monomial_or_zero(a.table, (n + 1) * kSlab + pair, s.rows);
+    m1 = monomial_or_zero(a.table, (n + 1) * kSlab + pair + 1, s.rows);
     wait_slab<1>();
     __syncthreads();
-    Mul::template multiply<false, false>(acc, to + warp * 16 * lda, lda, slab + n % 3 * kSlab * ldb, ldb, kSlab);
+    Mul::template multiply<false, false>(acc, to + warp * 16 * lda, lda, slab + n % 3 * kSlab * ldb, ldb,
+                                         kSlab);
   }
 
   const int64_t g_row = row_index(s, s.heads_kv, kv, tile.sequence, c.start);

@@ -7,13 +7,14 @@ namespace {
 
 constexpr int kUpdateThreads = 256;
 constexpr int kFeatures = 128;  // state rows of a block: 8 warps of 16
-constexpr int kTokens = 32;     // tokens per step
+constexpr int kTokens = 64;     // tokens per step
 
-// Shared memory: x [32][d | 1] float, phi [32][136], u [32][8 N + 8], w, c [32].
+// Shared memory: x [64][d | 1] float, phi [64][136], u [64][8 N + 8], w, c [64], z parts [4][128].
 template <class Mul, int N>
 size_t update_shared(int64_t d) {
   using T = typename Mul::T;
-  return shared_size(kTokens * odd((d + 7) / 8 * 8) * sizeof(float)) + shared_size(kTokens * pad_n<Mul>(kFeatures) * sizeof(T)) +
+  return shared_size(kTokens * odd((d + 7) / 8 * 8) * sizeof(float)) +
+         shared_size(kTokens * pad_n<Mul>(kFeatures) * sizeof(T)) +
          shared_size(kTokens * pad_n<Mul>(8 * N) * sizeof(T)) + 2 * shared_size(kTokens * sizeof(float)) +
          shared_size(4 * kFeatures * sizeof(float));
 }
@@ -120,8 +121,9 @@ cudaError_t launch_update(const UpdateArgs &a, cudaStream_t stream) {
   const int row_tiles = int(ceil_div(s.rows, kFeatures)), columns = int(ceil_div(s.e, 8 * N));
   const int64_t blocks = s.table.num_chunks * s.heads_kv * row_tiles;
   const size_t shared = update_shared<Mul, N>(s.d);
-  return s.degree == 2 ? launch(update_kernel<Mul, N, 2>, blocks, columns, kUpdateThreads, shared, stream, a, row_tiles)
-                       : launch(update_kernel<Mul, N, 0>, blocks, columns, kUpdateThreads, shared, stream, a, row_tiles);
+  return s.degree == 2
+             ? launch(update_kernel<Mul, N, 2>, blocks, columns, kUpdateThreads, shared, stream, a, row_tiles)
+             : launch(update_kernel<Mul, N, 0>, blocks, columns, kUpdateThreads, shared, stream, a, row_tiles);
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// C[16][8 N] += A[16][K] B[K][8 N] by one warp, operands in shared memory, sums in float32 registers. Three ways to
-// multiply behind one interface, so that every generic kernel is written once:
+// C[16][8 N] += A[16][K] B[K][8 N] by one warp, operands in shared memory, sums in float32 registers. Three
+// ways to multiply behind one interface, so that every generic kernel is written once:
 //   MulF32   float32 FFMA                        true float32
-//   MulTf32  mma.m16n8k8 tf32                    float16 inputs (10 bits, and the range of float32), TF32 on request
-//   MulBf16  mma.m16n8k16 bfloat16, ldmatrix     bfloat16 inputs
+//   MulTf32  mma.m16n8k8 tf32                    float16 inputs (10 bits, and the range of float32), TF32 on
+//   request MulBf16  mma.m16n8k16 bfloat16, ldmatrix     bfloat16 inputs
 // A is [m][k] (kTransA: [k][m]); B is [k][n] (kTransB: [n][k]). K is a multiple of 16.
 #pragma once
 
@@ -11,8 +11,8 @@
 
 namespace powerattn::cuda {
 
-// Strides (elements) that keep the fragment loads free of bank conflicts: rows that are read along K (`extent` a
-// multiple of 16), and rows that are read along M or N (`extent` a multiple of 8).
+// Strides (elements) that keep the fragment loads free of bank conflicts: rows that are read along K (`extent`
+// a multiple of 16), and rows that are read along M or N (`extent` a multiple of 8).
 template <class Mul>
 constexpr __host__ __device__ int pad_k(int extent) {
   return extent + (sizeof(typename Mul::T) == 2 ? 8 : 4);
@@ -33,7 +33,8 @@ struct MulF32 {
   static __device__ float value(float x) { return x; }
 
   template <bool kTransA, bool kTransB, int N>
-  static __device__ void multiply(float (&acc)[N][4], const float *a, int lda, const float *b, int ldb, int depth) {
+  static __device__ void multiply(float (&acc)[N][4], const float *a, int lda, const float *b, int ldb,
+                                  int depth) {
     const int rg = (threadIdx.x & 31) / 8 * 4, cg = threadIdx.x & 7;
     for (int k = 0; k < depth; k += 4) {
       float x[4][4];  // [k][row]
@@ -98,7 +99,8 @@ struct MulTf32 : MmaRows {
   static __device__ float value(float x) { return x; }
 
   template <bool kTransA, bool kTransB, int N>
-  static __device__ void multiply(float (&acc)[N][4], const float *a, int lda, const float *b, int ldb, int depth) {
+  static __device__ void multiply(float (&acc)[N][4], const float *a, int lda, const float *b, int ldb,
+                                  int depth) {
     const int g = (threadIdx.x & 31) / 4, c = threadIdx.x & 3;
     auto at = [&](int m, int k) { return __float_as_uint(kTransA ? a[k * lda + m] : a[m * lda + k]); };
     auto bt = [&](int k, int n) { return __float_as_uint(kTransB ? b[n * ldb + k] : b[k * ldb + n]); };
@@ -108,7 +110,8 @@ struct MulTf32 : MmaRows {
       for (int n = 0; n < N; ++n) {
         const uint32_t b0 = bt(k + c, 8 * n + g), b1 = bt(k + c + 4, 8 * n + g);
         asm volatile(
-            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+            "{%0,%1,%2,%3};"
             : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])
             : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
       }
@@ -137,15 +140,17 @@ struct MulBf16 : MmaRows {
   }
   static __device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 
-  // ldmatrix: lane l gives the address of row l % 8 of the 8x8 matrix l / 8. The four matrices of A are (rows 0-7,
-  // k 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15); of B two column tiles, each (k 0-7), (k 8-15).
+  // ldmatrix: lane l gives the address of row l % 8 of the 8x8 matrix l / 8. The four matrices of A are (rows
+  // 0-7, k 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15); of B two column tiles, each (k 0-7), (k 8-15).
   template <bool kTransA, bool kTransB, int N>
-  static __device__ void multiply(float (&acc)[N][4], const bf16 *a, int lda, const bf16 *b, int ldb, int depth) {
+  static __device__ void multiply(float (&acc)[N][4], const bf16 *a, int lda, const bf16 *b, int ldb,
+                                  int depth) {
     const int lane = threadIdx.x & 31;
     const int r = lane & 7, bit3 = lane >> 3 & 1, bit4 = lane >> 4;
     const bf16 *pa = kTransA ? a + (r + 8 * bit4) * lda + 8 * bit3 : a + (r + 8 * bit3) * lda + 8 * bit4;

@@ -2,14 +2,14 @@
 // Times the library on one CUDA device beside the device's own ceilings, measured in the same run:
 //   bench_gpu [--csv FILE] [--only TEXT] [--quick]
 // Medians of graph replays, so that launch gaps of the host do not count; random data (zeros run faster).
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <functional>
 #include <string>
 #include <vector>
-
-#include <dlfcn.h>
 
 #include "../../tests/gpu/device_problem.h"
 
@@ -55,8 +55,8 @@ double median_ms(const std::function<void(cudaStream_t)> &work) {
   return times[times.size() / 2];
 }
 
-void row(const std::string &what, const std::string &config, const std::string &implementation, double ms, double flops,
-         double bytes) {
+void row(const std::string &what, const std::string &config, const std::string &implementation, double ms,
+         double flops, double bytes) {
   const double rate = flops / ms * 1e-9, bandwidth = bytes / ms * 1e-6;
   std::printf("%-12s %-44s %-14s %9.4f ms", what.c_str(), config.c_str(), implementation.c_str(), ms);
   if (flops > 0) {
@@ -70,8 +70,8 @@ void row(const std::string &what, const std::string &config, const std::string &
   std::printf("\n");
   std::fflush(stdout);
   if (csv) {
-    std::fprintf(csv, "%s,%s,%s,%.6f,%.3f,%.3f\n", what.c_str(), config.c_str(), implementation.c_str(), ms, rate,
-                 bandwidth);
+    std::fprintf(csv, "%s,%s,%s,%.6f,%.3f,%.3f\n", what.c_str(), config.c_str(), implementation.c_str(), ms,
+                 rate, bandwidth);
     std::fflush(csv);
   }
 }
@@ -80,8 +80,8 @@ void row(const std::string &what, const std::string &config, const std::string &
 void measure_matmul() {
   using Create = int (*)(void **);
   using SetStream = int (*)(void *, cudaStream_t);
-  using Gemm = int (*)(void *, int, int, int, int, int, const void *, const void *, int, int, const void *, int, int,
-                       const void *, void *, int, int, int, int);
+  using Gemm = int (*)(void *, int, int, int, int, int, const void *, const void *, int, int, const void *, int,
+                       int, const void *, void *, int, int, int, int);
   void *library = nullptr;
   for (const char *name : {"libcublas.so.13", "libcublas.so.12", "libcublas.so"})
     if (!library) library = dlopen(name, RTLD_NOW);
@@ -98,7 +98,8 @@ void measure_matmul() {
   if (!create || !set_stream || !set_workspace || !gemm || create(&handle) != 0) return;
   const int n = 8192;
   const Block a = random_block(size_t(n) * n, POWERATTN_BFLOAT16, 0, 1, 1),
-              b = random_block(size_t(n) * n, POWERATTN_BFLOAT16, 0, 1, 2), c(size_t(n) * n * 2), workspace(64 << 20);
+              b = random_block(size_t(n) * n, POWERATTN_BFLOAT16, 0, 1, 2), c(size_t(n) * n * 2),
+              workspace(64 << 20);
   const float one = 1, zero = 0;
   const double ms = median_ms([&](cudaStream_t stream) {
     set_stream(handle, stream);
@@ -110,14 +111,38 @@ void measure_matmul() {
   matmul_rate = 2.0 * n * n * n / ms * 1e-9;
 }
 
+// x <- 1.0001 x, 16 bytes per access: what a state step cannot beat.
+__global__ void __launch_bounds__(256) scale_in_place(float4 *x, size_t count) {
+  constexpr int kUnroll = 4;
+  const size_t stride = size_t(gridDim.x) * 256;
+  for (size_t i = blockIdx.x * size_t(256) + threadIdx.x; i < count; i += stride * kUnroll) {
+    float4 v[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (i + u * stride < count) v[u] = x[i + u * stride];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (i + u * stride >= count) break;
+      v[u].x *= 1.0001f, v[u].y *= 1.0001f, v[u].z *= 1.0001f, v[u].w *= 1.0001f;
+      x[i + u * stride] = v[u];
+    }
+  }
+}
+
 void measure_copies() {
   const size_t bytes = size_t(2) << 30;
   const Block a = random_block(bytes / 4, POWERATTN_FLOAT32, 0, 1, 3), b(bytes);
-  double ms = median_ms([&](cudaStream_t stream) {
-    cudaMemcpyAsync(b.get(), a.get(), bytes, cudaMemcpyDeviceToDevice, stream);
-  });
+  double ms = median_ms(
+      [&](cudaStream_t stream) { cudaMemcpyAsync(b.get(), a.get(), bytes, cudaMemcpyDeviceToDevice, stream); });
   copy_rate = 2.0 * double(bytes) / ms * 1e-6;
   row("copy", "2 GiB device to device", "cudaMemcpy", ms, 0, 2.0 * double(bytes));
+  for (int blocks : {132 * 8, 132 * 32, 132 * 128}) {
+    ms = median_ms([&](cudaStream_t stream) {
+      scale_in_place<<<blocks, 256, 0, stream>>>(static_cast<float4 *>(b.get()), bytes / 16);
+    });
+    row("in place", "2 GiB, " + std::to_string(blocks) + " blocks", "kernel", ms, 0, 2.0 * double(bytes));
+    in_place_rate = std::max(in_place_rate, 2.0 * double(bytes) / ms * 1e-6);
+  }
 }
 
 std::string forward_name(const powerattn_plan *plan, const char *operation) {
@@ -160,8 +185,10 @@ double useful(const Config &c, bool backward, int64_t chunk) {
 void run(const Config &c) {
   char name[128];
   std::snprintf(name, sizeof name, "%s p%d d%lld b%lld t%lld h%lld%s%s%s",
-                c.dtype == POWERATTN_BFLOAT16 ? "bf16" : c.dtype == POWERATTN_FLOAT16 ? "f16" : "f32", c.p,
-                (long long)c.d, (long long)c.b, (long long)c.t, (long long)c.hq,
+                c.dtype == POWERATTN_BFLOAT16  ? "bf16"
+                : c.dtype == POWERATTN_FLOAT16 ? "f16"
+                                               : "f32",
+                c.p, (long long)c.d, (long long)c.b, (long long)c.t, (long long)c.hq,
                 c.hkv == c.hq ? "" : ("/" + std::to_string(c.hkv)).c_str(), c.gated ? " gated" : "",
                 c.form == POWERATTN_FORM_ATTENTION ? " attention"
                 : c.form == POWERATTN_FORM_CHUNKED ? " chunked"
@@ -196,16 +223,18 @@ void run(const Config &c) {
 void run_step(int32_t state_dtype, int64_t units, int64_t d, int64_t tokens, int64_t group) {
   char name[128];
   std::snprintf(name, sizeof name, "%s state d%lld b*h%lld tokens%lld group%lld",
-                state_dtype == POWERATTN_BFLOAT16 ? "bf16" : "f32", (long long)d, (long long)units, (long long)tokens,
-                (long long)group);
+                state_dtype == POWERATTN_BFLOAT16 ? "bf16" : "f32", (long long)d, (long long)units,
+                (long long)tokens, (long long)group);
   if (!only.empty() && std::string(name).find(only) == std::string::npos) return;
   try {
     const int64_t heads = std::min<int64_t>(units, 8);
-    powerattn_desc x = DeviceProblem::description(POWERATTN_BFLOAT16, units / heads, tokens, heads * group, heads, d, d, 2);
+    powerattn_desc x =
+        DeviceProblem::description(POWERATTN_BFLOAT16, units / heads, tokens, heads * group, heads, d, d, 2);
     x.flags |= POWERATTN_USE_STATE;
     x.state_dtype = state_dtype;
     // Pools that together pass the cache several times, so that no replay finds its states there.
-    const double one = double(units) * rows_of(d, 2) * double(d + 1) * (state_dtype == POWERATTN_BFLOAT16 ? 2 : 4);
+    const double one =
+        double(units) * rows_of(d, 2) * double(d + 1) * (state_dtype == POWERATTN_BFLOAT16 ? 2 : 4);
     const int sets = int(std::clamp(400e6 / one, 1.0, 64.0));
     std::vector<DeviceProblem> p(static_cast<size_t>(sets));
     for (auto &one_set : p) one_set.make(x, true, DeviceProblem::kStep);
@@ -214,7 +243,8 @@ void run_step(int32_t state_dtype, int64_t units, int64_t d, int64_t tokens, int
                           const auto a = one_set.step_args(s);
                           api_must(powerattn_step(one_set.plan, &a), "step");
                         }
-                      }) / sets;
+                      }) /
+                      sets;
     row("step", name, forward_name(p[0].plan, "step"), ms, 0, 2 * one);
   } catch (const std::exception &error) {
     std::printf("step         %-44s failed: %s\n", name, error.what());
@@ -236,11 +266,12 @@ int main(int argc, char **argv) {
   }
   cudaDeviceProp device;
   cudaGetDeviceProperties(&device, 0);
-  std::printf("# %s, %d multiprocessors, libpowerattn %u\n", device.name, device.multiProcessorCount, powerattn_version());
+  std::printf("# %s, %d multiprocessors, libpowerattn %u\n", device.name, device.multiProcessorCount,
+              powerattn_version());
   if (csv) std::fprintf(csv, "what,config,implementation,ms,tflops,gbps\n");
   try {
     measure_copies();
-    in_place_rate = copy_rate;
+    in_place_rate = std::max(in_place_rate, copy_rate);
     measure_matmul();
   } catch (const std::exception &error) {
     std::printf("ceilings failed: %s\n", error.what());
