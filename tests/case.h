@@ -138,55 +138,96 @@ inline Case parse_case(const std::string &line) {
   bool t_given = false;
   for (int position = 0; words >> word; ++position) {
     if (position == 0) {
-      if (word == "fwd") c.op = CaseOp::kForward;
-      else if (word == "bwd") c.op = CaseOp::kBackward;
-      else if (word == "step") c.op = CaseOp::kStep;
-      else if (word == "sum") c.op = CaseOp::kSummary;
-      else if (word == "rsum") c.op = CaseOp::kSummaryReverse;
-      else throw std::runtime_error("case '" + line + "': unknown operation '" + word + "'");
-    } else if (word == "f32") c.dtype = POWERATTN_FLOAT32;
-    else if (word == "f16") c.dtype = POWERATTN_FLOAT16;
-    else if (word == "bf16") c.dtype = POWERATTN_BFLOAT16;
-    else if (word == "f64") c.dtype = POWERATTN_FLOAT64;
-    else if (word == "gated") c.gate = Gate::kGated;
-    else if (word == "fading") c.gate = Gate::kFading;
-    else if (word == "reset") c.gate = Gate::kReset;
-    else if (word == "unnorm") c.normalize = false;
-    else if (word == "state") c.state = true;
-    else if (word == "bstate") c.bf16_state = true;
-    else if (word == "offset") c.offset = true;
-    else if (word == "slots") c.slots = true;
-    else if (word == "lengths") c.lengths = true;
-    else if (word == "tf32") c.tf32 = true;
-    else if (word == "rope-half") c.rope = POWERATTN_ROPE_HALF;
-    else if (word == "rope-inter") c.rope = POWERATTN_ROPE_INTERLEAVED;
-    else if (word == "bthd") c.layout = Layout::kBthd;
-    else if (word == "bhtd") c.layout = Layout::kBhtd;
-    else if (word == "wide") c.layout = Layout::kWide;
-    else if (word == "bcast") c.layout = Layout::kBroadcast;
-    else if (word == "attn") c.form = POWERATTN_FORM_ATTENTION;
-    else if (word == "chunked") c.form = POWERATTN_FORM_CHUNKED;
-    else if (starts_with(word, "scale", &rest)) c.custom_scale = true, c.scale = number(rest, line);
-    else if (starts_with(word, "eps", &rest)) c.eps = number(rest, line);
-    else if (starts_with(word, "rdim", &rest)) c.rope_dim = integer(rest, line);
-    else if (starts_with(word, "rbase", &rest)) c.rope_base = number(rest, line);
-    else if (starts_with(word, "threads", &rest)) c.threads = static_cast<int32_t>(integer(rest, line));
-    else if (starts_with(word, "pad", &rest)) c.pad = integer(rest, line);
+      if (word == "fwd")
+        c.op = CaseOp::kForward;
+      else if (word == "bwd")
+        c.op = CaseOp::kBackward;
+      else if (word == "step")
+        c.op = CaseOp::kStep;
+      else if (word == "sum")
+        c.op = CaseOp::kSummary;
+      else if (word == "rsum")
+        c.op = CaseOp::kSummaryReverse;
+      else
+        throw std::runtime_error("case '" + line + "': unknown operation '" + word + "'");
+    } else if (word == "f32")
+      c.dtype = POWERATTN_FLOAT32;
+    else if (word == "f16")
+      c.dtype = POWERATTN_FLOAT16;
+    else if (word == "bf16")
+      c.dtype = POWERATTN_BFLOAT16;
+    else if (word == "f64")
+      c.dtype = POWERATTN_FLOAT64;
+    else if (word == "gated")
+      c.gate = Gate::kGated;
+    else if (word == "fading")
+      c.gate = Gate::kFading;
+    else if (word == "reset")
+      c.gate = Gate::kReset;
+    else if (word == "unnorm")
+      c.normalize = false;
+    else if (word == "state")
+      c.state = true;
+    else if (word == "bstate")
+      c.bf16_state = true;
+    else if (word == "offset")
+      c.offset = true;
+    else if (word == "slots")
+      c.slots = true;
+    else if (word == "lengths")
+      c.lengths = true;
+    else if (word == "tf32")
+      c.tf32 = true;
+    else if (word == "rope-half")
+      c.rope = POWERATTN_ROPE_HALF;
+    else if (word == "rope-inter")
+      c.rope = POWERATTN_ROPE_INTERLEAVED;
+    else if (word == "bthd")
+      c.layout = Layout::kBthd;
+    else if (word == "bhtd")
+      c.layout = Layout::kBhtd;
+    else if (word == "wide")
+      c.layout = Layout::kWide;
+    else if (word == "bcast")
+      c.layout = Layout::kBroadcast;
+    else if (word == "attn")
+      c.form = POWERATTN_FORM_ATTENTION;
+    else if (word == "chunked")
+      c.form = POWERATTN_FORM_CHUNKED;
+    else if (starts_with(word, "scale", &rest))
+      c.custom_scale = true, c.scale = number(rest, line);
+    else if (starts_with(word, "eps", &rest))
+      c.eps = number(rest, line);
+    else if (starts_with(word, "rdim", &rest))
+      c.rope_dim = integer(rest, line);
+    else if (starts_with(word, "rbase", &rest))
+      c.rope_base = number(rest, line);
+    else if (starts_with(word, "threads", &rest))
+      c.threads = static_cast<int32_t>(integer(rest, line));
+    else if (starts_with(word, "pad", &rest))
+      c.pad = integer(rest, line);
     else if (starts_with(word, "seq", &rest)) {
       std::istringstream lengths(rest);
       for (std::string one; std::getline(lengths, one, ',');) c.sequences.push_back(integer(one, line));
       c.packed = true;
-    } else if (starts_with(word, "b", &rest)) c.b = integer(rest, line);
-    else if (starts_with(word, "t", &rest)) c.t = integer(rest, line), t_given = true;
-    else if (starts_with(word, "d", &rest)) c.d = integer(rest, line);
-    else if (starts_with(word, "e", &rest)) c.e = integer(rest, line);
-    else if (starts_with(word, "p", &rest)) c.p = static_cast<int32_t>(integer(rest, line));
-    else if (starts_with(word, "c", &rest)) c.chunk = integer(rest, line);
+    } else if (starts_with(word, "b", &rest))
+      c.b = integer(rest, line);
+    else if (starts_with(word, "t", &rest))
+      c.t = integer(rest, line), t_given = true;
+    else if (starts_with(word, "d", &rest))
+      c.d = integer(rest, line);
+    else if (starts_with(word, "e", &rest))
+      c.e = integer(rest, line);
+    else if (starts_with(word, "p", &rest))
+      c.p = static_cast<int32_t>(integer(rest, line));
+    else if (starts_with(word, "c", &rest))
+      c.chunk = integer(rest, line);
     else if (starts_with(word, "h", &rest)) {
       const size_t slash = rest.find('/');
       c.heads_q = integer(rest.substr(0, slash), line);
       c.heads_kv = slash == std::string::npos ? c.heads_q : integer(rest.substr(slash + 1), line);
-    } else throw std::runtime_error("case '" + line + "': unknown word '" + word + "'");
+    } else
+      throw std::runtime_error("case '" + line + "': unknown word '" + word + "'");
   }
   if (c.packed && !t_given) {
     c.t = c.pad;

@@ -20,9 +20,10 @@ Outputs compute(const Case &c, const Inputs &in, const R &round, Method method) 
   Outputs out;
   const bool backward = c.op == CaseOp::kBackward || c.op == CaseOp::kSummaryReverse;
   const bool states = c.op != CaseOp::kBackward && (c.op != CaseOp::kForward || c.state);
-  const int64_t rows = c.state || c.op == CaseOp::kSummary || c.op == CaseOp::kSummaryReverse || c.op == CaseOp::kStep
-                           ? embedding(c.d, c.p).rows()
-                           : 0;
+  const int64_t rows =
+      c.state || c.op == CaseOp::kSummary || c.op == CaseOp::kSummaryReverse || c.op == CaseOp::kStep
+          ? embedding(c.d, c.p).rows()
+          : 0;
   out.y.assign(static_cast<size_t>(tokens * c.heads_q * c.e), 0);
   out.norm.assign(static_cast<size_t>(tokens * c.heads_q), 0);
   if (backward) {
@@ -69,8 +70,10 @@ Outputs compute(const Case &c, const Inputs &in, const R &round, Method method) 
       }
       if (!backward) continue;
       HeadGradient d;
-      if (recurrence || c.op == CaseOp::kSummaryReverse) d = recurrent_backward<A>(head, f, round);
-      else d = attention_backward<A>(head, f, round);
+      if (recurrence || c.op == CaseOp::kSummaryReverse)
+        d = recurrent_backward<A>(head, f, round);
+      else
+        d = attention_backward<A>(head, f, round);
       scatter(c, d.dq, c.heads_q, c.d, at_b, start, head.t, first, c.group(), &out.dq);
       scatter(c, d.dk, c.heads_kv, c.d, at_b, start, head.t, g, 1, &out.dk);
       scatter(c, d.dv, c.heads_kv, c.e, at_b, start, head.t, g, 1, &out.dv);
@@ -103,8 +106,10 @@ inline std::vector<Outputs> plain_versions(const Case &c, const Inputs &in, bool
     methods.push_back(Method::kRecurrenceBackwards);
   }
   for (Method m : methods) {
-    if (c.dtype == POWERATTN_FLOAT64) all.push_back(compute<double>(c, in, Exact(), m));
-    else all.push_back(compute<float>(c, in, Rounded{c.dtype}, m));
+    if (c.dtype == POWERATTN_FLOAT64)
+      all.push_back(compute<double>(c, in, Exact(), m));
+    else
+      all.push_back(compute<float>(c, in, Rounded{c.dtype}, m));
   }
   if (c.bf16_state) {  // a state is rounded when it is stored
     for (Outputs &one : all) {
@@ -135,8 +140,8 @@ inline Distance distance(const Vector &x, const Vector &reference) {
 }
 
 struct Report {
-  std::string problems;     // empty: within tolerance
-  double worst_ratio = 0;   // of an error to its tolerance
+  std::string problems;    // empty: within tolerance
+  double worst_ratio = 0;  // of an error to its tolerance
   std::string worst_name;
 };
 
@@ -154,7 +159,8 @@ inline void judge(const char *name, int32_t dtype, const Vector &got, const Vect
   for (const Vector *one : plain) {
     const Distance d = distance(*one, exact);
     if (!d.finite) {
-      std::snprintf(text, sizeof text, "%s: the plain implementation overflows, the case tests nothing; ", name);
+      std::snprintf(text, sizeof text, "%s: the plain implementation overflows, the case tests nothing; ",
+                    name);
       report->problems += text;
       return;
     }
@@ -165,19 +171,23 @@ inline void judge(const char *name, int32_t dtype, const Vector &got, const Vect
   const double u = unit_roundoff(dtype);
   const double largest = 2 * allowed.largest + u * size.largest, rms = 2 * allowed.rms + u * size.rms;
   const double ratio = !error.finite ? std::numeric_limits<double>::infinity()
-                                     : std::max(largest > 0 ? error.largest / largest : error.largest > 0 ? 1e300 : 0.0,
+                                     : std::max(largest > 0         ? error.largest / largest
+                                                : error.largest > 0 ? 1e300
+                                                                    : 0.0,
                                                 rms > 0 ? error.rms / rms : 0.0);
   if (ratio > report->worst_ratio) {
     report->worst_ratio = ratio;
     report->worst_name = name;
   }
   if (ratio <= 1) return;
-  std::snprintf(text, sizeof text, "%s: error max %.3g rms %.3g, allowed max %.3g rms %.3g (largest value %.3g)%s; ", name,
+  std::snprintf(text, sizeof text,
+                "%s: error max %.3g rms %.3g, allowed max %.3g rms %.3g (largest value %.3g)%s; ", name,
                 error.largest, error.rms, largest, rms, size.largest, error.finite ? "" : ", not finite");
   report->problems += text;
 }
 
-inline Report judge_all(const Case &c, const Outputs &got, const Outputs &exact, const std::vector<Outputs> &plain) {
+inline Report judge_all(const Case &c, const Outputs &got, const Outputs &exact,
+                        const std::vector<Outputs> &plain) {
   Report report;
   const auto one = [&](const char *name, int32_t dtype, Vector Outputs::*field) {
     if ((got.*field).empty()) return;
@@ -211,7 +221,8 @@ inline std::string check_draw(Memory &memory, const Case &c, uint64_t seed, Repo
   std::string problems;
   try {
     const Plan plan(c.desc(memory.device_type()));
-    const bool states = c.state || plan.info().form == POWERATTN_FORM_CHUNKED || c.op == CaseOp::kSummaryReverse;
+    const bool states =
+        c.state || plan.info().form == POWERATTN_FORM_CHUNKED || c.op == CaseOp::kSummaryReverse;
     const std::vector<Outputs> plain = plain_versions(c, in, states);
     for (int saved = 0; saved < (c.op == CaseOp::kBackward && plan.info().saved_bytes ? 2 : 1); ++saved) {
       Outputs got = run(memory, c, in, plan, saved == 1);
@@ -238,9 +249,9 @@ inline std::string check_draw(Memory &memory, const Case &c, uint64_t seed, Repo
   return problems;
 }
 
-// The errors of a plain implementation are a sample, and their maximum is a noisy one: about one case in a hundred
-// is a little over its tolerance by chance. So an error that is not beyond twice its tolerance is confirmed by two
-// more draws, and a case fails when most of its draws do.
+// The errors of a plain implementation are a sample, and their maximum is a noisy one: about one case in a
+// hundred is a little over its tolerance by chance. So an error that is not beyond twice its tolerance is
+// confirmed by two more draws, and a case fails when most of its draws do.
 inline std::string check_case(Memory &memory, const Case &c, uint64_t seed, Report *summary = nullptr) {
   Report report;
   std::string problems = check_draw(memory, c, seed, &report);

@@ -26,8 +26,12 @@ class Memory {
   }
   virtual void release(void *p) { std::free(p); }
   // Ordered with the stream; `read` waits for it.
-  virtual void write(void *to, const void *host, size_t bytes) { if (bytes) std::memcpy(to, host, bytes); }
-  virtual void read(void *host, const void *from, size_t bytes) { if (bytes) std::memcpy(host, from, bytes); }
+  virtual void write(void *to, const void *host, size_t bytes) {
+    if (bytes) std::memcpy(to, host, bytes);
+  }
+  virtual void read(void *host, const void *from, size_t bytes) {
+    if (bytes) std::memcpy(host, from, bytes);
+  }
 };
 
 class Buffer {
@@ -49,8 +53,12 @@ class Buffer {
 
   void *data() const { return data_; }
   size_t bytes() const { return bytes_; }
-  void write(const void *host) { if (bytes_) memory_->write(data_, host, bytes_); }
-  void read(void *host) const { if (bytes_) memory_->read(host, data_, bytes_); }
+  void write(const void *host) {
+    if (bytes_) memory_->write(data_, host, bytes_);
+  }
+  void read(void *host) const {
+    if (bytes_) memory_->read(host, data_, bytes_);
+  }
   // All bits set: a NaN in every dtype.
   void poison() { write(std::vector<unsigned char>(bytes_, 0xffu).data()); }
 

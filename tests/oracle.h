@@ -28,11 +28,11 @@ struct HeadInput {
   int64_t rope_dim = 0, position = 0;
   double rope_base = 10000;
   bool backwards = false;  // sums run from the other end: one more sample of the rounding errors of plain loops
-  Vector q, k, v;    // [group, t, d], [t, d], [t, e]
-  Vector log_g;      // [t] or empty
-  Vector s0, z0;     // [D, e], [D] or empty
-  Vector dy;         // [group, t, e] or empty
-  Vector ds, dz;     // gradient of the final state, or empty
+  Vector q, k, v;          // [group, t, d], [t, d], [t, e]
+  Vector log_g;            // [t] or empty
+  Vector s0, z0;           // [D, e], [D] or empty
+  Vector dy;               // [group, t, e] or empty
+  Vector ds, dz;           // gradient of the final state, or empty
 };
 
 struct HeadOutput {
@@ -158,7 +158,8 @@ void rotate(const HeadInput &in, int direction, int64_t heads, const R &round, s
     A *x = rows->data() + row * in.d;
     const A m = static_cast<A>(in.position + row % in.t);
     for (int64_t c = 0; c < half; ++c) {
-      const A exponent = static_cast<A>(2 * c) / static_cast<A>(in.rope_dim), base = static_cast<A>(in.rope_base);
+      const A exponent = static_cast<A>(2 * c) / static_cast<A>(in.rope_dim),
+              base = static_cast<A>(in.rope_base);
       const A angle = in.backwards ? m * std::pow(base, -exponent) : m / std::pow(base, exponent);
       const A cosine = std::cos(angle), sine = static_cast<A>(direction) * std::sin(angle);
       A &a = in.rope == POWERATTN_ROPE_HALF ? x[c] : x[2 * c];
@@ -181,15 +182,15 @@ struct Decay {
     int64_t count = 0;
     for (int64_t i = 0; i < in.t; ++i) {
       const double g = in.log_g.empty() ? 0.0 : in.log_g[static_cast<size_t>(i)];
-      if (std::isinf(g) && g < 0) ++count;
-      else total += static_cast<A>(g);
+      if (std::isinf(g) && g < 0)
+        ++count;
+      else
+        total += static_cast<A>(g);
       sum.push_back(total);
       resets.push_back(count);
     }
   }
-  A operator()(int64_t i, int64_t j) const {
-    return resets[i] == resets[j] ? std::exp(sum[i] - sum[j]) : A(0);
-  }
+  A operator()(int64_t i, int64_t j) const { return resets[i] == resets[j] ? std::exp(sum[i] - sum[j]) : A(0); }
   A state(int64_t i) const { return i < 0 ? A(1) : resets[i] == 0 ? std::exp(sum[i]) : A(0); }
 };
 
@@ -212,8 +213,14 @@ struct Operands {
   std::vector<A> q, k, v, s0, z0, dy, ds, dz;
   template <typename R>
   Operands(const HeadInput &in, const R &round)
-      : q(as<A>(in.q)), k(as<A>(in.k)), v(as<A>(in.v)), s0(as<A>(in.s0)), z0(as<A>(in.z0)), dy(as<A>(in.dy)),
-        ds(as<A>(in.ds)), dz(as<A>(in.dz)) {
+      : q(as<A>(in.q)),
+        k(as<A>(in.k)),
+        v(as<A>(in.v)),
+        s0(as<A>(in.s0)),
+        z0(as<A>(in.z0)),
+        dy(as<A>(in.dy)),
+        ds(as<A>(in.ds)),
+        dz(as<A>(in.dz)) {
     rotate(in, +1, in.group, round, &q);
     rotate(in, +1, 1, round, &k);
   }
@@ -261,7 +268,9 @@ HeadOutput attention_forward(const HeadInput &in, const R &round) {
     out.norm[row] = static_cast<double>(norm);
     for (int64_t c = 0; c < e; ++c) {
       const A numerator = round(sum[c]);
-      out.y[row * e + c] = static_cast<double>(!in.normalize ? numerator : norm == 0 ? A(0) : round(numerator / norm));
+      out.y[row * e + c] = static_cast<double>(!in.normalize ? numerator
+                                               : norm == 0   ? A(0)
+                                                             : round(numerator / norm));
     }
   }
   return out;
@@ -275,7 +284,8 @@ HeadGradient attention_backward(const HeadInput &in, const HeadOutput &fwd, cons
   const Operands<A> x(in, round);
   const Decay<A> decay(in);
   const A scale = static_cast<A>(in.scale);
-  std::vector<A> dq(in.q.size()), dk(in.k.size()), dv(in.v.size()), dn(in.dy.size()), dl(static_cast<size_t>(rows));
+  std::vector<A> dq(in.q.size()), dk(in.k.size()), dv(in.v.size()), dn(in.dy.size()),
+      dl(static_cast<size_t>(rows));
   std::vector<A> row_sum(static_cast<size_t>(t)), column_sum(static_cast<size_t>(t));  // of W dW
   for (int64_t row = 0; row < rows; ++row) {
     const A norm = static_cast<A>(fwd.norm[row]);

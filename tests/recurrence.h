@@ -42,7 +42,9 @@ HeadOutput recurrent_forward(const HeadInput &in, const R &round) {
       out.norm[row] = static_cast<double>(norm);
       for (int64_t c = 0; c < e; ++c) {
         const A numerator = round(factor * sum[c]);
-        out.y[row * e + c] = static_cast<double>(!in.normalize ? numerator : norm == 0 ? A(0) : round(numerator / norm));
+        out.y[row * e + c] = static_cast<double>(!in.normalize ? numerator
+                                                 : norm == 0   ? A(0)
+                                                               : round(numerator / norm));
       }
     }
   }
@@ -61,7 +63,8 @@ HeadGradient recurrent_backward(const HeadInput &in, const HeadOutput &fwd, cons
   const int64_t big = embed.rows();
   const Operands<A> x(in, round);
   const A factor = int_power(static_cast<A>(in.scale), in.p);
-  std::vector<A> dq(in.q.size()), dk(in.k.size()), dv(in.v.size()), dn(in.dy.size()), dl(static_cast<size_t>(rows));
+  std::vector<A> dq(in.q.size()), dk(in.k.size()), dv(in.v.size()), dn(in.dy.size()),
+      dl(static_cast<size_t>(rows));
   for (int64_t row = 0; row < rows; ++row) {
     const A norm = static_cast<A>(fwd.norm[row]);
     A delta = 0;

@@ -38,7 +38,8 @@ inline double round_to(int32_t dtype, double x) {
   if (dtype == POWERATTN_FLOAT32) return static_cast<float>(x);
   const Format f = format_of(dtype);
   const int exponent = std::max(std::ilogb(x), f.min_exponent);
-  const double rounded = std::ldexp(std::nearbyint(std::ldexp(x, f.digits - 1 - exponent)), exponent - f.digits + 1);
+  const double rounded =
+      std::ldexp(std::nearbyint(std::ldexp(x, f.digits - 1 - exponent)), exponent - f.digits + 1);
   const double largest = std::ldexp(2.0, f.max_exponent);
   return std::fabs(rounded) >= largest ? std::copysign(std::numeric_limits<double>::infinity(), x) : rounded;
 }
@@ -68,7 +69,8 @@ inline double decode16(int32_t dtype, uint16_t bits) {
     x = fraction ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity();
   } else {
     const uint32_t significand = fraction | (biased ? 1u << fraction_bits : 0u);
-    x = std::ldexp(static_cast<double>(significand), static_cast<int>(biased ? biased : 1u) - 1 + f.min_exponent - fraction_bits);
+    x = std::ldexp(static_cast<double>(significand),
+                   static_cast<int>(biased ? biased : 1u) - 1 + f.min_exponent - fraction_bits);
   }
   return bits & 0x8000u ? -x : x;
 }

@@ -16,8 +16,12 @@
 
 namespace powerattn_test {
 
-inline int32_t stat_dtype(const Case &c) { return c.dtype == POWERATTN_FLOAT64 ? c.dtype : static_cast<int32_t>(POWERATTN_FLOAT32); }
-inline int32_t state_dtype(const Case &c) { return c.bf16_state ? static_cast<int32_t>(POWERATTN_BFLOAT16) : stat_dtype(c); }
+inline int32_t stat_dtype(const Case &c) {
+  return c.dtype == POWERATTN_FLOAT64 ? c.dtype : static_cast<int32_t>(POWERATTN_FLOAT32);
+}
+inline int32_t state_dtype(const Case &c) {
+  return c.bf16_state ? static_cast<int32_t>(POWERATTN_BFLOAT16) : stat_dtype(c);
+}
 
 // Numbers of a whole problem, dense: [b, t, h, width], states [n, heads_kv, D, e] and [n, heads_kv, D].
 struct Inputs {
@@ -108,7 +112,8 @@ class Tensor {
       dense.push_back(decode(dtype_, &now[byte]));
     });
     for (size_t i = 0; i < now.size(); ++i) {
-      if (!touched[i] && now[i] != host_[i]) throw Failure(std::string(name) + ": written between its elements");
+      if (!touched[i] && now[i] != host_[i])
+        throw Failure(std::string(name) + ": written between its elements");
     }
     return dense;
   }
@@ -136,8 +141,8 @@ class Tensor {
   Buffer device_;
 };
 
-inline Tensor make_tensor(Memory &memory, int32_t dtype, int64_t b, int64_t t, int64_t h, int64_t width, Layout layout,
-                          bool output = false) {
+inline Tensor make_tensor(Memory &memory, int32_t dtype, int64_t b, int64_t t, int64_t h, int64_t width,
+                          Layout layout, bool output = false) {
   const int64_t extent[4] = {b, t, h, width};
   if (layout == Layout::kBhtd) return Tensor(memory, dtype, extent, {h * t * width, width, t * width});
   if (layout == Layout::kWide) {
@@ -155,7 +160,8 @@ class State {
   State(Memory &memory, const Case &c, int64_t n, int64_t rows)
       : s_(memory, state_dtype(c), {n, c.heads_kv, rows, c.e},
            {c.heads_kv * (rows * c.e + gap(c)) + gap(c), rows * c.e + gap(c), c.e}),
-        z_(memory, state_dtype(c), {n, c.heads_kv, 1, rows}, {c.heads_kv * (rows + gap(c)) + gap(c), rows + gap(c), rows}) {}
+        z_(memory, state_dtype(c), {n, c.heads_kv, 1, rows},
+           {c.heads_kv * (rows + gap(c)) + gap(c), rows + gap(c), rows}) {}
   void put(const Vector &s, const Vector &z) {
     s_.put(s);
     z_.put(z);
@@ -190,8 +196,8 @@ inline Buffer poisoned(Memory &memory, uint64_t bytes) {
 // ---- Numbers for a case ---------------------------------------------------------------------------------
 
 // The (sequence, kv head) part of a problem: rows of `x` [b, t, heads, width] of heads first .. first+count-1.
-inline Vector slice(const Case &c, const Vector &x, int64_t heads, int64_t width, int64_t b, int64_t start, int64_t length,
-                    int64_t first, int64_t count) {
+inline Vector slice(const Case &c, const Vector &x, int64_t heads, int64_t width, int64_t b, int64_t start,
+                    int64_t length, int64_t first, int64_t count) {
   Vector out;
   if (x.empty()) return out;
   for (int64_t h = first; h < first + count; ++h)
@@ -200,15 +206,17 @@ inline Vector slice(const Case &c, const Vector &x, int64_t heads, int64_t width
   return out;
 }
 
-inline void scatter(const Case &c, const Vector &rows, int64_t heads, int64_t width, int64_t b, int64_t start, int64_t length,
-                    int64_t first, int64_t count, Vector *x) {
+inline void scatter(const Case &c, const Vector &rows, int64_t heads, int64_t width, int64_t b, int64_t start,
+                    int64_t length, int64_t first, int64_t count, Vector *x) {
   size_t n = 0;
   for (int64_t h = first; h < first + count; ++h)
     for (int64_t i = start; i < start + length; ++i)
       for (int64_t w = 0; w < width; ++w) (*x)[((b * c.t + i) * heads + h) * width + w] = rows[n++];
 }
 
-inline int64_t start_of(const Case &, const Inputs &in, int64_t n) { return in.cu_seqlens.empty() ? 0 : in.cu_seqlens[n]; }
+inline int64_t start_of(const Case &, const Inputs &in, int64_t n) {
+  return in.cu_seqlens.empty() ? 0 : in.cu_seqlens[n];
+}
 inline int64_t length_of(const Case &c, const Inputs &in, int64_t n) {
   if (!in.cu_seqlens.empty()) return in.cu_seqlens[n + 1] - in.cu_seqlens[n];
   return in.lengths.empty() ? c.t : in.lengths[n];
@@ -288,7 +296,8 @@ inline Inputs make_inputs(const Case &c, uint64_t seed) {
   in.log_g = log_gates(c, &random, tokens * c.heads_kv);
   if (c.layout == Layout::kBroadcast) {
     for (Vector *x : {&in.k, &in.v, &in.log_g}) {
-      for (size_t i = 0, n = x->size() / static_cast<size_t>(b ? b : 1); i < x->size(); ++i) (*x)[i] = (*x)[i % n];
+      for (size_t i = 0, n = x->size() / static_cast<size_t>(b ? b : 1); i < x->size(); ++i)
+        (*x)[i] = (*x)[i % n];
     }
   }
   if (c.packed) {
@@ -342,7 +351,8 @@ inline Loaded load(Memory &memory, const Case &c, const Inputs &in) {
   x.k = tensor(in.k, c.dtype, c.heads_kv, c.d, c.layout);
   x.v = tensor(in.v, c.dtype, c.heads_kv, c.e, c.layout);
   if (c.gate != Gate::kNone) x.log_g = tensor(in.log_g, stat_dtype(c), c.heads_kv, 1, c.layout);
-  if (c.op == CaseOp::kBackward || c.op == CaseOp::kSummaryReverse) x.dy = tensor(in.dy, c.dtype, c.heads_q, c.e, plain);
+  if (c.op == CaseOp::kBackward || c.op == CaseOp::kSummaryReverse)
+    x.dy = tensor(in.dy, c.dtype, c.heads_q, c.e, plain);
   const int64_t states = c.op == CaseOp::kStep ? in.num_slots : c.count();
   if (!in.s0.empty()) {
     x.initial = State(memory, c, states, embedding(c.d, c.p).rows());
@@ -372,7 +382,8 @@ void attach(const Loaded &x, Memory &memory, const Buffer &workspace, Args *a) {
 // Runs c.op. `use_saved`: backward through the saved buffer of its forward (where the plan offers one).
 inline Outputs run(Memory &memory, const Case &c, const Inputs &in, const Plan &plan, bool use_saved = false) {
   const powerattn_plan_info &info = plan.info();
-  const int64_t b = c.packed ? 1 : c.b, rows = in.s0.empty() && in.ds.empty() && !c.state && c.op != CaseOp::kSummary &&
+  const int64_t b = c.packed ? 1 : c.b, rows = in.s0.empty() && in.ds.empty() && !c.state &&
+                                                       c.op != CaseOp::kSummary &&
                                                        c.op != CaseOp::kSummaryReverse
                                                    ? 0
                                                    : embedding(c.d, c.p).rows();
@@ -414,7 +425,8 @@ inline Outputs run(Memory &memory, const Case &c, const Inputs &in, const Plan &
       if (x.log_g.present()) dlog_g = output(stat_dtype(c), c.heads_kv, 1);
       State d_initial;
       const bool from_saved = use_saved && info.saved_bytes;
-      const Buffer more = poisoned(memory, from_saved ? info.workspace_backward_saved : info.workspace_backward);
+      const Buffer more =
+          poisoned(memory, from_saved ? info.workspace_backward_saved : info.workspace_backward);
       powerattn_backward_args g = {};
       attach(x, memory, more, &g);
       g.q = x.q.arg();

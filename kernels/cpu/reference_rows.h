@@ -76,7 +76,8 @@ inline void rotate_rows(const Problem &p, const Sequence &s, int direction, doub
   for (int64_t i = 0; i < s.length; ++i) {
     double *x = rows + i * p.head_dim;
     for (int64_t c = 0; c < half; ++c) {
-      const double frequency = std::pow(rope.base, -2.0 * static_cast<double>(c) / static_cast<double>(rope.dim));
+      const double frequency =
+          std::pow(rope.base, -2.0 * static_cast<double>(c) / static_cast<double>(rope.dim));
       const double angle = static_cast<double>(s.position + i) * frequency;
       const double cosine = std::cos(angle), sine = direction * std::sin(angle);
       const int64_t a = rope.style == POWERATTN_ROPE_HALF ? c : 2 * c;

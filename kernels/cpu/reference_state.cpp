@@ -7,7 +7,8 @@
 namespace powerattn::reference {
 
 // For each row r of the state, token by token:
-//   S_r <- exp(log_g) S_r + phi(k)[r] v,  z_r likewise,  y += scale^p phi(q)[r] S_r,  l += scale^p phi(q)[r] z_r
+//   S_r <- exp(log_g) S_r + phi(k)[r] v,  z_r likewise,  y += scale^p phi(q)[r] S_r,  l += scale^p phi(q)[r]
+//   z_r
 // and at the end y / (l + eps). The state is rounded to its dtype once per call.
 void step(const Problem &p, const powerattn_step_args &a) {
   const int64_t d = p.head_dim, e = p.value_dim, rows = p.seq_len, group = p.group();
@@ -108,7 +109,8 @@ void summary(const Problem &p, const powerattn_summary_args &a) {
   }
 }
 
-// dS_r = sum_i exp(G_i) scale^p phi(q_i)[r] dy_i / l_i,  dz_r = -sum_i exp(G_i) scale^p phi(q_i)[r] (dy_i . y_i) / l_i
+// dS_r = sum_i exp(G_i) scale^p phi(q_i)[r] dy_i / l_i,  dz_r = -sum_i exp(G_i) scale^p phi(q_i)[r] (dy_i .
+// y_i) / l_i
 void summary_reverse(const Problem &p, const powerattn_summary_reverse_args &a) {
   const int64_t d = p.head_dim, e = p.value_dim, rows = p.seq_len, group = p.group();
   Workspace workspace(a.workspace);

@@ -153,9 +153,11 @@ void fold_any(const Problem &p, const powerattn_compose_args &a, int64_t n, int6
 void compose_states(const Problem &p, const powerattn_compose_args &a, const ParallelFor &parallel) {
   const int64_t s_elements = p.state_rows * p.value_dim, per_state = blocks(s_elements);
   parallel(p.sequences * p.heads_kv * per_state, [&](int64_t item) {
-    const int64_t block = item % per_state, g = item / per_state % p.heads_kv, n = item / per_state / p.heads_kv;
-    fold_any(p, a, n, g, a.segments.s, n * a.segments.s_stride_n + g * a.segments.s_stride_h, a.s_stride_segment,
-             a.out.s, n * a.out.s_stride_n + g * a.out.s_stride_h, block_range(block, s_elements));
+    const int64_t block = item % per_state, g = item / per_state % p.heads_kv,
+                  n = item / per_state / p.heads_kv;
+    fold_any(p, a, n, g, a.segments.s, n * a.segments.s_stride_n + g * a.segments.s_stride_h,
+             a.s_stride_segment, a.out.s, n * a.out.s_stride_n + g * a.out.s_stride_h,
+             block_range(block, s_elements));
     if (block != 0) return;
     if (a.out.z && a.segments.z) {
       fold_any(p, a, n, g, a.segments.z, n * a.segments.z_stride_n + g * a.segments.z_stride_h,
@@ -177,15 +179,15 @@ void convert_states(const Problem &p, const powerattn_convert_args &a, const Par
   const Dtype to = a.dst_dtype ? static_cast<Dtype>(a.dst_dtype) : p.state_dtype;
   const int64_t s_elements = p.state_rows * p.value_dim, per_state = blocks(s_elements);
   parallel(a.count * p.heads_kv * per_state, [&](int64_t item) {
-    const int64_t block = item % per_state, g = item / per_state % p.heads_kv, i = item / per_state / p.heads_kv;
+    const int64_t block = item % per_state, g = item / per_state % p.heads_kv,
+                  i = item / per_state / p.heads_kv;
     const int64_t from_slot = a.src_slots ? a.src_slots[i] : i, to_slot = a.dst_slots ? a.dst_slots[i] : i;
     if (from_slot < 0 || to_slot < 0) return;
     const Range range = block_range(block, s_elements);
-    convert_elements(
-        from, to,
-        byte_at(a.src.s, from, from_slot * a.src.s_stride_n + g * a.src.s_stride_h + range.begin),
-        byte_at(a.dst.s, to, to_slot * a.dst.s_stride_n + g * a.dst.s_stride_h + range.begin),
-        range.end - range.begin);
+    convert_elements(from, to,
+                     byte_at(a.src.s, from, from_slot * a.src.s_stride_n + g * a.src.s_stride_h + range.begin),
+                     byte_at(a.dst.s, to, to_slot * a.dst.s_stride_n + g * a.dst.s_stride_h + range.begin),
+                     range.end - range.begin);
     if (block != 0 || !a.dst.z) return;
     const int64_t to_at = to_slot * a.dst.z_stride_n + g * a.dst.z_stride_h;
     if (a.src.z) {
@@ -201,7 +203,8 @@ void pack_states(const Problem &p, const powerattn_pack_args &a, Dtype dtype, vo
                  const ParallelFor &parallel) {
   const int64_t rows = p.state_rows, s_elements = rows * p.value_dim, per_state = blocks(s_elements);
   parallel(a.count * p.heads_kv * per_state, [&](int64_t item) {
-    const int64_t block = item % per_state, g = item / per_state % p.heads_kv, i = item / per_state / p.heads_kv;
+    const int64_t block = item % per_state, g = item / per_state % p.heads_kv,
+                  i = item / per_state / p.heads_kv;
     const Range range = block_range(block, s_elements);
     char *base = byte_at(payload, dtype, (i * p.heads_kv + g) * (rows + s_elements));
     char *s = byte_at(base, dtype, rows + range.begin);
@@ -237,7 +240,8 @@ void unpack_states(const Problem &p, const powerattn_pack_args &a, Dtype dtype, 
     }
   };
   parallel(a.count * p.heads_kv * per_state, [&](int64_t item) {
-    const int64_t block = item % per_state, g = item / per_state % p.heads_kv, i = item / per_state / p.heads_kv;
+    const int64_t block = item % per_state, g = item / per_state % p.heads_kv,
+                  i = item / per_state / p.heads_kv;
     const Range range = block_range(block, s_elements);
     const char *base = byte_at(payload, dtype, (i * p.heads_kv + g) * (rows + s_elements));
     read(byte_at(base, dtype, rows + range.begin),

@@ -9,9 +9,10 @@
 namespace powerattn {
 namespace {
 
-constexpr int64_t kPad = 16;                    // elements of the widest vector
-constexpr int64_t kBlockBytes = 64 * 1024;      // of a state: in L2 beside phi, and 9 units of work at d = 64, p = 2
-constexpr int64_t kPhiBytes = 128 * 1024;       // of one worker's phi
+constexpr int64_t kPad = 16;  // elements of the widest vector
+constexpr int64_t kBlockBytes =
+    64 * 1024;                             // of a state: in L2 beside phi, and 9 units of work at d = 64, p = 2
+constexpr int64_t kPhiBytes = 128 * 1024;  // of one worker's phi
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -120,10 +121,12 @@ void prepare(const Problem &p, const powerattn_step_args &a, const Plan<T> &w, i
 template <class T>
 void sweep(const Problem &p, const powerattn_step_args &a, const fast::Kernels<T> &kernels, const Plan<T> &w,
            int64_t unit, int worker) {
-  const int64_t block = unit % w.shape.blocks, kv = unit / w.shape.blocks, b = kv / p.heads_kv, g = kv % p.heads_kv;
+  const int64_t block = unit % w.shape.blocks, kv = unit / w.shape.blocks, b = kv / p.heads_kv,
+                g = kv % p.heads_kv;
   const reference::Sequence s = tokens_of(p, a, b);
   if (s.length == 0) return;
-  const int64_t slot = a.slots ? a.slots[b] : b, t = p.seq_len, group = p.group(), element = size_of(p.state_dtype);
+  const int64_t slot = a.slots ? a.slots[b] : b, t = p.seq_len, group = p.group(),
+                element = size_of(p.state_dtype);
   fast::StepUnit<T> u;
   u.d = static_cast<int>(p.head_dim);
   u.p = p.degree;
@@ -139,9 +142,9 @@ void sweep(const Problem &p, const powerattn_step_args &a, const fast::Kernels<T
   u.state_dtype = static_cast<int>(p.state_dtype);
   u.s = static_cast<char *>(a.state.s) +
         (slot * a.state.s_stride_n + g * a.state.s_stride_h + u.row * p.value_dim) * element;
-  u.z = a.state.z
-            ? static_cast<char *>(a.state.z) + (slot * a.state.z_stride_n + g * a.state.z_stride_h + u.row) * element
-            : nullptr;
+  u.z = a.state.z ? static_cast<char *>(a.state.z) +
+                        (slot * a.state.z_stride_n + g * a.state.z_stride_h + u.row) * element
+                  : nullptr;
   u.k = w.k + kv * t * p.head_dim;
   u.q = w.q + kv * group * t * p.head_dim;
   u.v = w.v + kv * t * w.shape.ep;
@@ -165,7 +168,8 @@ void finish(const Problem &p, const powerattn_step_args &a, const Plan<T> &w, in
       const int64_t at = reference::offset_of(p, a.y, s, i, g * group + m);
       double norm = p.eps;
       if (p.normalize && i < s.length) {
-        for (int64_t n = 0; n < blocks; ++n) norm += static_cast<double>(w.l[((kv * blocks + n) * group + m) * t + i]);
+        for (int64_t n = 0; n < blocks; ++n)
+          norm += static_cast<double>(w.l[((kv * blocks + n) * group + m) * t + i]);
       }
       for (int64_t c = 0; c < p.value_dim; ++c) {
         double y = 0;
@@ -237,8 +241,10 @@ uint64_t step_workspace(const Problem &p) {
 }
 
 void step(const Problem &p, const powerattn_step_args &a, const fast::Isa &isa, const ParallelFor &parallel) {
-  if (p.dtype == Dtype::kFloat64) run<double>(p, a, isa.f64, parallel);
-  else run<float>(p, a, isa.f32, parallel);
+  if (p.dtype == Dtype::kFloat64)
+    run<double>(p, a, isa.f64, parallel);
+  else
+    run<float>(p, a, isa.f32, parallel);
 }
 
 }  // namespace powerattn

@@ -10,10 +10,10 @@ namespace powerattn {
 
 // How a step is cut, from the problem alone: results must not depend on the number of threads.
 struct StepShape {
-  int64_t rows;      // state rows of one block
-  int64_t blocks;    // of one state
-  int64_t batch;     // tokens whose phi is held at once
-  int64_t ep, ld;    // value_dim and rows, padded to whole vectors
+  int64_t rows;          // state rows of one block
+  int64_t blocks;        // of one state
+  int64_t batch;         // tokens whose phi is held at once
+  int64_t ep, ld;        // value_dim and rows, padded to whole vectors
   int64_t rows_scratch;  // elements of the rows that are held unrounded
 };
 StepShape step_shape(const Problem &p);

@@ -97,8 +97,8 @@ POWERATTN_NOINLINE void phi_vectors(int d, int p, int64_t row, int64_t n, int64_
   }
 }
 
-// One token on `rows` rows of S (row stride e): its decay, v and y at the tile's first column, phi(k) and phi(q)
-// at the first row. Heads are q_stride and y_stride apart.
+// One token on `rows` rows of S (row stride e): its decay, v and y at the tile's first column, phi(k) and
+// phi(q) at the first row. Heads are q_stride and y_stride apart.
 template <class T>
 struct StepToken {
   int64_t rows, e;
@@ -179,18 +179,30 @@ POWERATTN_NOINLINE void step_columns(const StepToken<T> &a, typename E::Bits *s)
   for (; c < a.e; ++c) step_column<T, E, kH, kUpdate>(a, s, c);
 }
 
-// The first head updates the state on the way, a whole row at a time as memory likes it; the others find the rows
-// in L1, four heads at a time.
+// The first head updates the state on the way, a whole row at a time as memory likes it; the others find the
+// rows in L1, four heads at a time.
 template <class T, class E>
 POWERATTN_INLINE void step_heads(StepToken<T> a, int64_t heads, typename E::Bits *s) {
-  step_columns<T, E, 1, true>(a, s);
+  // Rows wider than the sums in registers take several passes: over few rows at a time, so that memory is read
+  // nearly in order.
+  const int64_t narrow = a.e <= 8 * kLanes<T> ? a.rows : 16;
+  StepToken<T> first = a;
+  for (int64_t r = 0; r < a.rows; r += narrow) {
+    first.rows = lesser(narrow, a.rows - r);
+    first.phi_k = a.phi_k + r;
+    first.phi_q = a.phi_q + r;
+    step_columns<T, E, 1, true>(first, s + r * a.e);
+  }
   for (int64_t h = 1, n = 1; h < heads; h += n) {
     a.phi_q += n * a.q_stride;
     a.y += n * a.y_stride;
     n = heads - h >= 4 ? 4 : heads - h >= 2 ? 2 : 1;
-    if (n == 4) step_columns<T, E, 4, false>(a, s);
-    else if (n == 2) step_columns<T, E, 2, false>(a, s);
-    else step_columns<T, E, 1, false>(a, s);
+    if (n == 4)
+      step_columns<T, E, 4, false>(a, s);
+    else if (n == 2)
+      step_columns<T, E, 2, false>(a, s);
+    else
+      step_columns<T, E, 1, false>(a, s);
   }
 }
 
@@ -275,7 +287,9 @@ POWERATTN_NOINLINE void step_block(const StepUnit<T> &u) {
 }
 
 inline void step_unit(const StepUnit<float> &u) {
-  if (u.state_dtype == POWERATTN_BFLOAT16) step_block<float, Bfloat16Pairs>(u);
-  else step_block<float, Same<float>>(u);
+  if (u.state_dtype == POWERATTN_BFLOAT16)
+    step_block<float, Bfloat16Pairs>(u);
+  else
+    step_block<float, Same<float>>(u);
 }
 inline void step_unit(const StepUnit<double> &u) { step_block<double, Same<double>>(u); }

@@ -59,9 +59,8 @@ powerattn_status summary_reverse(const powerattn_plan &plan, const powerattn_sum
 }  // namespace
 
 const Implementation &reference_implementation() {
-  static constexpr Implementation implementation = {
-      "cpu.reference", choose, sizes, describe, forward, backward, step, summary,
-      summary_reverse};
+  static constexpr Implementation implementation = {"cpu.reference", choose, sizes,   describe,       forward,
+                                                    backward,        step,   summary, summary_reverse};
   return implementation;
 }
 

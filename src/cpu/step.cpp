@@ -30,7 +30,8 @@ void describe(const Problem &p, const Tiling &, std::string *text) {
   const StepShape s = step_shape(p);
   char line[400];
   std::snprintf(line, sizeof line,
-                "  %s; %" PRId64 " blocks of %" PRId64 " rows: 64 KiB of state stay in L2 for all tokens and heads\n"
+                "  %s; %" PRId64 " blocks of %" PRId64
+                " rows: 64 KiB of state stay in L2 for all tokens and heads\n"
                 "  phi of %" PRId64 " tokens at once: 128 KiB per thread; the state is read and written once\n",
                 cpu::chosen_isa().f32.name, s.blocks, s.rows, s.batch);
   text->append(line);

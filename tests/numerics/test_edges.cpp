@@ -21,8 +21,8 @@ bool finite(const Vector &x) {
   return std::all_of(x.begin(), x.end(), [](double v) { return std::isfinite(v); });
 }
 bool finite(const Outputs &o) {
-  return finite(o.y) && finite(o.norm) && finite(o.s) && finite(o.z) && finite(o.dq) && finite(o.dk) && finite(o.dv) &&
-         finite(o.dlog_g) && finite(o.ds0) && finite(o.dz0);
+  return finite(o.y) && finite(o.norm) && finite(o.s) && finite(o.z) && finite(o.dq) && finite(o.dk) &&
+         finite(o.dv) && finite(o.dlog_g) && finite(o.ds0) && finite(o.dz0);
 }
 bool zero(const Vector &x, int64_t from, int64_t count) {
   return std::all_of(x.begin() + from, x.begin() + from + count, [](double v) { return v == 0; });
@@ -107,8 +107,8 @@ TEST_CASE("edge: tiny and huge scores leave the normalised output alone") {
 }
 
 TEST_CASE("edge: NaN and Inf in the data propagate, stay in their sequence, and nothing crashes") {
-  // A query, key or gate reaches later tokens only. A value is multiplied by the masked weights of its tile, and
-  // 0 x NaN is NaN: it may also reach earlier tokens, but never another sequence.
+  // A query, key or gate reaches later tokens only. A value is multiplied by the masked weights of its tile,
+  // and 0 x NaN is NaN: it may also reach earlier tokens, but never another sequence.
   for (const char *op : {"fwd", "bwd"}) {
     for (const char *form : kForms) {
       for (const char *dtype : {"f32", "bf16", "f16", "f64"}) {
@@ -170,7 +170,8 @@ TEST_CASE("edge: gates that add up to far beyond what exp can hold") {
     const Case c = parse_case(std::string("bwd f32 b1 t67 h2 d16 p2 gated state ") + form);
     INFO(c.line);
     Inputs in = make_inputs(c, 12);
-    for (size_t i = 0; i < in.log_g.size(); ++i) in.log_g[i] = i % 7 == 0 ? -40 : i % 11 == 0 ? -200 : in.log_g[i];
+    for (size_t i = 0; i < in.log_g.size(); ++i)
+      in.log_g[i] = i % 7 == 0 ? -40 : i % 11 == 0 ? -200 : in.log_g[i];
     const Outputs out = run_once(c, in);
     CHECK(finite(out));
     CHECK(judge_all(c, out, oracle(c, in), plain_versions(c, in, true)).problems == "");
@@ -178,7 +179,8 @@ TEST_CASE("edge: gates that add up to far beyond what exp can hold") {
 }
 
 TEST_CASE("edge: long sequences stay right") {
-  // The last rows of a long sequence against the recurrence in float64; constant values come back at any length.
+  // The last rows of a long sequence against the recurrence in float64; constant values come back at any
+  // length.
   const Case c = parse_case("fwd f32 b1 t8209 h1 d8 p2 gated state");
   const Inputs in = make_inputs(c, 2);
   const HeadOutput exact = recurrent_forward<double>(head_input(c, in, 0, 0), Exact());
@@ -227,7 +229,8 @@ TEST_CASE("retention: a scale of 0 is 0, and the default is 1/sqrt(d)") {
   const Inputs in = make_inputs(zero_scale, 3);
   const Outputs out = run_once(zero_scale, in);
   CHECK(zero(out.y, 0, static_cast<int64_t>(out.y.size())));
-  const Case automatic = parse_case("fwd f32 b1 t9 h1 d16 p2 unnorm"), given = parse_case("fwd f32 b1 t9 h1 d16 p2 unnorm scale0.25");
+  const Case automatic = parse_case("fwd f32 b1 t9 h1 d16 p2 unnorm"),
+             given = parse_case("fwd f32 b1 t9 h1 d16 p2 unnorm scale0.25");
   CHECK(Plan(automatic.desc()).info().scale == 0.25);
   CHECK(run_once(automatic, in).y == run_once(given, in).y);
 }

@@ -25,12 +25,13 @@ bool same_bits(const Vector &a, const Vector &b) {
 
 bool same_bits(const Outputs &a, const Outputs &b) {
   return same_bits(a.y, b.y) && same_bits(a.norm, b.norm) && same_bits(a.s, b.s) && same_bits(a.z, b.z) &&
-         same_bits(a.dq, b.dq) && same_bits(a.dk, b.dk) && same_bits(a.dv, b.dv) && same_bits(a.dlog_g, b.dlog_g) &&
-         same_bits(a.ds0, b.ds0) && same_bits(a.dz0, b.dz0) && same_bits(a.total, b.total);
+         same_bits(a.dq, b.dq) && same_bits(a.dk, b.dk) && same_bits(a.dv, b.dv) &&
+         same_bits(a.dlog_g, b.dlog_g) && same_bits(a.ds0, b.ds0) && same_bits(a.dz0, b.dz0) &&
+         same_bits(a.total, b.total);
 }
 
-// Two results of the library for the same numbers: both within tolerance of the truth, so at most two tolerances
-// apart. `c` says which plain implementation measures it.
+// Two results of the library for the same numbers: both within tolerance of the truth, so at most two
+// tolerances apart. `c` says which plain implementation measures it.
 std::string both_near(const Case &c, const Inputs &in, const Outputs &a, const Outputs &b) {
   const Outputs exact = oracle(c, in);
   const std::vector<Outputs> plain = plain_versions(c, in, true);
@@ -76,7 +77,8 @@ Inputs cut_tokens(const Case &c, const Inputs &in, int64_t first, int64_t count)
   return out;
 }
 
-void append_tokens(const Case &c, const Vector &part, int64_t part_tokens, int64_t first, int64_t width, Vector *whole) {
+void append_tokens(const Case &c, const Vector &part, int64_t part_tokens, int64_t first, int64_t width,
+                   Vector *whole) {
   for (int64_t b = 0; b < c.b; ++b) {
     std::copy(part.begin() + b * part_tokens * width, part.begin() + (b + 1) * part_tokens * width,
               whole->begin() + (b * c.t + first) * width);
@@ -124,14 +126,15 @@ TEST_CASE("property: linear in v") {
       off = std::max(off, std::fabs(sum.y[i] - yboth.y[i]));
     }
     Distance plain_error;
-    for (const Outputs &p : plain) plain_error.largest = std::max(plain_error.largest, distance(p.y, exact.y).largest);
+    for (const Outputs &p : plain)
+      plain_error.largest = std::max(plain_error.largest, distance(p.y, exact.y).largest);
     CHECK(off <= 3 * (2 * plain_error.largest + u * largest));
   }
 }
 
 TEST_CASE("property: any chunk size and any form give the same answer") {
-  for (const char *rest : {"b1 t131 h2/1 d16 p2 gated state", "b1 t131 h2/1 d16 p2 reset state", "b2 t67 h2 d5 p3 unnorm gated state",
-                           "b1 t67 h1 d8 p4"}) {
+  for (const char *rest : {"b1 t131 h2/1 d16 p2 gated state", "b1 t131 h2/1 d16 p2 reset state",
+                           "b2 t67 h2 d5 p3 unnorm gated state", "b1 t67 h1 d8 p4"}) {
     for (const char *op : {"fwd", "bwd"}) {
       for (const char *dtype : {"f32", "bf16"}) {
         const std::string base = std::string(op) + " " + dtype + " " + rest;
@@ -139,8 +142,8 @@ TEST_CASE("property: any chunk size and any form give the same answer") {
         const Inputs in = make_inputs(first, seed_of(base));
         const Outputs exact = oracle(first, in);
         const std::vector<Outputs> plain = plain_versions(first, in, true);
-        for (const char *form : {" attn", " chunked c1", " chunked c7", " chunked c32", " chunked c64", " chunked c128",
-                                 " chunked c131", " chunked c4096", ""}) {
+        for (const char *form : {" attn", " chunked c1", " chunked c7", " chunked c32", " chunked c64",
+                                 " chunked c128", " chunked c131", " chunked c4096", ""}) {
           const Case c = parse_case(base + form);
           INFO(c.line);
           CHECK(judge_all(c, run_once(c, in), exact, plain).problems == "");
@@ -153,7 +156,8 @@ TEST_CASE("property: any chunk size and any form give the same answer") {
 TEST_CASE("property: split anywhere and resume") {
   for (const char *form : kForms) {
     for (const char *dtype : {"f32", "bf16", "f64"}) {
-      const Case c = parse_case(std::string("fwd ") + dtype + " b2 t67 h4/2 d12 e10 p2 gated state rope-half offset " + form);
+      const Case c = parse_case(std::string("fwd ") + dtype +
+                                " b2 t67 h4/2 d12 e10 p2 gated state rope-half offset " + form);
       const Inputs in = make_inputs(c, seed_of(c.line));
       const Outputs exact = oracle(c, in);
       const std::vector<Outputs> plain = plain_versions(c, in, true);
@@ -167,7 +171,8 @@ TEST_CASE("property: split anywhere and resume") {
         rest.s0 = a.s;
         rest.z0 = a.z;
         Outputs whole = run_once(tail, rest);
-        Vector y(static_cast<size_t>(c.b * c.t * c.heads_q * c.e)), norm(static_cast<size_t>(c.b * c.t * c.heads_q));
+        Vector y(static_cast<size_t>(c.b * c.t * c.heads_q * c.e)),
+            norm(static_cast<size_t>(c.b * c.t * c.heads_q));
         append_tokens(c, a.y, split, 0, c.heads_q * c.e, &y);
         append_tokens(c, a.norm, split, 0, c.heads_q, &norm);
         append_tokens(c, whole.y, c.t - split, split, c.heads_q * c.e, &y);
@@ -182,7 +187,8 @@ TEST_CASE("property: split anywhere and resume") {
 
 TEST_CASE("property: the backward of two segments is the backward of the whole") {
   for (const char *form : kForms) {
-    for (const char *line : {"b1 t67 h4/2 d12 p2 gated state", "b2 t43 h2 d7 p3 unnorm gated state", "b1 t67 h2 d8 p2 reset state"}) {
+    for (const char *line : {"b1 t67 h4/2 d12 p2 gated state", "b2 t43 h2 d7 p3 unnorm gated state",
+                             "b1 t67 h2 d8 p2 reset state"}) {
       const Case c = parse_case(std::string("bwd f32 ") + line + " " + form);
       const Inputs in = make_inputs(c, seed_of(c.line));
       for (int64_t split : {int64_t{1}, int64_t{32}, c.t - 1}) {
@@ -228,9 +234,12 @@ TEST_CASE("property: causal, bit for bit") {
       for (int64_t b = 0; b < c.b; ++b) {
         for (int64_t i = changed; i < c.t; ++i) {
           const int64_t row = b * c.t + i;
-          for (int64_t x = 0; x < c.heads_q * c.d; ++x) other.q[row * c.heads_q * c.d + x] = round_to(c.dtype, random.normal());
-          for (int64_t x = 0; x < c.heads_kv * c.d; ++x) other.k[row * c.heads_kv * c.d + x] = round_to(c.dtype, random.normal());
-          for (int64_t x = 0; x < c.heads_kv * c.e; ++x) other.v[row * c.heads_kv * c.e + x] = round_to(c.dtype, 9 * random.normal());
+          for (int64_t x = 0; x < c.heads_q * c.d; ++x)
+            other.q[row * c.heads_q * c.d + x] = round_to(c.dtype, random.normal());
+          for (int64_t x = 0; x < c.heads_kv * c.d; ++x)
+            other.k[row * c.heads_kv * c.d + x] = round_to(c.dtype, random.normal());
+          for (int64_t x = 0; x < c.heads_kv * c.e; ++x)
+            other.v[row * c.heads_kv * c.e + x] = round_to(c.dtype, 9 * random.normal());
           for (int64_t x = 0; x < c.heads_kv; ++x) other.log_g[row * c.heads_kv + x] = -3;
         }
       }
@@ -240,8 +249,10 @@ TEST_CASE("property: causal, bit for bit") {
         for (int64_t i = 0; i < c.t; ++i) {
           for (int64_t x = 0; x < c.heads_q * c.e; ++x) {
             const int64_t at = (b * c.t + i) * c.heads_q * c.e + x;
-            if (i < changed) same = same && before.y[at] == after.y[at];
-            else differs = differs || before.y[at] != after.y[at];
+            if (i < changed)
+              same = same && before.y[at] == after.y[at];
+            else
+              differs = differs || before.y[at] != after.y[at];
           }
         }
       }
@@ -252,8 +263,9 @@ TEST_CASE("property: causal, bit for bit") {
 }
 
 TEST_CASE("property: the step is the forward, token by token") {
-  for (const char *line : {"f32 b2 t23 h4/2 d16 p2 gated", "bf16 b2 t23 h2 d12 e20 p2 reset", "f32 b1 t23 h2/1 d6 p3 unnorm gated rope-inter offset",
-                           "f16 b2 t23 h2 d8 p4 gated", "f64 b2 t23 h6/3 d9 p2 gated rope-half rdim6 offset"}) {
+  for (const char *line : {"f32 b2 t23 h4/2 d16 p2 gated", "bf16 b2 t23 h2 d12 e20 p2 reset",
+                           "f32 b1 t23 h2/1 d6 p3 unnorm gated rope-inter offset", "f16 b2 t23 h2 d8 p4 gated",
+                           "f64 b2 t23 h6/3 d9 p2 gated rope-half rdim6 offset"}) {
     for (int64_t tokens : {1, 4, 23}) {
       const Case whole = parse_case(std::string("fwd ") + line + " state");
       INFO(whole.line, " tokens per step ", tokens);
@@ -310,12 +322,14 @@ TEST_CASE("property: batch entries and heads commute with the operation, bit for
       INFO(c.line);
       const Inputs in = make_inputs(c, seed_of(c.line));
       Inputs moved = in;
-      const auto permute = [&](const Vector &x, int64_t width, Vector *y) {  // entry b, head h -> (b + 1, h + 2)
+      const auto permute = [&](const Vector &x, int64_t width,
+                               Vector *y) {  // entry b, head h -> (b + 1, h + 2)
         for (int64_t b = 0; b < 3; ++b)
           for (int64_t i = 0; i < c.t; ++i)
             for (int64_t h = 0; h < 3; ++h)
               for (int64_t w = 0; w < width; ++w) {
-                (*y)[(((b + 1) % 3 * c.t + i) * 3 + (h + 2) % 3) * width + w] = x[((b * c.t + i) * 3 + h) * width + w];
+                (*y)[(((b + 1) % 3 * c.t + i) * 3 + (h + 2) % 3) * width + w] =
+                    x[((b * c.t + i) * 3 + h) * width + w];
               }
       };
       permute(in.q, c.d, &moved.q);
@@ -339,10 +353,11 @@ TEST_CASE("property: batch entries and heads commute with the operation, bit for
 }
 
 TEST_CASE("property: the same bits from every call and any number of threads") {
-  for (const char *line :
-       {"fwd f32 b2 t131 h4/2 d32 p2 gated state", "fwd bf16 b1 t257 h2 d32 p2 chunked c64", "fwd f64 b1 t67 h2 d9 p2 attn",
-        "bwd f32 b2 t131 h4/2 d32 p2 gated state", "bwd f32 b1 t257 h2 d16 p2 chunked c32 gated", "bwd bf16 b1 t67 h2 d32 p2 attn",
-        "step f32 b3 t2 h4/2 d32 p2 gated", "step bf16 b3 t1 h2 d32 p2 bstate", "sum f32 b2 t67 h2 d32 p2 gated"}) {
+  for (const char *line : {"fwd f32 b2 t131 h4/2 d32 p2 gated state", "fwd bf16 b1 t257 h2 d32 p2 chunked c64",
+                           "fwd f64 b1 t67 h2 d9 p2 attn", "bwd f32 b2 t131 h4/2 d32 p2 gated state",
+                           "bwd f32 b1 t257 h2 d16 p2 chunked c32 gated", "bwd bf16 b1 t67 h2 d32 p2 attn",
+                           "step f32 b3 t2 h4/2 d32 p2 gated", "step bf16 b3 t1 h2 d32 p2 bstate",
+                           "sum f32 b2 t67 h2 d32 p2 gated"}) {
     INFO(line);
     Case c = parse_case(line);
     const Inputs in = make_inputs(c, 7);
@@ -357,7 +372,8 @@ TEST_CASE("property: the same bits from every call and any number of threads") {
 
 TEST_CASE("property: a packed sequence gives what it gives alone") {
   for (const char *op : {"fwd", "bwd"}) {
-    const Case c = parse_case(std::string(op) + " f32 seq17,0,1,64 pad5 h4/2 d16 p2 gated state rope-half offset");
+    const Case c =
+        parse_case(std::string(op) + " f32 seq17,0,1,64 pad5 h4/2 d16 p2 gated state rope-half offset");
     const Inputs in = make_inputs(c, 11);
     const Outputs all = run_once(c, in);
     for (int64_t n = 0; n < c.count(); ++n) {
@@ -408,9 +424,11 @@ TEST_CASE("property: a packed sequence gives what it gives alone") {
 
 TEST_CASE("property: gradients are directional derivatives") {
   // (L(x + h dx) - L(x - h dx)) / 2h in float64 against <gradient, dx>, for each input and the initial state.
-  for (const char *line : {"f64 b2 t19 h4/2 d6 e5 p2 gated state", "f64 b1 t19 h2 d5 p3 unnorm gated state", "f64 b1 t19 h2/1 d4 p4 gated state eps0.1",
-                           "f64 b1 t23 h2 d8 p2 gated rope-inter rdim6 offset state", "f64 seq5,0,11 h2 d6 p2 gated state",
-                           "f64 b1 t40 h2 d6 p2 gated state chunked c8", "f64 b1 t40 h2 d6 p2 gated attn"}) {
+  for (const char *line :
+       {"f64 b2 t19 h4/2 d6 e5 p2 gated state", "f64 b1 t19 h2 d5 p3 unnorm gated state",
+        "f64 b1 t19 h2/1 d4 p4 gated state eps0.1", "f64 b1 t23 h2 d8 p2 gated rope-inter rdim6 offset state",
+        "f64 seq5,0,11 h2 d6 p2 gated state", "f64 b1 t40 h2 d6 p2 gated state chunked c8",
+        "f64 b1 t40 h2 d6 p2 gated attn"}) {
     const Case c = parse_case(std::string("bwd ") + line);
     const Case forward = with_op(c, CaseOp::kForward);
     const Inputs in = make_inputs(c, seed_of(line));
@@ -427,8 +445,9 @@ TEST_CASE("property: gradients are directional derivatives") {
       const char *name;
       Vector Inputs::*input;
       const Vector *gradient;
-    } parts[] = {{"q", &Inputs::q, &gradient.dq},         {"k", &Inputs::k, &gradient.dk},   {"v", &Inputs::v, &gradient.dv},
-                 {"log_g", &Inputs::log_g, &gradient.dlog_g}, {"S0", &Inputs::s0, &gradient.ds0}, {"z0", &Inputs::z0, &gradient.dz0}};
+    } parts[] = {{"q", &Inputs::q, &gradient.dq},    {"k", &Inputs::k, &gradient.dk},
+                 {"v", &Inputs::v, &gradient.dv},    {"log_g", &Inputs::log_g, &gradient.dlog_g},
+                 {"S0", &Inputs::s0, &gradient.ds0}, {"z0", &Inputs::z0, &gradient.dz0}};
     for (const auto &one : parts) {
       if ((in.*one.input).empty()) continue;
       if (std::string(one.name) == "z0" && !c.normalize) continue;
@@ -441,8 +460,8 @@ TEST_CASE("property: gradients are directional derivatives") {
         expected += g * direction.back();
         norm += g * g;
       }
-      // Two step sizes: a central difference errs by O(h^2), so the ratio of the errors is 4 where it is not yet
-      // rounding. Richardson removes that term.
+      // Two step sizes: a central difference errs by O(h^2), so the ratio of the errors is 4 where it is not
+      // yet rounding. Richardson removes that term.
       const auto difference = [&](double h) {
         Inputs plus = in, minus = in;
         for (size_t i = 0; i < direction.size(); ++i) {

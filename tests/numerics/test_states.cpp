@@ -22,15 +22,18 @@ struct Segment {
 Segment random_segment(const Case &c, Random *random) {
   Segment x;
   random_states(c, random, c.count(), &x.s, &x.z);
-  for (int64_t i = 0; i < c.count() * c.heads_kv; ++i) x.total.push_back(round_to(stat_dtype(c), -std::fabs(random->normal())));
+  for (int64_t i = 0; i < c.count() * c.heads_kv; ++i)
+    x.total.push_back(round_to(stat_dtype(c), -std::fabs(random->normal())));
   return x;
 }
 
 // Folds through the library; the segments lie one after another in one buffer.
 Segment compose(const Case &c, const std::vector<Segment> &segments, bool reversed = false) {
   const Plan plan(c.desc());
-  const int64_t n = static_cast<int64_t>(segments.size()), rows = rows_of(c), heads = c.heads_kv, sequences = c.count();
-  const int64_t s_size = sequences * heads * rows * c.e, z_size = sequences * heads * rows, g_size = sequences * heads;
+  const int64_t n = static_cast<int64_t>(segments.size()), rows = rows_of(c), heads = c.heads_kv,
+                sequences = c.count();
+  const int64_t s_size = sequences * heads * rows * c.e, z_size = sequences * heads * rows,
+                g_size = sequences * heads;
   Tensor s(memory, state_dtype(c), {1, 1, 1, std::max<int64_t>(n, 1) * s_size}, {0, 0, 0});
   Tensor z(memory, state_dtype(c), {1, 1, 1, std::max<int64_t>(n, 1) * z_size}, {0, 0, 0});
   Tensor g(memory, stat_dtype(c), {1, 1, 1, std::max<int64_t>(n, 1) * g_size}, {0, 0, 0});
@@ -55,8 +58,12 @@ Segment compose(const Case &c, const std::vector<Segment> &segments, bool revers
   powerattn_compose_args a = {};
   a.struct_size = sizeof a;
   a.count = n;
-  a.segments = {at(s, state_dtype(c), first * s_size), at(z, state_dtype(c), first * z_size), heads * rows * c.e, rows * c.e,
-                heads * rows, rows};
+  a.segments = {at(s, state_dtype(c), first * s_size),
+                at(z, state_dtype(c), first * z_size),
+                heads * rows * c.e,
+                rows * c.e,
+                heads * rows,
+                rows};
   a.s_stride_segment = sign * s_size;
   a.z_stride_segment = sign * z_size;
   a.log_g = at(g, stat_dtype(c), first * g_size);
@@ -82,7 +89,8 @@ Segment compose_exactly(const Case &c, const std::vector<Segment> &segments) {
   for (const Segment &x : segments) {
     for (int64_t i = 0; i < states; ++i) {
       const double decay = std::exp(x.total[i]);
-      for (int64_t j = 0; j < rows * c.e; ++j) out.s[i * rows * c.e + j] = decay * out.s[i * rows * c.e + j] + x.s[i * rows * c.e + j];
+      for (int64_t j = 0; j < rows * c.e; ++j)
+        out.s[i * rows * c.e + j] = decay * out.s[i * rows * c.e + j] + x.s[i * rows * c.e + j];
       for (int64_t j = 0; j < rows; ++j) out.z[i * rows + j] = decay * out.z[i * rows + j] + x.z[i * rows + j];
       out.total[i] += x.total[i];
     }
@@ -93,8 +101,9 @@ Segment compose_exactly(const Case &c, const std::vector<Segment> &segments) {
 double largest_difference(const Vector &a, const Vector &b) { return distance(a, b).largest; }
 double largest(const Vector &a) { return distance(a, Vector(a.size(), 0.0)).largest; }
 
-Vector convert(const Case &c, const Vector &s, const Vector &z, int64_t slots, int32_t to, const std::vector<int64_t> &src_slots,
-               const std::vector<int64_t> &dst_slots, int64_t count, Vector *z_out) {
+Vector convert(const Case &c, const Vector &s, const Vector &z, int64_t slots, int32_t to,
+               const std::vector<int64_t> &src_slots, const std::vector<int64_t> &dst_slots, int64_t count,
+               Vector *z_out) {
   const Plan plan(c.desc());
   Case other = c;
   other.bf16_state = to == POWERATTN_BFLOAT16;
@@ -120,7 +129,8 @@ Vector convert(const Case &c, const Vector &s, const Vector &z, int64_t slots, i
 
 TEST_CASE("state: phi(q) . phi(k) = (q . k)^p through the documented order") {
   Random random(5);
-  const int64_t shapes[][2] = {{1, 1}, {1, 8}, {2, 8}, {3, 6}, {5, 3}, {7, 4}, {9, 5}, {16, 4}, {33, 2}, {64, 1}, {64, 2}, {40, 3}, {4, 7}};
+  const int64_t shapes[][2] = {{1, 1},  {1, 8},  {2, 8},  {3, 6},  {5, 3},  {7, 4}, {9, 5},
+                               {16, 4}, {33, 2}, {64, 1}, {64, 2}, {40, 3}, {4, 7}};
   for (const auto &shape : shapes) {
     const int64_t d = shape[0];
     const int32_t p = static_cast<int32_t>(shape[1]);
@@ -154,7 +164,8 @@ TEST_CASE("state: phi(q) . phi(k) = (q . k)^p through the documented order") {
 }
 
 TEST_CASE("state: the rows that a summary writes are in the documented order") {
-  for (const char *line : {"sum f64 b1 t1 h1 d6 e2 p2", "sum f64 b1 t1 h1 d5 e1 p3 unnorm", "sum f64 b1 t1 h1 d9 e3 p4"}) {
+  for (const char *line :
+       {"sum f64 b1 t1 h1 d6 e2 p2", "sum f64 b1 t1 h1 d5 e1 p3 unnorm", "sum f64 b1 t1 h1 d9 e3 p4"}) {
     const Case c = parse_case(line);
     Inputs in = make_inputs(c, 3);
     const Outputs out = run(memory, c, in, Plan(c.desc()));
@@ -174,17 +185,20 @@ TEST_CASE("state: the rows that a summary writes are in the documented order") {
 }
 
 TEST_CASE("state: composing is right, associative, and honours negative strides") {
-  for (const char *line : {"sum f32 b2 t1 h2 d8 e5 p2", "sum f64 b1 t1 h3 d5 p3 unnorm", "sum f32 b1 t1 h1 d64 p2", "sum bf16 b2 t1 h2 d8 p2 wide"}) {
+  for (const char *line : {"sum f32 b2 t1 h2 d8 e5 p2", "sum f64 b1 t1 h3 d5 p3 unnorm",
+                           "sum f32 b1 t1 h1 d64 p2", "sum bf16 b2 t1 h2 d8 p2 wide"}) {
     const Case c = parse_case(line);
     INFO(line);
     Random random(seed_of(line));
-    const Segment a = random_segment(c, &random), b = random_segment(c, &random), d = random_segment(c, &random);
+    const Segment a = random_segment(c, &random), b = random_segment(c, &random),
+                  d = random_segment(c, &random);
     const Segment exact = compose_exactly(c, {a, b, d}), all = compose(c, {a, b, d});
     const double u = unit_roundoff(state_dtype(c));
     // One rounding when all are folded at once, two (and a decay in between) when folded in pairs.
     CHECK(largest_difference(all.s, exact.s) <= 2 * u * largest(exact.s));
     CHECK(largest_difference(all.z, exact.z) <= 2 * u * largest(exact.z));
-    CHECK(largest_difference(all.total, exact.total) <= 2 * unit_roundoff(stat_dtype(c)) * largest(exact.total));
+    CHECK(largest_difference(all.total, exact.total) <=
+          2 * unit_roundoff(stat_dtype(c)) * largest(exact.total));
     const Segment left = compose(c, {compose(c, {a, b}), d}), right = compose(c, {a, compose(c, {b, d})});
     CHECK(largest_difference(left.s, exact.s) <= 6 * u * largest(exact.s));
     CHECK(largest_difference(right.s, exact.s) <= 6 * u * largest(exact.s));
@@ -206,7 +220,8 @@ TEST_CASE("state: composing is right, associative, and honours negative strides"
 }
 
 TEST_CASE("state: summaries of segments fold to the pass over the whole, forward and backward") {
-  for (const char *rest : {"f32 b2 t60 h4/2 d12 e10 p2 gated rope-half offset", "f64 b1 t60 h2 d6 p3 unnorm gated", "bf16 b1 t60 h2 d16 p2 reset"}) {
+  for (const char *rest : {"f32 b2 t60 h4/2 d12 e10 p2 gated rope-half offset",
+                           "f64 b1 t60 h2 d6 p3 unnorm gated", "bf16 b1 t60 h2 d16 p2 reset"}) {
     const Case whole = parse_case(std::string("bwd ") + rest + " state");
     INFO(rest);
     Inputs in = make_inputs(whole, seed_of(rest));
@@ -231,7 +246,8 @@ TEST_CASE("state: summaries of segments fold to the pass over the whole, forward
       const auto cut = [&](const Vector &x, int64_t width) {
         Vector y;
         for (int64_t b = 0; b < whole.b && !x.empty(); ++b) {
-          y.insert(y.end(), x.begin() + (b * whole.t + first) * width, x.begin() + (b * whole.t + first + count) * width);
+          y.insert(y.end(), x.begin() + (b * whole.t + first) * width,
+                   x.begin() + (b * whole.t + first + count) * width);
         }
         return y;
       };
@@ -245,7 +261,8 @@ TEST_CASE("state: summaries of segments fold to the pass over the whole, forward
     };
     const auto put = [&](const Vector &part, int64_t first, int64_t count, int64_t width, Vector *to) {
       for (int64_t b = 0; b < whole.b; ++b) {
-        std::copy(part.begin() + b * count * width, part.begin() + (b + 1) * count * width, to->begin() + (b * whole.t + first) * width);
+        std::copy(part.begin() + b * count * width, part.begin() + (b + 1) * count * width,
+                  to->begin() + (b * whole.t + first) * width);
       }
     };
     std::vector<Segment> forward, reverse;
@@ -309,8 +326,10 @@ TEST_CASE("state: conversion rounds to nearest, keeps what it should, and honour
   s[4] = 1 + 3 * 0x1p-8;
   const Vector bf16 = convert(c, s, z, 3, POWERATTN_BFLOAT16, {}, {}, 3, &z_out);
   for (size_t i = 0; i < s.size(); ++i) {
-    if (i == 1) CHECK(std::isnan(bf16[i]));
-    else CHECK(bf16[i] == round_to(POWERATTN_BFLOAT16, s[i]));
+    if (i == 1)
+      CHECK(std::isnan(bf16[i]));
+    else
+      CHECK(bf16[i] == round_to(POWERATTN_BFLOAT16, s[i]));
   }
   for (size_t i = 0; i < z.size(); ++i) CHECK(z_out[i] == round_to(POWERATTN_BFLOAT16, z[i]));
 
@@ -322,7 +341,8 @@ TEST_CASE("state: conversion rounds to nearest, keeps what it should, and honour
 }
 
 TEST_CASE("state: pack and unpack") {
-  for (const char *line : {"sum f32 b3 t1 h2 d8 e5 p2 wide", "sum f64 b1 t1 h1 d5 p3 unnorm", "step bf16 b2 t1 h2 d8 p2 bstate"}) {
+  for (const char *line :
+       {"sum f32 b3 t1 h2 d8 e5 p2 wide", "sum f64 b1 t1 h1 d5 p3 unnorm", "step bf16 b2 t1 h2 d8 p2 bstate"}) {
     const Case c = parse_case(line);
     INFO(line);
     const Plan plan(c.desc());
@@ -353,7 +373,8 @@ TEST_CASE("state: pack and unpack") {
         right = right && decode(state_dtype(c), reinterpret_cast<const char *>(&block[at])) == z[i * rows + r];
       }
       for (int64_t r = 0; r < rows * c.e; ++r, at += element) {
-        right = right && decode(state_dtype(c), reinterpret_cast<const char *>(&block[at])) == s[i * rows * c.e + r];
+        right = right &&
+                decode(state_dtype(c), reinterpret_cast<const char *>(&block[at])) == s[i * rows * c.e + r];
       }
     }
     CHECK(right);
@@ -368,7 +389,8 @@ TEST_CASE("state: pack and unpack") {
     CHECK(z_back == z);
 
     // Any difference is refused before anything is written.
-    const auto refused = [&](const powerattn_plan *with, const powerattn_pack_args &args, powerattn_status expected) {
+    const auto refused = [&](const powerattn_plan *with, const powerattn_pack_args &args,
+                             powerattn_status expected) {
       State untouched(memory, c, c.b, rows);
       powerattn_pack_args x = args;
       x.state = untouched.arg();
