@@ -781,9 +781,7 @@ static void compare_contexts(Reader *r) {
       next[c] = sample(logits, r->text->characters, 0.6);
     }
   }
-  printf(
-      "\n  context   time per token     state      key/value cache instead: size, and time it adds per "
-      "token\n");
+  printf("\n  context   time per token     state      a key/value cache instead: size, and softmax over it\n");
   for (int c = 0; c < 2; ++c) {
     double cache = 2.0 * DIM * sizeof(float) * LAYERS * context[c];
     printf("  %7d   %7.0f us     %7.2f MiB   %7.2f MiB   + %.0f us\n", context[c], median(us[c], TIMED),
