@@ -210,8 +210,7 @@ class PowerAttentionState:
     @staticmethod
     def _signature(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> tuple[Any, ...]:
         gate = None if log_g is None else (log_g.shape, log_g.dtype, log_g.is_cpu)
-        kinds = (q.dtype, k.dtype, v.dtype, q.is_cpu, k.is_cpu, v.is_cpu)
-        return (q.shape, k.shape, v.shape, kinds, gate, torch.get_num_threads())
+        return (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.is_cpu, k.is_cpu, v.is_cpu, gate)
 
     def _remember(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> None:
         if torch.is_autocast_enabled("cpu") or _native.unit(self.z) is not self.z:
@@ -220,8 +219,16 @@ class PowerAttentionState:
             self._ready, self._ready_for = {}, (self.s, self.z)
         plan = _native.get_plan(q, v, 0, True, _native.Options(*self._options), _native.STATE_NUMBERS[self.s.dtype])
         shape = (*q.shape[:3], v.shape[3])
+        y_strides = (shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3])
         strides = _native.state_numbers(self.s, self.z)[2:]
-        self._ready[self._signature(q, k, v, log_g)] = (plan, plan.handle, shape, strides, plan.workspace_step)
+        self._ready[self._signature(q, k, v, log_g)] = (
+            plan,
+            plan.handle,
+            shape,
+            y_strides,
+            strides,
+            plan.workspace_step,
+        )
 
     def _step_again(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> Tensor | None:
         """A step like an earlier one, on the CPU; None if there was none."""
@@ -233,7 +240,7 @@ class PowerAttentionState:
             return None
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             return None
-        _plan, handle, shape, state_strides, nbytes = ready
+        _plan, handle, shape, y_strides, state_strides, nbytes = ready
         q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
         if q_strides[3] != 1 or k_strides[3] != 1 or v_strides[3] != 1:
             return None
@@ -249,7 +256,7 @@ class PowerAttentionState:
             k.data_ptr(), k_strides[0], k_strides[1], k_strides[2],
             v.data_ptr(), v_strides[0], v_strides[1], v_strides[2],
             *((0, 0, 0, 0) if log_g is None else (log_g.data_ptr(), *log_g.stride())),
-            y.data_ptr(), *y.stride()[:3],
+            y.data_ptr(), *y_strides,
             s.data_ptr(), z.data_ptr(), *state_strides,
             s.shape[0], 0, 0, offset,
             _scratch.address(nbytes) if nbytes else 0, nbytes, 0,
