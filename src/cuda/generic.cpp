@@ -195,7 +195,7 @@ struct Buffers {
   float *final_s = nullptr, *final_z = nullptr;
   float *inverse = nullptr, *delta = nullptr;
   float *dq = nullptr, *dk = nullptr, *dv = nullptr;
-  float *boundary = nullptr, *scratch = nullptr, *dots = nullptr;
+  float *boundary = nullptr, *scratch = nullptr, *q_dots = nullptr, *k_dots = nullptr;
 };
 
 size_t rows_q(const Problem &p) { return size_t(p.batch) * p.heads_q * p.seq_len; }
@@ -251,7 +251,8 @@ size_t carve(const Problem &p, int64_t chunk, bool states, Pass pass, void *base
     b->dk = carver.take<float>(kv * p.head_dim);
     b->dv = carver.take<float>(kv * p.value_dim);
     b->scratch = carver.take<float>(kv);
-    b->dots = carver.take<float>(kv);
+    b->q_dots = carver.take<float>(q);
+    b->k_dots = carver.take<float>(kv);
   }
   return carver.used();
 }
@@ -630,7 +631,10 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
   }
 
   // Padding rows have no products; their terms are read all the same.
-  if (p.packed && gate) POWERATTN_TRY(cudaMemsetAsync(b.dots, 0, rows_kv(p) * sizeof(float), stream));
+  if (p.packed && gate) {
+    POWERATTN_TRY(cudaMemsetAsync(b.q_dots, 0, rows_q(p) * sizeof(float), stream));
+    POWERATTN_TRY(cudaMemsetAsync(b.k_dots, 0, rows_kv(p) * sizeof(float), stream));
+  }
 
   // The states' part of the row gradients, then the part of the chunk's own tokens on top.
   ContractArgs contraction;
@@ -646,6 +650,7 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
     contraction.s = b.state.prefix;
     contraction.z = p.normalize ? b.state.z : nullptr;
     contraction.out = b.dq;
+    contraction.dots = b.q_dots;
     POWERATTN_TRY(contract(c->state_math, contraction, stream));
   }
   if (key_state) {
@@ -656,7 +661,7 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
     contraction.s = b.grad.prefix;
     contraction.z = b.grad.z;
     contraction.out = b.dk;
-    contraction.dots = b.dots;
+    contraction.dots = b.k_dots;
     POWERATTN_TRY(contract(c->state_math, contraction, stream));
     QueryArgs values;
     values.shape = c->shape;
@@ -677,11 +682,12 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
   a.inverse = b.inverse;
   a.delta = b.delta;
   a.out = b.dq;
+  a.dots = b.q_dots;
   a.accumulate = query_state;
   POWERATTN_TRY(attention_grad_q(c->math, a, stream));
   a.accumulate = key_state;
   a.out = b.dk;
-  a.dots = b.dots;
+  a.dots = b.k_dots;
   POWERATTN_TRY(attention_grad_k(c->math, a, stream));
   a.out = b.dv;
   POWERATTN_TRY(attention_grad_v(c->math, a, stream));
@@ -692,9 +698,8 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
   if (gate) {
     GateGradArgs gates;
     gates.shape = c->shape;
-    gates.dots = b.dots;
-    gates.inverse = b.inverse;
-    gates.delta = b.delta;
+    gates.q_dots = b.q_dots;
+    gates.k_dots = b.k_dots;
     gates.boundary = edge;
     gates.log_g = args.log_g;
     gates.out = args.d_log_g;

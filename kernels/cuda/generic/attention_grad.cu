@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(AttentionGradArgs a) {
     }
   }
 
-  float acc[N][4], dots[4] = {0, 0, 0, 0};  // dots: k_j . dk_j from what is not rounded, for the gates
+  float acc[N][4], dots[4] = {0, 0, 0, 0};  // dots: x . dx from what is not rounded, for the gates
   clear(acc);
   // Others: keys from the chunk's start to the diagonal, or queries from the diagonal to the chunk's end, for
   // each query head of the group.
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(AttentionGradArgs a) {
           }
           if (key > query || r >= tile.length || col >= valid) w = 0.0f;
           p[r * ldp + col] = Mul::pack(w);
-          if (kOf == Of::kKey) dots[j] += w * score[n][j];
+          if (kOf != Of::kValue) dots[j] += w * score[n][j];
         }
       __syncwarp();  // a warp reads only the rows of p that it wrote
       Mul::template multiply<false, false>(acc, p + row0 * ldp, ldp, (kOf == Of::kValue ? ou : ox) + column,
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(AttentionGradArgs a) {
       float *out = a.out + (out_row + r) * dim + col;
       *out = acc[n][j] + (a.accumulate ? *out : 0.0f);
     }
-  if (kOf == Of::kKey && a.dots && blockIdx.y == 0) {
+  if (kOf != Of::kValue && a.dots && blockIdx.y == 0) {
     Mul::reduce_rows(dots);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

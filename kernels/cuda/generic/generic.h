@@ -119,7 +119,7 @@ struct AttentionGradArgs {
   const float *inverse = nullptr;  // r [b, heads_q, t]
   const float *delta = nullptr;    // [b, heads_q, t]
   float *out = nullptr;            // [b, heads, t, d or e]
-  float *dots = nullptr;    // k . dk [b, heads_kv, t] of attention_grad_k, before any rounding; may be null
+  float *dots = nullptr;    // x . dx of the own rows (q or k) [b, heads, t], before any rounding; may be null
   bool accumulate = false;  // add to what contract() or query() left there
 };
 cudaError_t attention_grad_q(Math math, const AttentionGradArgs &a, cudaStream_t stream);
@@ -136,13 +136,14 @@ struct RowStatsArgs {
 };
 cudaError_t row_stats(const RowStatsArgs &a, cudaStream_t stream);
 
-// d_log_g[t] = boundary[chunk] + sum_{i >= t in the chunk} (sum over the group of rho_i - k_i . dk_i / p)
-//   rho = delta * eps * r when normalised (0 for eps = 0), delta when not; a reset (-inf) gets 0.
+// d_log_g[t] = boundary[chunk] + sum_{i >= t in the chunk} (sum over the group of q_i . dq_i - k_i . dk_i) / p;
+// a reset
+// (-inf) gets 0. Normalised, q . dq is 0 but for the rounding of y in delta, and that rounding cancels in the
+// difference.
 struct GateGradArgs {
   Shape shape;
-  const float *dots = nullptr;  // k . dk [b, heads_kv, t]
-  const float *inverse = nullptr;
-  const float *delta = nullptr;
+  const float *q_dots = nullptr;    // q . dq [b, heads_q, t]
+  const float *k_dots = nullptr;    // k . dk [b, heads_kv, t]
   const float *boundary = nullptr;  // [num_chunks, heads_kv] or null
   powerattn_tensor log_g{};
   powerattn_tensor out{};

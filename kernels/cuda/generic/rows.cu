@@ -70,19 +70,16 @@ __global__ void __launch_bounds__(kRowThreads) row_stats_kernel(RowStatsArgs a, 
   }
 }
 
-// scratch[b, h, t] = sum over the group of rho - k . dk / p.
+// scratch[b, h, t] = (sum over the group of q . dq - k . dk) / p.
 __global__ void __launch_bounds__(kRowThreads) gate_terms_kernel(GateGradArgs a, int64_t batch) {
   const Shape &s = a.shape;
   const int64_t total = batch * s.heads_kv * s.seq_len;
   for (int64_t row = blockIdx.x * int64_t(kRowThreads) + threadIdx.x; row < total;
        row += int64_t(gridDim.x) * kRowThreads) {
     const int64_t t = row % s.seq_len, h = row / s.seq_len % s.heads_kv, b = row / s.seq_len / s.heads_kv;
-    float rho = 0;
-    for (int64_t m = 0; m < s.group; ++m) {
-      const int64_t q = (b * s.heads_q + h * s.group + m) * s.seq_len + t;
-      rho += !s.normalize ? a.delta[q] : s.eps != 0.0f ? a.delta[q] * s.eps * a.inverse[q] : 0.0f;
-    }
-    a.scratch[row] = rho - a.dots[row] / float(s.degree);
+    float sum = -a.k_dots[row];
+    for (int64_t m = 0; m < s.group; ++m) sum += a.q_dots[(b * s.heads_q + h * s.group + m) * s.seq_len + t];
+    a.scratch[row] = sum / float(s.degree);
   }
 }
 
