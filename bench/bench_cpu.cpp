@@ -142,7 +142,8 @@ class Problem {
     for (auto *x : {&y_, &dq_, &dk_, &dv_}) {
       if (x == &y_ || backward) x->assign(n * size_of(s_.dtype), 0);
     }
-    gate_.assign(static_cast<size_t>(s_.b * s_.t * s_.h), -0.01f);
+    const size_t statistics = static_cast<size_t>(s_.b * s_.t * s_.h) * (s_.dtype == POWERATTN_FLOAT64 ? 2 : 1);
+    gate_.assign(statistics, -0.01f);  // as float64 pairs of them are small negative numbers too
     norm_ = d_gate_ = gate_;
     if (backward && info_.saved_bytes > 0) saved_ = aligned(info_.saved_bytes);
     const uint64_t bytes =

@@ -87,8 +87,8 @@ fast::Call<T> make_call(const Problem &p, const Geometry &g, const fast::Kernels
   c.D = g.states ? p.state_rows : 0;
   c.Dp = pad(c.D, kernels.mr);
   c.cp = pad(g.chunk, kernels.nr);
-  // Smaller states than a block of the query do not repay their image.
-  c.low = kernels.low && pass == Pass::kForward && p.dtype == Dtype::kBfloat16 && c.D >= 256;
+  // A state smaller than a block of the query, or one that no second chunk queries, does not repay its image.
+  c.low = kernels.low && pass == Pass::kForward && p.dtype == Dtype::kBfloat16 && g.chunks > 1 && c.D >= 256;
   c.tile = kTile;
   c.dtype = static_cast<int>(p.dtype);
   c.normalize = p.normalize;
