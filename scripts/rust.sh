@@ -39,7 +39,7 @@ rust_minimum() {
   printf '[workspace]\nmembers = ["powerattn-sys", "powerattn"]\n' >Cargo.toml
   sed -i '/^\[dev-dependencies\]/,/^$/d; /^\[\[bench\]\]/,/^$/d' powerattn/Cargo.toml
   rm -rf powerattn/benches powerattn/tests powerattn/examples
-  CARGO_TARGET_DIR=$folder/target cargo vendor --locked -q vendor >.cargo/config.toml
+  CARGO_TARGET_DIR=$folder/target cargo vendor --locked vendor >.cargo/config.toml
   in_prefix "$RUST_MINIMUM_PREFIX" env RUSTUP_TOOLCHAIN= RUSTC="$RUST_MINIMUM_PREFIX/usr/bin/rustc" \
     CARGO_TARGET_DIR="$folder/target" "$RUST_MINIMUM_PREFIX/usr/bin/cargo" check --offline --locked \
     --features powerattn/ndarray
