@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sm_90a kernels alone: fresh random inputs, poisoned outputs, rows checked against float64 straight from the
-// definition, then medians over events. Usage: sm90_kernels check | time
+// The sm_90a kernels alone: fresh random inputs, poisoned outputs, rows checked against float64 straight from
+// the definition, then medians over events. Usage: sm90_kernels check | time
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -20,13 +20,13 @@ using namespace powerattn;
 using bf16 = __nv_bfloat16;
 namespace k90 = powerattn::cuda::sm90;
 
-#define CK(x)                                                                       \
-  do {                                                                              \
-    cudaError_t e_ = (x);                                                           \
-    if (e_ != cudaSuccess) {                                                        \
-      printf("%s line %d: %s\n", #x, __LINE__, cudaGetErrorString(e_));             \
-      exit(2);                                                                      \
-    }                                                                               \
+#define CK(x)                                                           \
+  do {                                                                  \
+    cudaError_t e_ = (x);                                               \
+    if (e_ != cudaSuccess) {                                            \
+      printf("%s line %d: %s\n", #x, __LINE__, cudaGetErrorString(e_)); \
+      exit(2);                                                          \
+    }                                                                   \
   } while (0)
 
 static int g_sms = 132;
@@ -45,7 +45,8 @@ __global__ void fill_normal(bf16 *p, int64_t n, uint64_t seed, float scale) {
 }
 // log gates: -strength * u^2, some of them 0
 __global__ void fill_gates(float *p, int64_t n, uint64_t seed, float strength) {
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n;
+       i += int64_t(gridDim.x) * blockDim.x) {
     const float u = hash_normal(i, seed);
     p[i] = -strength * u * u;
   }
@@ -72,8 +73,8 @@ struct Case {
   const char *name;
   int64_t b, t, hq, hkv, d;
   int p;
-  float gate;      // 0: none
-  int64_t chunk;   // 0: attention form
+  float gate;               // 0: none
+  int64_t chunk;            // 0: attention form
   std::vector<int64_t> cu;  // packed
   bool state = false;       // initial state given, final wanted
 };
@@ -85,8 +86,15 @@ struct Data {
   Buf<float> log_g, norm;
   Buf<int64_t> cu;
   explicit Data(const Case &cs)
-      : c(cs), q(cs.b * cs.t * cs.hq * cs.d), k(cs.b * cs.t * cs.hkv * cs.d), v(k.n), y(q.n), dy(q.n),
-        log_g(cs.b * cs.t * cs.hkv), norm(cs.b * cs.t * cs.hq), cu(cs.cu.size()) {
+      : c(cs),
+        q(cs.b * cs.t * cs.hq * cs.d),
+        k(cs.b * cs.t * cs.hkv * cs.d),
+        v(k.n),
+        y(q.n),
+        dy(q.n),
+        log_g(cs.b * cs.t * cs.hkv),
+        norm(cs.b * cs.t * cs.hq),
+        cu(cs.cu.size()) {
     const uint64_t s = ++g_seed * 16;
     fill_normal<<<1024, 256>>>(q.p, q.n, s, 1.f);
     fill_normal<<<1024, 256>>>(k.p, k.n, s + 1, 1.f);
@@ -125,9 +133,16 @@ struct Forward {
   k90::UpdateArgs up;
   k90::ScanArgs sc;
   explicit Forward(Data &d)
-      : x(d), tables(cuda::chunk_table_bytes(d.prob, chunk(d), 256)), gate(d.c.b * d.c.hkv * d.c.t), tickets(16),
-        slots(d.c.chunk ? cuda::chunk_bound(d.prob, chunk(d)) * d.c.hkv : 0), state(slots * k90::state_bytes(d.c.d, d.c.p)),
-        norm_tiles(slots * k90::norm_bytes(d.c.d)), norm(slots * d.c.d * d.c.d), weight(d.c.b * d.c.hkv * d.c.t), decay(slots) {
+      : x(d),
+        tables(cuda::chunk_table_bytes(d.prob, chunk(d), 256)),
+        gate(d.c.b * d.c.hkv * d.c.t),
+        tickets(16),
+        slots(d.c.chunk ? cuda::chunk_bound(d.prob, chunk(d)) * d.c.hkv : 0),
+        state(slots * k90::state_bytes(d.c.d, d.c.p)),
+        norm_tiles(slots * k90::norm_bytes(d.c.d)),
+        norm(slots * d.c.d * d.c.d),
+        weight(d.c.b * d.c.hkv * d.c.t),
+        decay(slots) {
     k90::Shape s;
     s.tokens = x.c.t;
     s.packed = x.prob.packed;
@@ -188,12 +203,13 @@ struct Forward {
   }
 };
 
-// ---- float64 reference for chosen rows --------------------------------------------------------------------------
+// ---- float64 reference for chosen rows
+// --------------------------------------------------------------------------
 
 // y of row (b, i, h): one block per row.
-__global__ void reference_rows(const bf16 *q, const bf16 *k, const bf16 *v, const float *log_g, int64_t t, int hq, int hkv,
-                               int d, int p, double scale, bool norm, const int64_t *rows, const int64_t *starts,
-                               double *y, double *l) {
+__global__ void reference_rows(const bf16 *q, const bf16 *k, const bf16 *v, const float *log_g, int64_t t,
+                               int hq, int hkv, int d, int p, double scale, bool norm, const int64_t *rows,
+                               const int64_t *starts, double *y, double *l) {
   extern __shared__ double sh[];
   const int64_t id = rows[blockIdx.x], start = starts[blockIdx.x];
   const int h = id % hq;
@@ -215,7 +231,8 @@ __global__ void reference_rows(const bf16 *q, const bf16 *k, const bf16 *v, cons
     if (j >= start) {
       double s = 0;
       for (int x = 0; x < d; ++x)
-        s += double(__bfloat162float(q[id * d + x])) * double(__bfloat162float(k[((b * t + j) * hkv + g) * d + x]));
+        s += double(__bfloat162float(q[id * d + x])) *
+             double(__bfloat162float(k[((b * t + j) * hkv + g) * d + x]));
       s *= scale;
       w = exp(decay + gsum);
       for (int m = 0; m < p; ++m) w *= s;
@@ -225,17 +242,20 @@ __global__ void reference_rows(const bf16 *q, const bf16 *k, const bf16 *v, cons
     if (threadIdx.x < d) {
       for (int m = 0; m < blockDim.x; ++m) {
         const int64_t jj = hi - 1 - m;
-        if (jj >= start) acc[threadIdx.x] += ws[m] * double(__bfloat162float(v[((b * t + jj) * hkv + g) * d + threadIdx.x]));
+        if (jj >= start)
+          acc[threadIdx.x] += ws[m] * double(__bfloat162float(v[((b * t + jj) * hkv + g) * d + threadIdx.x]));
       }
     }
     if (threadIdx.x == 0) {
       for (int m = 0; m < blockDim.x; ++m) *lw += ws[m];
       if (log_g)
-        for (int64_t m = max(hi - blockDim.x, start); m < hi; ++m) decay += fmax(double(log_g[(b * t + m) * hkv + g]), -1e4);
+        for (int64_t m = max(hi - blockDim.x, start); m < hi; ++m)
+          decay += fmax(double(log_g[(b * t + m) * hkv + g]), -1e4);
     }
     __syncthreads();
   }
-  if (threadIdx.x < d) y[blockIdx.x * d + threadIdx.x] = norm ? (*lw != 0 ? acc[threadIdx.x] / *lw : 0) : acc[threadIdx.x];
+  if (threadIdx.x < d)
+    y[blockIdx.x * d + threadIdx.x] = norm ? (*lw != 0 ? acc[threadIdx.x] / *lw : 0) : acc[threadIdx.x];
   if (threadIdx.x == 0) l[blockIdx.x] = *lw;
 }
 
@@ -261,7 +281,8 @@ static void check_forward(const Case &c) {
     rows.push_back((b * c.t + t) * c.hq + h);
     starts.push_back(seq_start(t));
   };
-  for (int64_t e : {(int64_t)0, (int64_t)1, (int64_t)63, (int64_t)64, (int64_t)255, (int64_t)256, c.t - 1, c.chunk - 1, c.chunk, c.chunk + 1})
+  for (int64_t e : {(int64_t)0, (int64_t)1, (int64_t)63, (int64_t)64, (int64_t)255, (int64_t)256, c.t - 1,
+                    c.chunk - 1, c.chunk, c.chunk + 1})
     add(rng() % c.b, e, rng() % c.hq);
   for (size_t m = 0; m < c.cu.size(); ++m) add(0, c.cu[m], rng() % c.hq), add(0, c.cu[m] - 1, rng() % c.hq);
   for (int m = 0; m < 150; ++m) add(rng() % c.b, rng() % last, rng() % c.hq);
@@ -270,8 +291,9 @@ static void check_forward(const Case &c) {
   Buf<double> ry(n * c.d), rl(n);
   CK(cudaMemcpy(dr.p, rows.data(), n * 8, cudaMemcpyHostToDevice));
   CK(cudaMemcpy(ds.p, starts.data(), n * 8, cudaMemcpyHostToDevice));
-  reference_rows<<<n, 128, (c.d + 1 + 128) * 8>>>(x.q.p, x.k.p, x.v.p, c.gate > 0 ? x.log_g.p : nullptr, c.t, c.hq, c.hkv, c.d,
-                                              c.p, x.prob.scale, x.prob.normalize, dr.p, ds.p, ry.p, rl.p);
+  reference_rows<<<n, 128, (c.d + 1 + 128) * 8>>>(x.q.p, x.k.p, x.v.p, c.gate > 0 ? x.log_g.p : nullptr, c.t,
+                                                  c.hq, c.hkv, c.d, c.p, x.prob.scale, x.prob.normalize, dr.p,
+                                                  ds.p, ry.p, rl.p);
   CK(cudaDeviceSynchronize());
   const auto hy = ry.host(), hl = rl.host();
   double num = 0, den = 0, worst = 0, lnum = 0, lden = 0;
@@ -295,14 +317,15 @@ static void check_forward(const Case &c) {
   // bf16 output rounding alone is 2^-9 / sqrt(3) = 1.1e-3; weights and operands add about as much again.
   const bool ok = err < 6e-3 && bad == 0;
   if (!ok) ++g_failures;
-  printf("%s forward %-28s rel %.2e  worst row %.2e (token %lld head %lld)  norm %.1e  unwritten/NaN %lld\n", ok ? "ok  " : "FAIL", c.name,
-         err, std::sqrt(worst), (long long)(worst_row / c.hq % c.t), (long long)(worst_row % c.hq), std::sqrt(lnum / lden),
-         (long long)bad);
+  printf("%s forward %-28s rel %.2e  worst row %.2e (token %lld head %lld)  norm %.1e  unwritten/NaN %lld\n",
+         ok ? "ok  " : "FAIL", c.name, err, std::sqrt(worst), (long long)(worst_row / c.hq % c.t),
+         (long long)(worst_row % c.hq), std::sqrt(lnum / lden), (long long)bad);
   if (!ok) {
     for (int r = 0; r < std::min(n, 12); ++r)
       printf("   token %lld h %lld: y %g %g %g ref %g %g %g  l %g ref %g\n", (long long)(rows[r] / c.hq % c.t),
-             (long long)(rows[r] % c.hq), __bfloat162float(y[rows[r] * c.d]), __bfloat162float(y[rows[r] * c.d + 9]),
-             __bfloat162float(y[rows[r] * c.d + c.d - 1]), hy[r * c.d], hy[r * c.d + 9], hy[r * c.d + c.d - 1], norm[rows[r]], hl[r]);
+             (long long)(rows[r] % c.hq), __bfloat162float(y[rows[r] * c.d]),
+             __bfloat162float(y[rows[r] * c.d + 9]), __bfloat162float(y[rows[r] * c.d + c.d - 1]), hy[r * c.d],
+             hy[r * c.d + 9], hy[r * c.d + c.d - 1], norm[rows[r]], hl[r]);
   }
   // Same bits again.
   CK(cudaMemset(x.y.p, 0xff, x.y.n * 2));
@@ -312,6 +335,229 @@ static void check_forward(const Case &c) {
   if (memcmp(y.data(), y2.data(), y.size() * 2) != 0) {
     ++g_failures;
     printf("FAIL forward %s: two runs differ\n", c.name);
+  }
+}
+
+// ---- Backward
+// ---------------------------------------------------------------------------------------------------
+
+// One backward after a forward of the same data; gradients of the gates through sm80::gate_gradient's formula
+// are tested at the API.
+struct Backward {
+  Data &x;
+  Forward &f;
+  Buf<bf16> dq, dk, dv;
+  Buf<float> r, delta, weight, norm_weight, q_dot, k_dot, dz_local;
+  Buf<char> dstate, dz_tiles;
+  k90::RowsArgs rows;
+  k90::UpdateArgs up;
+  k90::ScanArgs sc;
+  k90::GradientArgs gq, gk;
+  Backward(Data &d, Forward &fw)
+      : x(d),
+        f(fw),
+        dq(d.q.n),
+        dk(d.k.n),
+        dv(d.k.n),
+        r(d.c.b * d.c.hq * d.c.t),
+        delta(r.n),
+        weight(r.n),
+        norm_weight(r.n),
+        q_dot(r.n),
+        k_dot(d.c.b * d.c.hkv * d.c.t),
+        dz_local(fw.norm.n),
+        dstate(fw.state.n),
+        dz_tiles(fw.norm_tiles.n) {
+    const auto &c = x.c;
+    const bool z = x.prob.normalize;
+    rows.y = f.out.y;
+    rows.dy = Data::tensor(x.dy.p, c.t, c.hq, c.d);
+    if (z) rows.row_norm = f.out.row_norm;
+    rows.gate = f.out.gate;
+    rows.r = r.p, rows.delta = delta.p;
+    if (f.slots) rows.weight = weight.p, rows.norm_weight = norm_weight.p;
+    up.a = f.out.q, up.b = rows.dy;
+    up.weight = weight.p, up.norm_weight = norm_weight.p;
+    up.heads_a = c.hq;
+    up.state = dstate.p;
+    up.norm = z ? dz_local.p : nullptr;
+    up.ticket = f.tickets.p + 4;
+    sc.state = dstate.p;
+    sc.norm = up.norm;
+    sc.norm_tiles = dz_tiles.p;
+    sc.decay = f.sc.decay;
+    sc.reverse = 1;
+    gq.x = f.out.q, gq.u = rows.dy, gq.z = f.out.k, gq.y = f.out.v;
+    gq.dx = Data::tensor(dq.p, c.t, c.hq, c.d);
+    gq.gate = f.out.gate;
+    gq.r = r.p, gq.delta = delta.p;
+    gq.scale_p = std::pow(x.prob.scale, c.p);
+    gq.ticket = f.tickets.p;
+    gk = gq;
+    gk.keys = 1;
+    gk.x = f.out.k, gk.u = f.out.v, gk.z = f.out.q, gk.y = rows.dy;
+    gk.dx = Data::tensor(dk.p, c.t, c.hkv, c.d);
+    gk.dv = Data::tensor(dv.p, c.t, c.hkv, c.d);
+    gq.dot = q_dot.p, gk.dot = k_dot.p;
+    if (f.slots) {
+      gq.state = f.state.p, gq.norm = z ? f.norm_tiles.p : nullptr;
+      gk.state = dstate.p, gk.norm = z ? dz_tiles.p : nullptr;
+    }
+  }
+  void shapes() { rows.p = up.p = sc.p = gq.p = gk.p = f.out.p; }
+  void run_rows() { CK(k90::rows(rows, 0)); }
+  void run_update() {
+    CK(cudaMemsetAsync(f.tickets.p, 0, 64, 0));
+    CK(k90::update64(up, g_sms, 0));
+  }
+  void run_scan() { CK(k90::scan(sc, 0)); }
+  void run_q() {
+    CK(cudaMemsetAsync(f.tickets.p, 0, 64, 0));
+    CK(k90::gradient64(gq, g_sms, 0));
+  }
+  void run_k() {
+    CK(cudaMemsetAsync(f.tickets.p, 0, 64, 0));
+    CK(k90::gradient64(gk, g_sms, 0));
+  }
+  void run() {
+    shapes();
+    run_rows();
+    if (f.slots) run_update(), run_scan();
+    run_q();
+    run_k();
+  }
+};
+
+// float64 gradients of every row, O(t^2 d): block (token, head), threads over features. Pass 0: l and delta of
+// the queries; 1: dq; 2: dk and dv (heads = kv).
+__global__ void reference_gradient(int pass, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *dy,
+                                   const double *G, int64_t t, int hq, int hkv, int d, int p, double scale,
+                                   bool norm, const int64_t *seq, double *l, double *delta, double *o1,
+                                   double *o2) {
+  __shared__ double red[2][128];
+  const int64_t row = blockIdx.x / (pass == 2 ? hkv : hq);
+  const int h = blockIdx.x % (pass == 2 ? hkv : hq), x = threadIdx.x;
+  const int64_t b = row / t, i = row % t;
+  const int group = hq / hkv;
+  const auto at = [&](const bf16 *a, int64_t tok, int head, int heads) {
+    return x < d ? double(__bfloat162float(a[((b * t + tok) * heads + head) * d + x])) : 0.0;
+  };
+  const auto sum2 = [&](double u, double w, double *su, double *sw) {
+    red[0][x] = u, red[1][x] = w;
+    __syncthreads();
+    for (int s = 64; s > 0; s /= 2) {
+      if (x < s) red[0][x] += red[0][x + s], red[1][x] += red[1][x + s];
+      __syncthreads();
+    }
+    *su = red[0][0], *sw = red[1][0];
+    __syncthreads();
+  };
+  double acc = 0, acc2 = 0, wl = 0, wm = 0;
+  if (pass < 2) {
+    const int g = h / group;
+    const double qi = at(q, i, h, hq), di = at(dy, i, h, hq);
+    const int64_t id = (b * t + i) * hq + h;
+    for (int64_t j = i; j >= 0 && seq[b * t + j] == seq[b * t + i] && seq[b * t + i] >= 0; --j) {
+      const double kj = at(k, j, g, hkv), vj = at(v, j, g, hkv);
+      double s, m;
+      sum2(qi * kj, di * vj, &s, &m);
+      const double gamma = exp(G[(b * t + i) * hkv + g] - G[(b * t + j) * hkv + g]);
+      double sp = gamma * scale;
+      for (int n = 1; n < p; ++n) sp *= s * scale;
+      if (pass == 0) {
+        wl += sp * s, wm += sp * s * m;
+      } else {
+        const double inv = norm ? (l[id] != 0 ? 1 / l[id] : 0) : 1;
+        acc += p * sp * (m - (norm ? delta[id] : 0)) * inv * kj;
+      }
+    }
+    if (pass == 0 && x == 0) l[id] = wl, delta[id] = wl != 0 ? wm / wl : 0;
+    if (pass == 1 && x < d) o1[id * d + x] = acc;
+  } else {
+    const double kj = at(k, i, h, hkv), vj = at(v, i, h, hkv);
+    for (int hh = h * group; hh < (h + 1) * group; ++hh)
+      for (int64_t r = i; r < t && seq[b * t + r] == seq[b * t + i] && seq[b * t + i] >= 0; ++r) {
+        const int64_t id = (b * t + r) * hq + hh;
+        const double qi = at(q, r, hh, hq), di = at(dy, r, hh, hq);
+        double s, m;
+        sum2(qi * kj, di * vj, &s, &m);
+        const double gamma = exp(G[(b * t + r) * hkv + h] - G[(b * t + i) * hkv + h]);
+        double sp = gamma * scale;
+        for (int n = 1; n < p; ++n) sp *= s * scale;
+        const double inv = norm ? (l[id] != 0 ? 1 / l[id] : 0) : 1;
+        acc += p * sp * (m - (norm ? delta[id] : 0)) * inv * qi;
+        acc2 += sp * s * inv * di;
+      }
+    const int64_t id = (b * t + i) * hkv + h;
+    if (x < d) o1[id * d + x] = acc, o2[id * d + x] = acc2;
+  }
+}
+
+static double compare(const std::vector<bf16> &a, const std::vector<double> &e, int64_t stop, int64_t d_heads,
+                      int64_t t, int64_t *worst_token, int64_t *bad) {
+  double num = 0, den = 0, worst = -1;
+  for (size_t r = 0; r < a.size(); ++r) {
+    const int64_t tok = r / d_heads % t;
+    if (tok >= stop) continue;
+    const double x = __bfloat162float(a[r]);
+    if (!std::isfinite(x)) ++*bad;
+    const double dd = (x - e[r]) * (x - e[r]);
+    if (!(dd <= worst)) worst = dd, *worst_token = tok;
+    num += dd, den += e[r] * e[r];
+  }
+  return std::sqrt(num / den);
+}
+
+static void check_backward(const Case &c) {
+  Data x(c);
+  Forward f(x);
+  Backward g(x, f);
+  f.run();
+  g.run();
+  CK(cudaDeviceSynchronize());
+  const int64_t n = c.b * c.t, last = c.cu.empty() ? c.t : c.cu.back();
+  std::vector<double> G(n * c.hkv);
+  std::vector<int64_t> seq(n);
+  const auto lg = x.log_g.host();
+  for (int64_t b = 0; b < c.b; ++b)
+    for (int64_t t = 0; t < c.t; ++t) {
+      int64_t s = b;
+      if (!c.cu.empty()) {
+        s = -1;
+        for (size_t m = 0; m + 1 < c.cu.size(); ++m)
+          if (t >= c.cu[m] && t < c.cu[m + 1]) s = m;
+      }
+      seq[b * c.t + t] = s;
+      for (int64_t h = 0; h < c.hkv; ++h) {
+        const int64_t id = (b * c.t + t) * c.hkv + h;
+        G[id] = (t ? G[id - c.hkv] : 0.0) + (c.gate > 0 ? (double)lg[id] : 0.0);
+      }
+    }
+  Buf<double> dG(n * c.hkv), l(n * c.hq), delta(n * c.hq), rq(x.q.n), rk(x.k.n), rv(x.k.n);
+  Buf<int64_t> dseq(n);
+  CK(cudaMemcpy(dG.p, G.data(), G.size() * 8, cudaMemcpyHostToDevice));
+  CK(cudaMemcpy(dseq.p, seq.data(), n * 8, cudaMemcpyHostToDevice));
+  for (int pass = 0; pass < 3; ++pass)
+    reference_gradient<<<n *(pass == 2 ? c.hkv : c.hq), 128>>>(
+        pass, x.q.p, x.k.p, x.v.p, x.dy.p, dG.p, c.t, c.hq, c.hkv, c.d, c.p, x.prob.scale, x.prob.normalize,
+        dseq.p, l.p, delta.p, pass == 1 ? rq.p : rk.p, rv.p);
+  CK(cudaDeviceSynchronize());
+  int64_t wq = -1, wk = -1, wv = -1, bad = 0;
+  const auto hq = g.dq.host(), hk = g.dk.host(), hv = g.dv.host();
+  const double eq = compare(hq, rq.host(), last, c.hq * c.d, c.t, &wq, &bad);
+  const double ek = compare(hk, rk.host(), last, c.hkv * c.d, c.t, &wk, &bad);
+  const double ev = compare(hv, rv.host(), last, c.hkv * c.d, c.t, &wv, &bad);
+  const bool ok = eq < 8e-3 && ek < 8e-3 && ev < 8e-3 && bad == 0;
+  if (!ok) ++g_failures;
+  printf("%s backward %-28s dq %.2e (worst token %lld) dk %.2e (%lld) dv %.2e (%lld) NaN %lld\n",
+         ok ? "ok  " : "FAIL", c.name, eq, (long long)wq, ek, (long long)wk, ev, (long long)wv, (long long)bad);
+  g.run();
+  CK(cudaDeviceSynchronize());
+  const auto q2 = g.dq.host(), k2 = g.dk.host(), v2 = g.dv.host();
+  if (memcmp(q2.data(), hq.data(), hq.size() * 2) || memcmp(k2.data(), hk.data(), hk.size() * 2) ||
+      memcmp(v2.data(), hv.data(), hv.size() * 2)) {
+    ++g_failures;
+    printf("FAIL backward %s: two runs differ\n", c.name);
   }
 }
 
@@ -347,10 +593,22 @@ static void time_forward(const Case &c) {
     const float u = median_ms([&] { f.run_update(); });
     const float sc = median_ms([&] { f.run_scan(); });
     printf("     gates %.4f  update %.4f ms (%.0f TFLOP/s executed)  scan %.4f ms (%.2f TB/s)\n", tg, u,
-           4.0 / 2 * double(c.b) * c.t * c.hkv * (c.p == 1 ? c.d : 2304.0 * (c.d / 64) * (c.d / 64)) * c.d / u / 1e9, sc,
-           2.0 * f.slots * (k90::state_bytes(c.d, c.p) + k90::norm_bytes(c.d)) / sc / 1e9);
+           4.0 / 2 * double(c.b) * c.t * c.hkv * (c.p == 1 ? c.d : 2304.0 * (c.d / 64) * (c.d / 64)) * c.d / u /
+               1e9,
+           sc, 2.0 * f.slots * (k90::state_bytes(c.d, c.p) + k90::norm_bytes(c.d)) / sc / 1e9);
   }
-  printf("time forward %-28s total %.4f ms  output %.4f ms  useful %.0f TFLOP/s\n", c.name, total, out, useful / total / 1e9);
+  if (c.d == 64) {
+    Backward g(x, f);
+    const float whole = median_ms([&] { g.run(); });
+    const float rows = median_ms([&] { g.run_rows(); });
+    const float q = median_ms([&] { g.run_q(); }), k = median_ms([&] { g.run_k(); });
+    const float u = c.chunk ? median_ms([&] { g.run_update(); }) : 0.f,
+                sc = c.chunk ? median_ms([&] { g.run_scan(); }) : 0.f;
+    printf("     backward %.4f ms: rows %.4f update %.4f scan %.4f dq %.4f dkv %.4f\n", whole, rows, u, sc, q,
+           k);
+  }
+  printf("time forward %-28s total %.4f ms  output %.4f ms  useful %.0f TFLOP/s\n", c.name, total, out,
+         useful / total / 1e9);
 }
 
 int main(int argc, char **argv) {
@@ -377,8 +635,56 @@ int main(int argc, char **argv) {
              {"attn d64 p2 packed", 1, 1500, 2, 2, 64, 2, .05f, 0, {0, 1, 1, 300, 555, 1400}},
          })
       check_forward(c);
+    return g_failures != 0;
+  }
+  if (mode == "backward") {
+    for (const Case &c : std::vector<Case>{
+             {"attn d64 p2 t256", 1, 256, 2, 2, 64, 2, 0.f, 0, {}},
+             {"attn d64 p2 t640 gated", 2, 640, 2, 2, 64, 2, .02f, 0, {}},
+             {"attn d64 p2 t777 gqa gated", 1, 777, 6, 2, 64, 2, .1f, 0, {}},
+             {"attn d64 p2 t65 strong gate", 2, 65, 2, 1, 64, 2, 5.f, 0, {}},
+             {"attn d64 p4 t333 gated", 1, 333, 2, 2, 64, 4, .01f, 0, {}},
+             {"attn d64 p1 t333 gated", 1, 333, 2, 2, 64, 1, .01f, 0, {}},
+             {"chunk d64 p2 t1024 c256", 1, 1024, 2, 2, 64, 2, 0.f, 256, {}},
+             {"chunk d64 p2 t1000 c256 gqa gated", 1, 1000, 4, 2, 64, 2, .01f, 256, {}},
+             {"chunk d64 p1 t1000 c256 gated", 1, 1000, 2, 2, 64, 1, .01f, 256, {}},
+             {"packed d64 p2 c256", 1, 1100, 2, 1, 64, 2, .01f, 256, {0, 1, 1, 300, 555, 1000}},
+         })
+      check_backward(c);
     printf("failures: %d\n", g_failures);
     return g_failures != 0;
+  }
+  if (mode == "stress") {  // many launches of each kernel: a race or a lost wake-up shows as a hang
+    for (const Case &c : std::vector<Case>{{"c1024", 1, 65536, 8, 8, 64, 2, .001f, 1024, {}},
+                                           {"c512", 1, 65536, 8, 8, 64, 2, .001f, 512, {}}}) {
+      Data x(c);
+      Forward f(x);
+      f.tables_and_gates();
+      CK(cudaDeviceSynchronize());
+      const auto many = [&](const char *what, int n, const std::function<void()> &run) {
+        printf("%s %s: ", c.name, what);
+        for (int i = 0; i < n; ++i) {
+          run();
+          if (i % 50 == 49) {
+            CK(cudaDeviceSynchronize());
+            printf(" %d", i + 1);
+          }
+        }
+        printf("\n");
+      };
+      many("update", 200, [&] { f.run_update(); });
+      many("scan", 100, [&] { f.run_scan(); });
+      many("output", 300, [&] { f.run_output(); });
+      many("tables", 100, [&] { f.tables_and_gates(); });
+      many("forward", 100, [&] { f.run(); });
+      Backward g(x, f);
+      g.shapes();
+      many("rows", 50, [&] { g.run_rows(); });
+      many("dq", 50, [&] { g.run_q(); });
+      many("dkv", 50, [&] { g.run_k(); });
+      many("backward", 50, [&] { g.run(); });
+    }
+    return 0;
   }
   for (const Case &c : std::vector<Case>{
            {"attn b64 t1024 h8 d64", 64, 1024, 8, 8, 64, 2, .02f, 0, {}},

@@ -45,7 +45,9 @@ __device__ __forceinline__ void named_barrier() {
   asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 // Orders shared memory written by ordinary stores or cp.async before its reads by wgmma and bulk copies.
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -69,26 +71,34 @@ struct Ring {
       phase ^= 1;
     }
   }
+  __device__ __forceinline__ void skip(int n) {
+    const int to = stage + n;
+    stage = to % kStages;
+    phase ^= (to / kStages) & 1;
+  }
 };
 
 // ---- Copies -----------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
-               "l"(src), "r"(bytes), "r"(bar)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
+      "l"(src), "r"(bytes), "r"(bar)
+      : "memory");
 }
 __device__ __forceinline__ void bulk_store(void *dst, uint32_t src, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(dst),
-               "r"(src), "r"(bytes)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(dst),
+      "r"(src), "r"(bytes)
+      : "memory");
 }
 __device__ __forceinline__ void bulk_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-// 16 bytes, zero-filled when !valid.
+// 16 bytes, zero-filled without reading when !valid.
 __device__ __forceinline__ void copy16(uint32_t dst, const void *src, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
+               "r"(valid ? 16 : 0)
                : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -109,8 +119,8 @@ __device__ __forceinline__ void ldmatrix4_trans(uint32_t (&r)[4], uint32_t a) {
                : "memory");
 }
 __device__ __forceinline__ void stmatrix4(uint32_t a, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(r0), "r"(r1), "r"(r2),
-               "r"(r3)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(r0), "r"(r1),
+               "r"(r2), "r"(r3)
                : "memory");
 }
 __device__ __forceinline__ float2 load_f2(uint32_t a) {
@@ -129,7 +139,8 @@ __device__ __forceinline__ uint4 load_u4(uint32_t a) {
   return v;
 }
 __device__ __forceinline__ void store_u4(uint32_t a, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
 }
 __device__ __forceinline__ void store_u2(uint32_t a, uint32_t x, uint32_t y) {
   asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(a), "r"(x), "r"(y) : "memory");
@@ -145,12 +156,10 @@ __device__ __forceinline__ void load_tile(uint32_t dst, const Tensor &x, const T
   const int row = tid >> 3, chunk = tid & 7;  // rows row + 16 i share row & 7
   const uint32_t at = dst + row * 128 + ((chunk ^ (row & 7)) << 4);
   const T *src = base + row * x.stride_t + chunk * 8;
-  if (x.vector) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool ok = row + 16 * i < valid;
-      copy16(at + i * 2048, ok ? src + i * 16 * x.stride_t : base, ok);
-    }
+  if (x.vector) {  // rolled: the producer has few registers and time to spare
+    uint32_t to = at;
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i, to += 2048, src += 16 * x.stride_t) copy16(to, src, row + 16 * i < valid);
   } else {  // a row that is not 16-byte aligned: element by element
 #pragma unroll 1
     for (int n = 0; n < 32; ++n) {
@@ -191,6 +200,23 @@ __device__ __forceinline__ float2 unpack2(uint32_t v) {
 }
 __device__ __forceinline__ uint32_t low2(uint32_t v) { return __byte_perm(v, v, 0x1010); }
 __device__ __forceinline__ uint32_t high2(uint32_t v) { return __byte_perm(v, v, 0x3232); }
+// The same, computed anew at every use: hoisted results would hold registers that a loop does not have.
+__device__ __forceinline__ uint32_t low2_here(uint32_t v) {
+  uint32_t r;
+  asm volatile("prmt.b32 %0, %1, %1, 0x1010;" : "=r"(r) : "r"(v));
+  return r;
+}
+__device__ __forceinline__ uint32_t high2_here(uint32_t v) {
+  uint32_t r;
+  asm volatile("prmt.b32 %0, %1, %1, 0x3232;" : "=r"(r) : "r"(v));
+  return r;
+}
+template <typename T>
+__device__ __forceinline__ float2 unpack2_here(uint32_t v) {
+  uint32_t here;
+  asm volatile("mov.b32 %0, %1;" : "=r"(here) : "r"(v));
+  return unpack2<T>(here);
+}
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

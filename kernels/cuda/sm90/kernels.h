@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Kernels for sm_90a: what they take and how they are launched. Plain data and host functions only.
 //
-// Forward:  chunk table and gate sums -> update (sums of phi(k) v^T per chunk) -> scan (state before each chunk)
+// Forward:  chunk table and gate sums -> update (sums of phi(k) v^T per chunk) -> scan (state before each
+// chunk)
 //           -> output.   Attention form: one chunk per sequence, output only.
-// Backward: preprocess (delta, 1/l, weights) -> update and scan with q, dy in reverse -> dq -> dkv -> gate gradient.
+// Backward: preprocess (delta, 1/l, weights) -> update and scan with q, dy in reverse -> dq -> dkv -> gate
+// gradient.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,15 +24,15 @@ struct Tensor {  // element (b, t, h, i) at data[b*stride_b + t*stride_t + h*str
 
 // What all kernels of a call share.
 struct Shape {
-  ChunkTable table;        // with row tiles of kRowsPerTile where a kernel owns rows
-  int64_t tokens = 0;      // per batch entry: extent of t in per-token arrays [b, heads, t]
+  ChunkTable table;    // with row tiles of kRowsPerTile where a kernel owns rows
+  int64_t tokens = 0;  // per batch entry: extent of t in per-token arrays [b, heads, t]
   int32_t packed = 0;
   int32_t heads_q = 1, heads_kv = 1, group = 1;
   int32_t degree = 2;
   int32_t normalize = 1;
-  int32_t half = 0;        // fp16 instead of bf16
-  int32_t head_dim = 64;   // = value_dim: 64 or 128
-  float scale_p = 1.f;     // scale^degree
+  int32_t half = 0;       // fp16 instead of bf16
+  int32_t head_dim = 64;  // = value_dim: 64 or 128
+  float scale_p = 1.f;    // scale^degree
   float eps = 0.f;
 };
 constexpr int kOutputRows = 256;  // rows per tile of `output`
@@ -45,8 +47,8 @@ constexpr int64_t state_bytes(int head_dim, int degree) {
 constexpr int64_t norm_bytes(int head_dim) { return int64_t(head_dim) * head_dim * 4; }
 
 // State sums of every chunk: state[chunk][h][tile] = sum_t weight_t phi(a_t) b_t^T (bf16, swizzled tiles) and,
-// normalised, norm[chunk][h] = sum_t norm_weight_t a_t a_t^T (fp32). Forward a = k, b = v; backward a = q, b = dy,
-// summed over the query heads of the group.
+// normalised, norm[chunk][h] = sum_t norm_weight_t a_t a_t^T (fp32). Forward a = k, b = v; backward a = q, b =
+// dy, summed over the query heads of the group.
 struct UpdateArgs {
   Shape p;
   Tensor a, b;
@@ -59,7 +61,8 @@ struct UpdateArgs {
 };
 cudaError_t update64(const UpdateArgs &args, int sms, cudaStream_t stream);
 
-// Weight of a key in its chunk's sum, exp(G_end - G_t) as [b, heads_kv, t], and decay [chunk, heads_kv] = exp(G_end).
+// Weight of a key in its chunk's sum, exp(G_end - G_t) as [b, heads_kv, t], and decay [chunk, heads_kv] =
+// exp(G_end).
 struct GateArgs {
   Shape p;
   const double *gate = nullptr;
@@ -68,8 +71,8 @@ struct GateArgs {
 };
 cudaError_t key_weights(const GateArgs &args, cudaStream_t stream);
 
-// Exclusive scan over the chunks of each sequence, in place: slot n becomes the state before chunk n (reverse: after
-// it). norm (fp32, from update) goes to norm_tiles: two bf16 tiles per slot, high and low part.
+// Exclusive scan over the chunks of each sequence, in place: slot n becomes the state before chunk n (reverse:
+// after it). norm (fp32, from update) goes to norm_tiles: two bf16 tiles per slot, high and low part.
 struct ScanArgs {
   Shape p;
   void *state = nullptr;
@@ -88,11 +91,38 @@ struct OutputArgs {
   Shape p;
   Tensor q, k, v, y, row_norm;
   const double *gate = nullptr;  // [b, heads_kv, t]: inclusive sums inside the chunk; null: no gates
-  const void *state = nullptr;  // null: attention form
-  const void *norm = nullptr;
-  int32_t first_has_state = 0;  // the first chunk of a sequence starts from a state
-  int32_t *ticket = nullptr;  // zero on entry
+  const void *state = nullptr;   // null: attention form
+  const void *norm = nullptr;    // Z before each chunk; null: row sums without the state's part
+  int32_t first_has_state = 0;   // the first chunk of a sequence starts from a state
+  int32_t *ticket = nullptr;     // zero on entry
 };
 cudaError_t output64(const OutputArgs &args, int sms, cudaStream_t stream);
+
+struct RowsArgs {
+  Shape p;
+  Tensor y, dy, row_norm;  // row_norm.data null: unnormalised, r = 1, delta = 0
+  const double *gate = nullptr;
+  float *r = nullptr, *delta = nullptr;             // [b, heads_q, t], optional
+  float *weight = nullptr, *norm_weight = nullptr;  // chunked form
+};
+cudaError_t rows(const RowsArgs &args, cudaStream_t stream);
+
+// dq (keys = 0: rows x = q, u = dy; columns z = k, y = v), or dk and dv (keys = 1: x = k, u = v, z = q, y =
+// dy).
+struct GradientArgs {
+  Shape p;
+  int32_t keys = 0;
+  Tensor x, u, z, y, dx, dv;     // dv: keys only
+  const double *gate = nullptr;  // as in OutputArgs
+  const float *r = nullptr;      // [b, heads_q, t]: 1 / row norm; null: 1
+  const float *delta = nullptr;  // [b, heads_q, t]: dy . y; null: 0
+  const void *state = nullptr;   // S before, or dS after, each chunk; null: attention form
+  const void *norm = nullptr;    // Z or dZ; null: none
+  int32_t end_has_state = 0;     // the first (dq) or last (keys) chunk of a sequence has a state too
+  float scale_p = 1.f;
+  float *dot = nullptr;       // out: x . dx [b, heads of x, t]; null: not wanted
+  int32_t *ticket = nullptr;  // zero on entry
+};
+cudaError_t gradient64(const GradientArgs &args, int sms, cudaStream_t stream);
 
 }  // namespace powerattn::cuda::sm90

@@ -7,46 +7,55 @@
 
 namespace powerattn::cuda::sm90 {
 
-constexpr int kRows = kOutputRows;  // per unit: 2 warpgroups x 2 m64 tiles; 1/256 byte of state per FLOP from L2
+constexpr int kRows =
+    kOutputRows;                 // per unit: 2 warpgroups x 2 m64 tiles; 1/256 byte of state per FLOP from L2
 constexpr int kRowTiles = 4;     // m64 tiles
 constexpr int kKeys = 64;        // keys per block
 constexpr int kMetaBytes = 768;  // per stage: 64 factors, 64 log2 gates, 1 advance (floats)
 
-struct UnitMeta {  // what the producer tells the consumers about a unit
+struct UnitMeta {                     // what the producer tells the consumers about a unit
   int32_t head, row, length, blocks;  // blocks: 64-key blocks to read; head < 0: no more units
   int32_t states, batch;              // states: the chunk starts from a state
   int64_t token;
   float state_factor;  // exp(G_row0): decay of the state at the tile's first row
 };
 
-// Key factors of block j for a tile that starts at block n, all <= 1. G is the chunk's inclusive gate sum, B_b its
-// value at the first row of block b.
+// Key factors of block j for a tile that starts at block n, all <= 1. G is the chunk's inclusive gate sum, B_b
+// its value at the first row of block b.
 //   j < n:  factor = exp(B_n - G_j)                                                  (common to the tile)
 //   j >= n: factor = exp(B_{j+1} - G_j), advance = exp(B_{j+1} - B_j), log2 gate = (G_j - B_j) log2(e)
-__device__ __forceinline__ void write_key_meta(uint32_t meta, const double *gate, int block, int first_block,
-                                               int length, int tid) {
-  if (tid >= kKeys) return;
-  float factor = 1.f, local = 0.f, advance = 1.f;
-  const int j = block * kKeys + tid;
-  if (gate) {
-    const int b0 = block * kKeys, b1 = block < first_block ? first_block * kKeys : min(b0 + kKeys, length - 1);
-    const double g = gate[min(j, length - 1)], at0 = gate[b0], at1 = gate[b1];
-    factor = exp2f(static_cast<float>(at1 - g) * kLog2e);
-    local = static_cast<float>(g - at0) * kLog2e;
-    advance = exp2f(static_cast<float>(at1 - at0) * kLog2e);
+// Loaded one block ahead: the latency of a load is as long as the consumers need for a block.
+struct KeyGates {
+  double g, start, reference;
+};
+__device__ __forceinline__ KeyGates load_key_gates(const double *gate, int block, int first_block, int length,
+                                                   int tid) {
+  KeyGates k{0.0, 0.0, 0.0};
+  if (gate && tid < kKeys) {
+    const int b0 = block * kKeys;
+    k.g = gate[min(b0 + tid, length - 1)];
+    k.start = gate[b0];
+    k.reference = gate[block < first_block ? first_block * kKeys : min(b0 + kKeys, length - 1)];
   }
-  if (j >= length) factor = 0.f;
+  return k;
+}
+__device__ __forceinline__ void write_key_meta(uint32_t meta, const KeyGates &k, int block, int length, int tid,
+                                               uint32_t advance_at = 512) {
+  if (tid >= kKeys) return;
+  const float factor =
+      block * kKeys + tid < length ? exp2_fast(static_cast<float>(k.reference - k.g) * kLog2e) : 0.f;
   store_f1(meta + tid * 4, factor);
-  store_f1(meta + 256 + tid * 4, local);
-  if (tid == 0) store_f1(meta + 512, advance);
+  store_f1(meta + 256 + tid * 4, static_cast<float>(k.g - k.start) * kLog2e);
+  if (tid == 0) store_f1(meta + advance_at, exp2_fast(static_cast<float>(k.reference - k.start) * kLog2e));
 }
 
 // Weights of a 64 x 64 block from its scores, as the A operand of the product with v:
-//   below the diagonal  P_ij = s_ij^p factor_j;   on it  P_ij = s_ij^p 2^(local_i - local_j) for j <= i, else 0.
+//   below the diagonal  P_ij = s_ij^p factor_j;   on it  P_ij = s_ij^p 2^(local_i - local_j) for j <= i, else
+//   0.
 // l_i += sum_j P_ij (this lane's columns).
 template <typename T, int kDegree, bool kDiagonal>
-__device__ __forceinline__ void weigh(const float (&s)[32], uint32_t (&w)[4][4], float (&l)[2], uint32_t meta, int lane,
-                                      int warp) {
+__device__ __forceinline__ void weigh(const float (&s)[32], uint32_t (&w)[4][4], float (&l)[2], uint32_t meta,
+                                      int lane, int warp) {
   const int row = warp * 16 + lane / 4, col = (lane & 3) * 2;
   float g0 = 0.f, g1 = 0.f;
   if constexpr (kDiagonal) {
@@ -97,11 +106,12 @@ __device__ __forceinline__ float quad_sum(float x) {
 
 // Writes 16 rows x 64 columns held as accumulators (already final) through 2 KB of this warp's shared memory.
 template <typename T>
-__device__ __forceinline__ void store_rows(const float (&o)[32], float f0, float f1, uint32_t staging, const Tensor &y,
-                                           T *base, int valid, int lane) {
+__device__ __forceinline__ void store_rows(const float (&o)[32], float f0, float f1, uint32_t staging,
+                                           const Tensor &y, T *base, int valid, int lane) {
   if (y.vector) {
 #pragma unroll
-    for (int n = 0; n < 8; n += 2) {  // matrices: (row half 0, n), (half 1, n), (half 0, n + 1), (half 1, n + 1)
+    for (int n = 0; n < 8;
+         n += 2) {  // matrices: (row half 0, n), (half 1, n), (half 0, n + 1), (half 1, n + 1)
       const int row = (lane & 7) + ((lane >> 3) & 1) * 8, chunk = n + (lane >> 4);
       stmatrix4(staging + row * 128 + ((chunk ^ (row & 7)) << 4), pack2<T>(o[4 * n] * f0, o[4 * n + 1] * f0),
                 pack2<T>(o[4 * n + 2] * f1, o[4 * n + 3] * f1), pack2<T>(o[4 * n + 4] * f0, o[4 * n + 5] * f0),
@@ -119,7 +129,8 @@ __device__ __forceinline__ void store_rows(const float (&o)[32], float f0, float
     const int row = lane / 4, col = (lane & 3) * 2;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      const uint32_t a = pack2<T>(o[4 * n] * f0, o[4 * n + 1] * f0), b = pack2<T>(o[4 * n + 2] * f1, o[4 * n + 3] * f1);
+      const uint32_t a = pack2<T>(o[4 * n] * f0, o[4 * n + 1] * f0),
+                     b = pack2<T>(o[4 * n + 2] * f1, o[4 * n + 3] * f1);
       uint16_t *p = reinterpret_cast<uint16_t *>(base) + row * y.stride_t + n * 8 + col;
       if (row < valid) p[0] = a & 0xffff, p[1] = a >> 16;
       p += 8 * y.stride_t;

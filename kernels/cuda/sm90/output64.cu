@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward output for head_dim = value_dim = 64: rows of one chunk against the state before the chunk and the chunk's
-// own keys. Without a state this is the attention form.
+// Forward output for head_dim = value_dim = 64: rows of one chunk against the state before the chunk and the
+// chunk's own keys. Without a state this is the attention form.
 //
 // One producer warpgroup feeds a ring of 16 KB stages (two state tiles, or 64 keys and values); two consumer
 // warpgroups hold 2 x 64 rows each: row tiles {0, 3} and {1, 2}, so both do the same number of causal blocks.
@@ -12,10 +12,12 @@ namespace {
 constexpr int kTile = 64 * 64 * 2;
 constexpr int kStage = 2 * kTile;
 constexpr int kStages = 8;
+constexpr int kAhead = 3;  // stages in flight behind the one being handed over
 constexpr int kConsumerWarps = 8;
 // Shared memory: 1024 (alignment) + q 4 x 8 KB + ring 8 x 16 KB + y staging 8 warps x 2 KB + ring meta 8 x 768
 // + barriers and unit: 181 KB of 227 KB.
-constexpr int kSmem = 1024 + kRowTiles * kTile + kStages * kStage + kConsumerWarps * 2048 + kStages * kMetaBytes + 512;
+constexpr int kSmem =
+    1024 + kRowTiles * kTile + kStages * kStage + kConsumerWarps * 2048 + kStages * kMetaBytes + 512;
 
 struct Smem {
   uint32_t q, ring, staging, meta, full, empty, q_full, q_empty, unit, ticket;
@@ -43,19 +45,23 @@ __device__ __forceinline__ void produce(const OutputArgs &a, const Smem &s, Unit
   Ring<kStages> ring;
   uint32_t q_phase = 1;  // also the unit slot to write, inverted
   Tickets tickets{s.ticket};
-  const auto signal = [&](uint32_t bar) {  // this thread's stores and copies are on their way
+  // Each thread waits for its own copies and orders them before the tensor cores' reads, so the consumers need
+  // no fence; the copies of the next kAhead stages stay in flight meanwhile.
+  Ring<kStages> oldest;  // first stage not handed over
+  const auto hand_over = [&](uint32_t bar) {
+    fence_async_proxy();
     __syncwarp();
     if (tid % 32 == 0) barrier_arrive(bar);
-    barrier_arrive_copies(bar);
   };
+  // Bulk copies are one thread's work; the others meet it at a barrier behind the last one. (If all waited for
+  // every stage, a slow thread could miss a whole turn of the ring, since nothing in these stages waits for
+  // it.)
   const auto bulk_stage = [&](const void *src, uint32_t bytes) {
     barrier_wait(s.empty + 8 * ring.stage, ring.phase ^ 1);
-    if (tid == 0) {
-      const uint32_t bar = s.full + 8 * ring.stage;
-      barrier_expect(bar, bytes);
-      bulk_load(s.ring + ring.stage * kStage, src, bytes, bar);
-      barrier_arrive_n(bar, 128 + 4 - 1);
-    }
+    const uint32_t bar = s.full + 8 * ring.stage;
+    barrier_expect(bar, bytes);
+    bulk_load(s.ring + ring.stage * kStage, src, bytes, bar);
+    barrier_arrive_n(bar, 4 - 1);
     ring.next();
   };
   for (;;) {
@@ -87,43 +93,67 @@ __device__ __forceinline__ void produce(const OutputArgs &a, const Smem &s, Unit
       um->token = c.start;
       um->state_factor = gate ? exp2f(static_cast<float>(gate[t.row]) * kLog2e) : 1.f;
     }
-    signal(s.q_full);
+    copy_commit();
+    copy_wait<0>();
+    hand_over(s.q_full);
 
     if (has_state) {
       const int64_t slot = int64_t(t.chunk_index) * p.heads_kv + head_kv;
       const char *state = static_cast<const char *>(a.state) + slot * (kStateTiles * kTile);
-      if constexpr (kDegree == 1) {
-        bulk_stage(state, kTile);
-      } else {
+      const int bulk = kDegree == 1 ? 1 : kStateTiles / 2 + (a.norm ? 1 : 0);
+      if (tid == 0) {
 #pragma unroll 1
-        for (int i = 0; i < kStateTiles / 2; ++i) bulk_stage(state + i * kStage, kStage);
-        if (p.normalize) bulk_stage(static_cast<const char *>(a.norm) + slot * (2 * kTile), 2 * kTile);
+        for (int i = 0; i < (kStateTiles + 1) / 2; ++i)
+          bulk_stage(state + i * kStage, kDegree == 1 ? kTile : kStage);
+        if (kDegree == 2 && a.norm)
+          bulk_stage(static_cast<const char *>(a.norm) + slot * (2 * kTile), 2 * kTile);
+      } else {
+        ring.skip(bulk);
       }
+      __syncwarp();
+      named_barrier<2, 128>();
     }
-    const T *k = row_pointer<T>(a.k, t.batch, head_kv, c.start), *v = row_pointer<T>(a.v, t.batch, head_kv, c.start);
+    const T *k = row_pointer<T>(a.k, t.batch, head_kv, c.start),
+            *v = row_pointer<T>(a.v, t.batch, head_kv, c.start);
+    KeyGates gates = load_key_gates(gate, 0, first, c.length, tid);
+    oldest = ring;
 #pragma unroll 1
     for (int j = 0; j < blocks; ++j) {
       barrier_wait(s.empty + 8 * ring.stage, ring.phase ^ 1);
       const uint32_t stage = s.ring + ring.stage * kStage;
       load_tile<T>(stage, a.k, k + int64_t(j) * kKeys * a.k.stride_t, c.length - j * kKeys, tid);
       load_tile<T>(stage + kTile, a.v, v + int64_t(j) * kKeys * a.v.stride_t, c.length - j * kKeys, tid);
-      write_key_meta(s.meta + ring.stage * kMetaBytes, gate, j, first, c.length, tid);
-      signal(s.full + 8 * ring.stage);
+      const KeyGates here = gates;
+      if (j + 1 < blocks) gates = load_key_gates(gate, j + 1, first, c.length, tid);
+      write_key_meta(s.meta + ring.stage * kMetaBytes, here, j, c.length, tid);
+      copy_commit();
       ring.next();
+      if (j >= kAhead) {
+        copy_wait<kAhead>();
+        hand_over(s.full + 8 * oldest.stage);
+        oldest.next();
+      }
+    }
+    copy_wait<0>();
+#pragma unroll 1
+    for (int j = min(kAhead, blocks); j > 0; --j) {
+      hand_over(s.full + 8 * oldest.stage);
+      oldest.next();
     }
   }
   barrier_wait(s.q_empty, q_phase);
   if (tid == 0) slots[q_phase ^ 1].head = -1;
-  signal(s.q_full);
+  hand_over(s.q_full);
 }
 
 // ---- Consumers ----------------------------------------------------------------------------------------------
 
 // A operand of phi(q) S for tile (ib, jb), k16 step s: rows i = 2s (k < 8) and 2s + 1, columns j.
-// q[ks][0..3] is the fragment of columns 16 ks ..; x[h][s] holds (q_i, q_{i+1}), i = 8 ib + 2 s, of row g + 8 h.
+// q[ks][0..3] is the fragment of columns 16 ks ..; x[h][s] holds (q_i, q_{i+1}), i = 8 ib + 2 s, of row g + 8
+// h.
 template <typename T>
-__device__ __forceinline__ void phi_fragments(uint32_t (&a)[4][4], const uint32_t (&q)[4][4], const uint32_t (&x)[2][4],
-                                              int jb) {
+__device__ __forceinline__ void phi_fragments(uint32_t (&a)[4][4], const uint32_t (&q)[4][4],
+                                              const uint32_t (&x)[2][4], int jb) {
   const uint32_t f0 = q[jb / 2][(jb & 1) * 2], f1 = q[jb / 2][(jb & 1) * 2 + 1];
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
@@ -150,10 +180,7 @@ struct Consumer {
   float l[2][2];
   uint32_t q[2][4][4];
 
-  __device__ __forceinline__ void acquire(bool copied) {
-    barrier_wait(s.full + 8 * ring.stage, ring.phase);
-    if (copied) fence_async_proxy();
-  }
+  __device__ __forceinline__ void acquire() { barrier_wait(s.full + 8 * ring.stage, ring.phase); }
   __device__ __forceinline__ void release(int stage) {
     __syncwarp();
     if (lane == 0) barrier_arrive(s.empty + 8 * stage);
@@ -181,7 +208,7 @@ struct Consumer {
 #pragma unroll
       for (int jb = ib; jb < 8; ++jb) {
         const int tile = ib * 8 - ib * (ib - 1) / 2 + jb - ib;  // compile-time after unrolling
-        if (tile % 2 == 0) acquire(false);
+        if (tile % 2 == 0) acquire();
         const uint32_t b = stage() + (tile % 2) * kTile;
         wgmma_fence();
 #pragma unroll
@@ -217,7 +244,7 @@ struct Consumer {
 
   // l_i += q_i^T Z q_i with Z = Z_hi + Z_lo: rowsum(Q o (Q Z)).
   __device__ __forceinline__ void norm_phase(float (&t)[2][32]) {
-    acquire(false);
+    acquire();
     const uint32_t b = stage();
     wgmma_fence();
 #pragma unroll
@@ -247,7 +274,7 @@ struct Consumer {
 
   // O = Q S, degree 1: phi is the identity.
   __device__ __forceinline__ void state_phase_1() {
-    acquire(false);
+    acquire();
     wgmma_fence();
 #pragma unroll
     for (int m = 0; m < 2; ++m)
@@ -283,7 +310,8 @@ struct Consumer {
     uint32_t w[4][4];
     if (diagonal) {
       const int row = warp * 16 + lane / 4;
-      scale_rows(o[m], l[m], exp2_fast(load_f1(meta() + 256 + row * 4)), exp2_fast(load_f1(meta() + 288 + row * 4)));
+      scale_rows(o[m], l[m], exp2_fast(load_f1(meta() + 256 + row * 4)),
+                 exp2_fast(load_f1(meta() + 288 + row * 4)));
       weigh<T, kDegree, true>(t, w, l[m], meta(), lane, warp);
     } else {
       const float f = load_f1(meta() + 512);
@@ -305,14 +333,15 @@ struct Consumer {
 
   __device__ __forceinline__ void attention_phase(int first, int blocks, int m0, int m1, float (&t0)[32],
                                                   float (&t1)[32]) {
-    // Keys before the tile: every row sees them all. While one row tile is weighed, the tensor cores do the values
-    // and the next scores of the other. Nothing is in flight across the loop's edge (the compiler would serialise).
-    acquire(true);
+    // Keys before the tile: every row sees them all. While one row tile is weighed, the tensor cores do the
+    // values and the next scores of the other. Nothing is in flight across the loop's edge (the compiler would
+    // serialise).
+    acquire();
     own_scores<0>(t0);
     uint32_t w0[4][4], w1[4][4];
 #pragma unroll
     for (int i = 0; i < 16; ++i) w1[i / 4][i % 4] = 0;  // nothing yet: the first product adds zeros
-    uint32_t v = stage() + kTile;                        // values that w1 belongs to
+    uint32_t v = stage() + kTile;                       // values that w1 belongs to
 #pragma unroll 1
     for (int j = 0; j < first; ++j) {
       const uint32_t keys = stage(), md = meta();
@@ -324,7 +353,7 @@ struct Consumer {
       wgmma_wait<0>();
       if (j > 0) release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
       ring.next();
-      acquire(true);
+      acquire();
       v = keys + kTile;
       wgmma_fence();
       values<0>(w0, v);
@@ -348,7 +377,7 @@ struct Consumer {
     ring.next();
 #pragma unroll 1
     for (int r = 1; first + r < blocks; ++r) {
-      acquire(true);
+      acquire();
       if (r == m0) {
         own_scores<0>(t0);
         own_block<0>(t0, true);
@@ -363,16 +392,18 @@ struct Consumer {
   }
 
   template <int m>
-  __device__ __forceinline__ void epilogue(const OutputArgs &a, const volatile UnitMeta &u, int row_tile, uint32_t staging) {
+  __device__ __forceinline__ void epilogue(const OutputArgs &a, const volatile UnitMeta &u, int row_tile,
+                                           uint32_t staging) {
     float norm[2], f[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) f[h] = output_factor(a.p, quad_sum(l[m][h]), &norm[h]);
     const int row = u.row + row_tile * 64 + warp * 16;
-    T *y = static_cast<T *>(a.y.data) + u.batch * a.y.stride_b + u.head * a.y.stride_h + (u.token + row) * a.y.stride_t;
+    T *y = static_cast<T *>(a.y.data) + u.batch * a.y.stride_b + u.head * a.y.stride_h +
+           (u.token + row) * a.y.stride_t;
     store_rows<T>(o[m], f[0], f[1], staging, a.y, y, u.length - row, lane);
     if (a.row_norm.data && (lane & 3) == 0) {
-      float *r = static_cast<float *>(a.row_norm.data) + u.batch * a.row_norm.stride_b + u.head * a.row_norm.stride_h +
-                 (u.token + row + lane / 4) * a.row_norm.stride_t;
+      float *r = static_cast<float *>(a.row_norm.data) + u.batch * a.row_norm.stride_b +
+                 u.head * a.row_norm.stride_h + (u.token + row + lane / 4) * a.row_norm.stride_t;
       if (row + lane / 4 < u.length) r[0] = norm[0];
       if (row + lane / 4 + 8 < u.length) r[8 * a.row_norm.stride_t] = norm[1];
     }
@@ -387,10 +418,10 @@ __global__ void __launch_bounds__(384, 1) output64_kernel(const __grid_constant_
   const int tid = threadIdx.x, group = tid / 128;
   if (tid == 0) {
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(s.full + 8 * i, 128 + 4);
+      barrier_init(s.full + 8 * i, 4);
       barrier_init(s.empty + 8 * i, kConsumerWarps);
     }
-    barrier_init(s.q_full, 128 + 4);
+    barrier_init(s.q_full, 4);
     barrier_init(s.q_empty, kConsumerWarps);
     fence_barrier_init();
   }
@@ -425,7 +456,7 @@ __global__ void __launch_bounds__(384, 1) output64_kernel(const __grid_constant_
           c.state_phase_1();
         } else if constexpr (kDegree == 2) {
           c.state_phase_2();
-          if (a.p.normalize) {
+          if (a.norm) {
             float t[2][32];
             c.norm_phase(t);
           }
@@ -455,10 +486,14 @@ cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
 cudaError_t output64(const OutputArgs &a, int sms, cudaStream_t stream) {
   using B = __nv_bfloat16;
   switch (a.p.degree) {
-    case 1: return launch<B, 1>(a, sms, stream);
-    case 2: return launch<B, 2>(a, sms, stream);
-    case 4: return launch<B, 4>(a, sms, stream);
-    default: return cudaErrorInvalidValue;
+    case 1:
+      return launch<B, 1>(a, sms, stream);
+    case 2:
+      return launch<B, 2>(a, sms, stream);
+    case 4:
+      return launch<B, 4>(a, sms, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

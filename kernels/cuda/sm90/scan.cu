@@ -7,7 +7,8 @@
 namespace powerattn::cuda::sm90 {
 namespace {
 
-constexpr int kAhead = 8;  // chunks whose loads are in flight: 16 bytes x 8 per thread fill the memory's latency
+constexpr int kAhead =
+    8;  // chunks whose loads are in flight: 16 bytes x 8 per thread fill the memory's latency
 
 // weight_t = exp(G_end - G_t), decay = exp(G_end): one block per (chunk, head).
 __global__ void __launch_bounds__(256) key_weights_kernel(const __grid_constant__ GateArgs a) {
@@ -15,9 +16,11 @@ __global__ void __launch_bounds__(256) key_weights_kernel(const __grid_constant_
   const Chunk c = a.p.table.chunks[slot / a.p.heads_kv];
   if (c.length == 0) return;
   const int head = static_cast<int>(slot % a.p.heads_kv);
-  const int64_t row = token_row(a.p, static_cast<int>(batch_of(a.p.packed, c.sequence)), a.p.heads_kv, head, c.start);
+  const int64_t row =
+      token_row(a.p, static_cast<int>(batch_of(a.p.packed, c.sequence)), a.p.heads_kv, head, c.start);
   const double end = a.gate[row + c.length - 1];
-  for (int t = threadIdx.x; t < c.length; t += 256) a.weight[row + t] = exp2f(static_cast<float>(end - a.gate[row + t]) * kLog2e);
+  for (int t = threadIdx.x; t < c.length; t += 256)
+    a.weight[row + t] = exp2f(static_cast<float>(end - a.gate[row + t]) * kLog2e);
   if (threadIdx.x == 0) a.decay[slot] = exp2f(static_cast<float>(end) * kLog2e);
 }
 
@@ -83,9 +86,11 @@ __global__ void __launch_bounds__(128) scan_norm_kernel(const __grid_constant__ 
   const Sequence s = a.p.table.sequences[m];
   const int row = pack * 4 / d, col = pack * 4 % d;
   // Tiles of 64 rows; wider than 64 columns: halves of 64 one after the other.
-  const int64_t at = int64_t(row / 64) * 64 * d * 2 + (col / 64) * 8192 + swizzle<64>(64, row % 64, col % 64 / 8) + col % 8 * 2;
-  float4 carry = a.first_norm ? reinterpret_cast<const float4 *>(a.first_norm)[(m * a.p.heads_kv + head) * packs + pack]
-                              : make_float4(0.f, 0.f, 0.f, 0.f);
+  const int64_t at = int64_t(row / 64) * 64 * d * 2 + (col / 64) * 8192 +
+                     swizzle<64>(64, row % 64, col % 64 / 8) + col % 8 * 2;
+  float4 carry = a.first_norm
+                     ? reinterpret_cast<const float4 *>(a.first_norm)[(m * a.p.heads_kv + head) * packs + pack]
+                     : make_float4(0.f, 0.f, 0.f, 0.f);
   for (int i = 0; i < s.chunks; i += kAhead) {
     float4 x[kAhead];
     float g[kAhead];
@@ -128,9 +133,11 @@ cudaError_t scan(const ScanArgs &a, cudaStream_t stream) {
   const int64_t heads = a.p.heads_kv, rows = a.p.table.num_sequences * heads;
   if (rows == 0) return cudaSuccess;
   const int64_t slab = 65535 / heads * heads;  // grid y limit, whole sequences
-  const unsigned y = static_cast<unsigned>(rows < slab ? rows : slab), z = static_cast<unsigned>((rows + slab - 1) / slab);
+  const unsigned y = static_cast<unsigned>(rows < slab ? rows : slab),
+                 z = static_cast<unsigned>((rows + slab - 1) / slab);
   const int64_t packs = state_bytes(a.p.head_dim, a.p.degree) / 16;
-  scan_state_kernel<__nv_bfloat16><<<dim3(static_cast<unsigned>((packs + 127) / 128), y, z), 128, 0, stream>>>(a, packs);
+  scan_state_kernel<__nv_bfloat16>
+      <<<dim3(static_cast<unsigned>((packs + 127) / 128), y, z), 128, 0, stream>>>(a, packs);
   if (a.norm)
     scan_norm_kernel<__nv_bfloat16>
         <<<dim3(static_cast<unsigned>(a.p.head_dim * a.p.head_dim / 4 / 128), y, z), 128, 0, stream>>>(a);

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums of one chunk for head_dim = value_dim = 64:
 //   S[(i,j)] = W_ij sum_t w_t k_ti k_tj v_t   (degree 2: 36 tiles of tiles.h, W = 2 off the diagonal tiles)
-//   S[i]     = sum_t w_t k_ti v_t             (degree 1)        Z = sum_t w'_t k_t k_t^T   (normalised, degree 2)
+//   S[i]     = sum_t w_t k_ti v_t             (degree 1)        Z = sum_t w'_t k_t k_t^T   (normalised, degree
+//   2)
 //
-// A unit is a (chunk, head, slice); the accumulators of a slice, 6 tiles in each of two consumer warpgroups, stay in
-// registers over the chunk's tokens. The A operand phi(k)^T is a K^T fragment times scalars w_t k_ti; the producer
-// warpgroup makes these scalars once per stage, transposed and rounded once, so that a consumer fetches the four it
-// needs for a pair of rows i with one 16-byte load.
+// A unit is a (chunk, head, slice); the accumulators of a slice, 6 tiles in each of two consumer warpgroups,
+// stay in registers over the chunk's tokens. The A operand phi(k)^T is a K^T fragment times scalars w_t k_ti;
+// the producer warpgroup makes these scalars once per stage, transposed and rounded once, so that a consumer
+// fetches the four it needs for a pair of rows i with one 16-byte load.
 #include "units.cuh"
 #include "wgmma.cuh"
 
@@ -14,12 +15,12 @@ namespace powerattn::cuda::sm90 {
 namespace {
 
 constexpr int kTile = 64 * 64 * 2;
-constexpr int kTokens = 64;         // per stage
-constexpr int kStage = 3 * kTile;   // k, v, scalars
+constexpr int kTokens = 64;        // per stage
+constexpr int kStage = 3 * kTile;  // k, v, scalars
 constexpr int kStages = 6;
-constexpr int kAhead = 2;           // stages whose copies are in flight while an earlier one is transposed
+constexpr int kAhead = 2;  // stages whose copies are in flight while an earlier one is transposed
 constexpr int kConsumerWarps = 8;
-constexpr int kSlices = 3;          // 36 tiles / (2 warpgroups x 6)
+constexpr int kSlices = 3;  // 36 tiles / (2 warpgroups x 6)
 // 1024 (alignment) + ring 6 x 24 KB + staging 2 warpgroups x 2 x 8 KB + weights 6 x 256 + barriers: 179 KB.
 constexpr int kSmem = 1024 + kStages * kStage + 4 * kTile + kStages * 256 + 512;
 
@@ -43,8 +44,8 @@ struct UnitMeta {
   int32_t slot;    // chunk * heads_kv + head
 };
 
-// The six tiles of each of the six warpgroup parts: few distinct blocks, so few loads per 16 tokens. `pair` of a
-// tile is its J / 2 (one ldmatrix brings two blocks).
+// The six tiles of each of the six warpgroup parts: few distinct blocks, so few loads per 16 tokens. `pair` of
+// a tile is its J / 2 (one ldmatrix brings two blocks).
 struct Part {
   int i[6], j[6];
 };
@@ -59,8 +60,8 @@ __host__ __device__ constexpr Part part_of(int n) {
 
 // ---- Producer -----------------------------------------------------------------------------------------------
 
-// scalars[i][ks][c] = w_t k_ti for tokens t = 16 ks + 2c, +1, +8, +9 (8 bytes), rows i in pairs: the 16 bytes of
-// (i / 2, ks, c) are at ((i / 8 * 4 + ks) * 4 + i % 8 / 2) * 64 + c * 16.
+// scalars[i][ks][c] = w_t k_ti for tokens t = 16 ks + 2c, +1, +8, +9 (8 bytes), rows i in pairs: the 16 bytes
+// of (i / 2, ks, c) are at ((i / 8 * 4 + ks) * 4 + i % 8 / 2) * 64 + c * 16.
 template <typename T>
 __device__ __forceinline__ void make_scalars(uint32_t keys, uint32_t scalars, uint32_t weights, int tid) {
   const int ks = tid / 32, lane = tid % 32, g = lane / 4, c = lane & 3;
@@ -101,7 +102,7 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem &s, Unit
   for (;;) {
     const int64_t slot = tickets.next(a.ticket + slice, tid);
     if (slot >= units) {
-      if (slice == kSlices || !p.normalize) break;
+      if (slice == kSlices || a.norm == nullptr) break;
       slice = kSlices;
       continue;
     }
@@ -171,8 +172,8 @@ struct Pipe {
 __host__ __device__ constexpr bool new_block(int part, int n) {
   return n == 0 || part_of(part).i[n] != part_of(part).i[n - 1];
 }
-// Six tiles over `stages` x 64 tokens. Scalars and K^T fragments are refilled right after their last use, so that
-// the latency hides under the two products in flight (192 accumulators leave no room for more).
+// Six tiles over `stages` x 64 tokens. Scalars and K^T fragments are refilled right after their last use, so
+// that the latency hides under the two products in flight (192 accumulators leave no room for more).
 template <typename T, int kPart>
 __device__ __forceinline__ void sum_tiles(float (&acc)[6][32], Pipe &pipe, int stages) {
   constexpr Part part = part_of(kPart);
@@ -216,7 +217,8 @@ __device__ __forceinline__ void sum_tiles(float (&acc)[6][32], Pipe &pipe, int s
         wgmma_fence();
         wgmma<T, true, true>(acc[n], b, tile_desc(here + kTile + ks * 2048));
         wgmma_commit();
-        if (ks == 0 && n == 2 && it > 0) pipe.release(pipe.ring.stage < 2 ? pipe.ring.stage + kStages - 2 : pipe.ring.stage - 2);
+        if (ks == 0 && n == 2 && it > 0)
+          pipe.release(pipe.ring.stage < 2 ? pipe.ring.stage + kStages - 2 : pipe.ring.stage - 2);
       }
     }
   }
@@ -238,7 +240,8 @@ __device__ __forceinline__ void store_tiles(float (&acc)[6][32], const Pipe &pip
     const float w = part.i[n] == part.j[n] ? 1.f : 2.f;
 #pragma unroll
     for (int c = 0; c < 8; c += 2)
-      stmatrix4(buffer + row * 128 + (((c + half) ^ (row & 7)) << 4), pack2<T>(w * acc[n][4 * c], w * acc[n][4 * c + 1]),
+      stmatrix4(buffer + row * 128 + (((c + half) ^ (row & 7)) << 4),
+                pack2<T>(w * acc[n][4 * c], w * acc[n][4 * c + 1]),
                 pack2<T>(w * acc[n][4 * c + 2], w * acc[n][4 * c + 3]),
                 pack2<T>(w * acc[n][4 * c + 4], w * acc[n][4 * c + 5]),
                 pack2<T>(w * acc[n][4 * c + 6], w * acc[n][4 * c + 7]));
@@ -248,10 +251,11 @@ __device__ __forceinline__ void store_tiles(float (&acc)[6][32], const Pipe &pip
   }
 }
 
-// One product per 16 tokens: A = w_t k_t (64 features), B = v (degree 1) or k (Z). Both warpgroups take every other
-// stage; each holds half of the sum, added through the staging buffer in a fixed order.
+// One product per 16 tokens: A = w_t k_t (64 features), B = v (degree 1) or k (Z). Both warpgroups take every
+// other stage; each holds half of the sum, added through the staging buffer in a fixed order.
 template <typename T, bool kNorm, int kGroup>
-__device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe &pipe, int stages, const volatile int32_t &slot) {
+__device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe &pipe, int stages,
+                                           const volatile int32_t &slot) {
   float acc[32];
 #pragma unroll
   for (int i = 0; i < 32; ++i) acc[i] = 0.f;
@@ -271,7 +275,8 @@ __device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe &pipe, i
     for (int ks = 0; ks < 4; ++ks)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t at = stage + 2 * kTile + (((2 * pipe.warp + h) * 4 + ks) * 4 + g / 2) * 64 + c * 16 + (g & 1) * 8;
+        const uint32_t at =
+            stage + 2 * kTile + (((2 * pipe.warp + h) * 4 + ks) * 4 + g / 2) * 64 + c * 16 + (g & 1) * 8;
         const float2 v = load_f2(at);
         f[ks][h] = __float_as_uint(v.x);
         f[ks][h + 2] = __float_as_uint(v.y);
@@ -317,19 +322,22 @@ __device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe &pipe, i
 }
 
 template <typename T, int kGroup, int kSlice>
-__device__ __forceinline__ void sum_slice(const UpdateArgs &args, Pipe &pipe, int stages, const volatile int32_t &slot) {
+__device__ __forceinline__ void sum_slice(const UpdateArgs &args, Pipe &pipe, int stages,
+                                          const volatile int32_t &slot) {
   float acc[6][32];
 #pragma unroll
   for (int n = 0; n < 6; ++n)
 #pragma unroll
     for (int i = 0; i < 32; ++i) acc[n][i] = 0.f;
   sum_tiles<T, kSlice * 2 + kGroup>(acc, pipe, stages);
-  store_tiles<T, kSlice * 2 + kGroup, kGroup>(acc, pipe, static_cast<char *>(args.state) + int64_t(slot) * (36 * kTile));
+  store_tiles<T, kSlice * 2 + kGroup, kGroup>(acc, pipe,
+                                              static_cast<char *>(args.state) + int64_t(slot) * (36 * kTile));
 }
 
 // kSlice = kSlices: only linear units.
 template <typename T, int kDegree, int kGroup, int kSlice>
-__device__ __forceinline__ void consume(const UpdateArgs &args, const Smem &s, const volatile UnitMeta *slots, int tid) {
+__device__ __forceinline__ void consume(const UpdateArgs &args, const Smem &s, const volatile UnitMeta *slots,
+                                        int tid) {
   Pipe pipe{s, tid % 32, tid / 32};
   uint32_t phase = 0;
   const auto next = [&](int &stages) {  // the next unit's slice, uniform over the warp
@@ -354,8 +362,8 @@ __device__ __forceinline__ void consume(const UpdateArgs &args, const Smem &s, c
   if (tid == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 template <typename T, int kDegree, int kGroup>
-__device__ __forceinline__ void consume_slice(const UpdateArgs &args, const Smem &s, const volatile UnitMeta *slots,
-                                              int tid) {
+__device__ __forceinline__ void consume_slice(const UpdateArgs &args, const Smem &s,
+                                              const volatile UnitMeta *slots, int tid) {
   if constexpr (kDegree == 1) {
     consume<T, kDegree, kGroup, kSlices>(args, s, slots, tid);
   } else {
