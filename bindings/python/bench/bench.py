@@ -17,8 +17,9 @@ import platform
 import time
 from collections.abc import Callable
 
-import power_attention as pa
 import torch
+
+import power_attention as pa
 from power_attention._plan import native
 from power_attention.torch import PowerAttentionState, _native, power_attention
 
@@ -163,8 +164,8 @@ def main() -> None:
     for t, degree in ((2048, 2), (2048, 4), (4096, 2)):
         results[f"eager_{t}_p{degree}"] = row = against_eager(t, degree, options.threads)
         print(
-            f"t={t} p={degree}: eager / ours: forward {row['forward_ratio']:.1f}, backward {row['backward_ratio']:.1f}, "
-            f"both {row['train_ratio']:.1f}  (difference {row['difference']:.1e})"
+            f"t={t} p={degree}: eager / ours: forward {row['forward_ratio']:.1f}, "
+            f"backward {row['backward_ratio']:.1f}, both {row['train_ratio']:.1f}  (difference {row['difference']:.1e})"
         )
     if options.json:
         with open(options.json, "w") as file:
