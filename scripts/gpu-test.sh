@@ -46,7 +46,7 @@ cases() {
     echo "== $label: $passed passed, $failed failed, $((JOBS - ended)) processes ended early"
     grep -A 3 '^FAIL' "$work/$label" || true
     echo "   closest to the tolerance:"
-    grep '^pass' "$work/$label" | sort -k2 -n -r | head -n 5 || true
+    { grep '^pass' "$work/$label" | sort -k2 -n -r | head -n 5; } || true
   } | tee -a "$report"
 }
 lists=(tests/cases/smoke.txt tests/cases/chunked.txt tests/cases/ci.txt tests/cases/gpu.txt)
@@ -69,7 +69,7 @@ for tool in memcheck racecheck initcheck synccheck; do
     fi
     {
       echo "== $tool ${implementation:-every implementation}: $verdict, $(grep -c '^pass' "$work/sanitizer" || true) cases"
-      [ "$verdict" = clean ] || grep -vE '^pass' "$work/sanitizer" | head -n 40
+      [ "$verdict" = clean ] || grep -vE '^pass' "$work/sanitizer" | head -n 40 || true
       grep -E 'SUMMARY' "$work/sanitizer" || true
     } | tee -a "$report"
   done

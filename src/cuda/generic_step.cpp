@@ -38,7 +38,7 @@ void describe_step(const Problem &p, std::string *text) {
   char line[256];
   std::snprintf(
       line, sizeof(line),
-      "  step: %d blocks per state (four per multiprocessor in all), summed %s; %d-byte accesses, %d query "
+      "  step: %d blocks per state (no more than fill the device), summed %s; %d-byte accesses, %d query "
       "rows per pass\n",
       t.splits,
       t.splits == 1 ? "in the block"

@@ -180,7 +180,6 @@ cudaError_t grad(Math math, const AttentionGradArgs &a, cudaStream_t stream) {
   const int64_t dim = kOf == Of::kValue ? a.shape.e : a.shape.d;
   return with_math(math, [&](auto mul) {
     using Mul = decltype(mul);
-    if (dim <= 16) return launch_grad<Mul, 2, kOf>(a, stream);
     if (dim <= 64) return launch_grad<Mul, 8, kOf>(a, stream);
     return launch_grad<Mul, 16, kOf>(a, stream);
   });
