@@ -32,6 +32,12 @@ struct Pair<__nv_bfloat16> {
         __hmul2(*reinterpret_cast<__nv_bfloat162 *>(&a), *reinterpret_cast<__nv_bfloat162 *>(&b));
     return *reinterpret_cast<const uint32_t *>(&v);
   }
+  static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
+    const __nv_bfloat162 v =
+        __hfma2(*reinterpret_cast<__nv_bfloat162 *>(&a), *reinterpret_cast<__nv_bfloat162 *>(&b),
+                *reinterpret_cast<__nv_bfloat162 *>(&c));
+    return *reinterpret_cast<const uint32_t *>(&v);
+  }
   static __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
   static __device__ __forceinline__ __nv_bfloat16 from_float(float v) { return __float2bfloat16_rn(v); }
 };
@@ -51,6 +57,11 @@ struct Pair<__half> {
   }
   static __device__ __forceinline__ uint32_t mul(uint32_t a, uint32_t b) {
     const __half2 v = __hmul2(*reinterpret_cast<__half2 *>(&a), *reinterpret_cast<__half2 *>(&b));
+    return *reinterpret_cast<const uint32_t *>(&v);
+  }
+  static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
+    const __half2 v = __hfma2(*reinterpret_cast<__half2 *>(&a), *reinterpret_cast<__half2 *>(&b),
+                              *reinterpret_cast<__half2 *>(&c));
     return *reinterpret_cast<const uint32_t *>(&v);
   }
   static __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
@@ -73,22 +84,27 @@ __device__ __forceinline__ void query_fragment(uint32_t (&a)[4], uint32_t f0, ui
   a[3] = Pair<T>::mul(f1, broadcast_hi(s1));
 }
 
-// Columns are tokens (an update of the state). 16 rows: i0 (rows 0..7) and i1 (rows 8..15) times j in block jb:
-//   a[(i, j), t] = (w_t x[t, j]) x[t, i].
-//   k0, k1: x[t = 2c .. 2c+1 (+8)][8 jb + g], weights applied     u*, v*: x[t = 2c .. 2c+1 (+8)][i0], [i1]
+// v times the weights of its two tokens in two parts, high + low = v w to 2^-17, so that what is made of them
+// is rounded once.
 template <typename T>
-__device__ __forceinline__ void update_fragment(uint32_t (&a)[4], uint32_t k0, uint32_t k1, uint32_t u0,
-                                                uint32_t u1, uint32_t v0, uint32_t v1) {
-  a[0] = Pair<T>::mul(k0, u0);
-  a[1] = Pair<T>::mul(k0, v0);
-  a[2] = Pair<T>::mul(k1, u1);
-  a[3] = Pair<T>::mul(k1, v1);
+__device__ __forceinline__ void weigh(uint32_t (&parts)[2], uint32_t v, float2 w) {
+  const float x = Pair<T>::lo(v) * w.x, y = Pair<T>::hi(v) * w.y;
+  parts[0] = Pair<T>::pack(x, y);
+  parts[1] = Pair<T>::pack(x - Pair<T>::lo(parts[0]), y - Pair<T>::hi(parts[0]));
 }
 
-// v times the weights of its two tokens, in float, rounded once.
+// Columns are tokens (an update of the state). 16 rows: i0 (rows 0..7) and i1 (rows 8..15) times j in block jb:
+//   a[(i, j), t] = (w_t x[t, j]) x[t, i].
+//   k0, k1: x[t = 2c .. 2c+1 (+8)][8 jb + g], weighed in two parts: high u + (low u) by a fused multiply-add
+//       u*, v*: x[t = 2c .. 2c+1 (+8)][i0], [i1]
 template <typename T>
-__device__ __forceinline__ uint32_t weigh(uint32_t v, float2 w) {
-  return Pair<T>::pack(Pair<T>::lo(v) * w.x, Pair<T>::hi(v) * w.y);
+__device__ __forceinline__ void update_fragment(uint32_t (&a)[4], const uint32_t (&k0)[2],
+                                                const uint32_t (&k1)[2], uint32_t u0, uint32_t u1, uint32_t v0,
+                                                uint32_t v1) {
+  a[0] = Pair<T>::fma(k0[0], u0, Pair<T>::mul(k0[1], u0));
+  a[1] = Pair<T>::fma(k0[0], v0, Pair<T>::mul(k0[1], v0));
+  a[2] = Pair<T>::fma(k1[0], u1, Pair<T>::mul(k1[1], u1));
+  a[3] = Pair<T>::fma(k1[0], v1, Pair<T>::mul(k1[1], v1));
 }
 
 }  // namespace cuda

@@ -9,8 +9,8 @@
 //   tile(ib, jb) = ib nb - ib (ib - 1) / 2 + (jb - ib)
 //
 // A tile off the diagonal stands for x_i x_j and x_j x_i, so its *stored* state carries the weight 2 (exact in
-// any binary format). A diagonal tile holds both orders, all with weight 1. With R[ij] = sum_t w_t k_i k_j v the
-// raw sum, the stored tile is W R, W in {1, 2}, and sum over all tile rows of (q_i q_j) (W R) = phi(q) . S.
+// any binary format). A diagonal tile holds both orders, all with weight 1. With R[ij] = sum_t w_t k_i k_j v
+// the raw sum, the stored tile is W R, W in {1, 2}, and sum over all tile rows of (q_i q_j) (W R) = phi(q) . S.
 //
 // Degree 1. Tiles of 64 consecutive features, at least one; rows from head_dim on are zero. W = 1.
 //
@@ -47,9 +47,13 @@ POWERATTN_HD constexpr int tile_count(int degree, int head_dim) {
 }
 
 // Padded rows of a state.
-POWERATTN_HD constexpr int tile_rows(int degree, int head_dim) { return tile_count(degree, head_dim) * kTileRows; }
+POWERATTN_HD constexpr int tile_rows(int degree, int head_dim) {
+  return tile_count(degree, head_dim) * kTileRows;
+}
 
-POWERATTN_HD constexpr int tile_index(int nb, int ib, int jb) { return ib * nb - ib * (ib - 1) / 2 + (jb - ib); }
+POWERATTN_HD constexpr int tile_index(int nb, int ib, int jb) {
+  return ib * nb - ib * (ib - 1) / 2 + (jb - ib);
+}
 
 // The pair of blocks of a tile, by walking the rows of the triangle (nb <= 16 steps).
 POWERATTN_HD constexpr void tile_pair(int nb, int tile, int *ib, int *jb) {
@@ -62,7 +66,8 @@ POWERATTN_HD constexpr void tile_pair(int nb, int tile, int *ib, int *jb) {
   *jb = i + tile;
 }
 
-// Byte offset of (row, 16-byte piece) in a shared- or global-memory tile of `rows` rows and `cols` 2-byte columns.
+// Byte offset of (row, 16-byte piece) in a shared- or global-memory tile of `rows` rows and `cols` 2-byte
+// columns.
 template <int kCols>
 POWERATTN_HD constexpr uint32_t swizzle(int rows, int row, int piece) {
   if (kCols == 32) return static_cast<uint32_t>(row * 64 + ((piece ^ ((row >> 1) & 3)) << 4));

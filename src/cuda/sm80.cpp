@@ -27,8 +27,8 @@ const cuda::DeviceProperties *device_of(const Problem &p) {
   return cuda::device_properties(p.device_index, &properties) == POWERATTN_OK ? properties : nullptr;
 }
 
-// Executed rates as measured on an H200 (docs/performance-log.md), multiply-adds counted twice; other devices by
-// their number of multiprocessors.
+// Executed rates as measured on an H200 (docs/performance-log.md), multiply-adds counted twice; other devices
+// by their number of multiprocessors.
 constexpr double kRateState = 250e12, kRateIntra = 200e12, kRateBackward = 210e12, kBandwidth = 2.5e12;
 constexpr double kLaunch = 4e-6;
 constexpr int kReferenceSms = 132;
@@ -52,15 +52,17 @@ Cost cost(const Problem &p, int64_t chunk, int sms) {
   if (chunk > 0) {
     const double rows = cuda::tile_rows(p.degree, static_cast<int>(p.head_dim));
     const double bytes = kv / static_cast<double>(chunk) * rows * d * 2;
-    c.forward += 2 * rows * d * (kv + q) / (kRateState * speed) + 3 * bytes / (kBandwidth * speed) + 4 * kLaunch;
+    c.forward +=
+        2 * rows * d * (kv + q) / (kRateState * speed) + 3 * bytes / (kBandwidth * speed) + 4 * kLaunch;
     c.backward += 2 * rows * d * (2 * q + 2 * kv) / (kRateBackward * speed) + 5 * bytes / (kBandwidth * speed) +
                   6 * kLaunch;
   }
   return c;
 }
 
-// 512 tokens balance the state's traffic against the work inside a chunk for d = 64 (5.7 ms forward + backward where
-// 1024 took 6.0), 2048 for d = 128; degree 1 has a small state. Shorter when that would leave multiprocessors idle.
+// 512 tokens balance the state's traffic against the work inside a chunk for d = 64 (5.7 ms forward + backward
+// where 1024 took 6.0), 2048 for d = 128; degree 1 has a small state. Shorter when that would leave
+// multiprocessors idle.
 int64_t automatic_chunk(const Problem &p, int sms) {
   int64_t chunk = p.degree == 1 ? 256 : p.head_dim == 128 ? 2048 : 512;
   const int64_t units = p.degree == 1 ? 1 : p.head_dim == 32 ? 2 : p.head_dim == 64 ? 9 : 34;
@@ -83,16 +85,24 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
   const size_t shared = k80::shared_bytes(p.head_dim);
   if (device->shared_per_block < shared) {
     char text[96];
-    std::snprintf(text, sizeof(text), "head_dim %d needs %zu bytes of shared memory per block, the device has %zu",
+    std::snprintf(text, sizeof(text),
+                  "head_dim %d needs %zu bytes of shared memory per block, the device has %zu",
                   static_cast<int>(p.head_dim), shared, device->shared_per_block);
     return no(text);
   }
 
-  const char *no_chunks = p.dtype == Dtype::kFloat16 ? "float16 has no chunked form here (chunk states are bfloat16)"
-                          : p.degree > 2             ? "chunked form for degrees 1 and 2 only"
+  const char *no_chunks = p.dtype == Dtype::kFloat16
+                              ? "float16 has no chunked form here (chunk states are bfloat16)"
+                          : p.degree > 2                 ? "chunked form for degrees 1 and 2 only"
                           : p.degree == 1 && p.use_state ? "no states of degree 1"
                                                          : nullptr;
   if (no_chunks && (p.use_state || pins.form == POWERATTN_FORM_CHUNKED)) return no(no_chunks);
+  // Measured at d = 64: beyond 12 thousand tokens the chunked form of cuda.generic overtakes this attention
+  // form.
+  const int64_t overtaken = p.degree == 1 ? 2048 : 3 * p.head_dim * p.head_dim;
+  if (p.dtype == Dtype::kFloat16 && p.degree <= 2 && pins.form == POWERATTN_FORM_AUTO &&
+      p.max_seq_len > overtaken)
+    return no("float16 runs in the attention form only, and the chunked form is faster at this length");
   if (p.use_state && pins.form == POWERATTN_FORM_ATTENTION) return no("states need the chunked form");
 
   const int sms = device->sm_count;
@@ -174,8 +184,9 @@ Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
   if (p.normalize) {
     g.r = c->take<float>(rows_q);
     g.delta = c->take<float>(rows_q);
+  } else {
+    g.q_dot = c->take<float>(rows_q);
   }
-  g.q_dot = c->take<float>(rows_q);
   g.k_dot = c->take<float>(rows_kv);
   if (with_rope(p)) {
     g.d_q = c->take<float>(rows_q * p.head_dim);
@@ -208,16 +219,18 @@ Sizes sizes(const Problem &p, const Tiling &t) {
 void describe(const Problem &p, const Tiling &t, std::string *text) {
   char line[512];
   const int d = static_cast<int>(p.head_dim);
-  std::snprintf(line, sizeof(line),
-                "  mma.sync.m16n8k16, float32 accumulators; output and dv: 128 rows a block (4 warps of 32: each\n"
-                "    ldmatrix of a column feeds two row fragments); dq and dk: 128 rows (%s); columns by 64\n",
-                d == 128 ? "8 warps of 16: registers" : "4 warps of 32");
+  std::snprintf(
+      line, sizeof(line),
+      "  mma.sync.m16n8k16, float32 accumulators; output and dv: 128 rows a block (4 warps of 32: each\n"
+      "    ldmatrix of a column feeds two row fragments); dq and dk: 128 rows (%s); columns by 64\n",
+      d == 128 ? "8 warps of 16: registers" : "4 warps of 32");
   text->append(line);
   if (chunked(t)) {
-    std::snprintf(line, sizeof(line),
-                  "  states: %d tiles of 64 x %d bfloat16 per chunk and head (%d padded rows), %" PRId64
-                  " chunks; local sums in bfloat16, scan in float32, row sums through Z in two bfloat16 parts\n",
-                  cuda::tile_count(p.degree, d), d, cuda::tile_rows(p.degree, d), cuda::chunk_bound(p, t.chunk));
+    std::snprintf(
+        line, sizeof(line),
+        "  states: %d tiles of 64 x %d bfloat16 per chunk and head (%d padded rows), %" PRId64
+        " chunks; local sums in bfloat16, scan in float32, row sums through Z in two bfloat16 parts\n",
+        cuda::tile_count(p.degree, d), d, cuda::tile_rows(p.degree, d), cuda::chunk_bound(p, t.chunk));
     text->append(line);
   }
   if (p.max_seq_len > 0 && p.degree <= 2 && p.dtype == Dtype::kBfloat16) {
@@ -235,7 +248,8 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
     text->append("\n");
   }
   if (with_rope(p))
-    text->append("  prepare pass: q and k are rotated into contiguous copies, their gradients back from float32\n");
+    text->append(
+        "  prepare pass: q and k are rotated into contiguous copies, their gradients back from float32\n");
   text->append("  rows that are not 16-byte aligned are loaded element by element (slower, no copy)\n");
 }
 
@@ -350,8 +364,7 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   call.begin(common, args.cu_seqlens, args.log_g);
   const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
   const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
-  if (chunked(plan.tiling))
-    call.states(tk, args.v, args.initial_state, args.final_state, states, p.use_state);
+  if (chunked(plan.tiling)) call.states(tk, args.v, args.initial_state, args.final_state, states, p.use_state);
 
   k80::OutputArgs o;
   o.shape = call.shape;
@@ -395,9 +408,30 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     if (call.ok()) call.run(k80::rows(r, call.stream));
   }
   const bool in_chunks = chunked(plan.tiling), z = in_chunks && with_z(p);
+  if (in_chunks && args.saved == nullptr)
+    call.states(tk, args.v, args.initial_state, powerattn_state{}, states, p.use_state);
+
+  // dq first: it corrects delta, which everything else reads.
+  k80::GradientArgs q;
+  q.shape = call.shape;
+  q.g = call.g;
+  q.r = own.r;
+  q.delta = own.delta;
+  q.scale = call.weight_scale();
+  k80::GradientArgs k = q;
+  q.x = tq;
+  q.u = args.d_y;
+  q.z = tk;
+  q.y = args.v;
+  q.out = args.d_q;
+  q.state = states.tiles;
+  q.z_state = p.normalize ? states.z : nullptr;
+  q.dot = args.d_log_g.data != nullptr ? own.q_dot : nullptr;
+  q.out_float = own.d_q;
+  q.delta_out = own.delta;
+  q.eps = static_cast<float>(p.eps);
+  if (call.ok()) call.run(k80::gradient(q, call.stream));
   if (in_chunks) {
-    if (args.saved == nullptr)
-      call.states(tk, args.v, args.initial_state, powerattn_state{}, states, p.use_state);
     k80::UpdateArgs u;
     u.shape = call.shape;
     u.reverse = true;
@@ -415,8 +449,9 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
       u.local = common.z_local;
       if (call.ok()) call.run(k80::update(u, call.stream));
     } else if (z && call.ok()) {  // no row sum: Z gets its gradient from the end of the sequence alone
-      const size_t bytes = static_cast<size_t>(cuda::chunk_bound(p, plan.tiling.chunk) * p.heads_kv * p.head_dim *
-                                               p.head_dim) * sizeof(float);
+      const size_t bytes =
+          static_cast<size_t>(cuda::chunk_bound(p, plan.tiling.chunk) * p.heads_kv * p.head_dim * p.head_dim) *
+          sizeof(float);
       call.run(cudaMemsetAsync(common.z_local, 0, bytes, call.stream));
     }
     k80::ScanArgs a;
@@ -431,23 +466,6 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     if (call.ok()) call.run(k80::scan(a, call.stream));
   }
 
-  k80::GradientArgs q;
-  q.shape = call.shape;
-  q.g = call.g;
-  q.r = own.r;
-  q.delta = own.delta;
-  q.scale = call.weight_scale();
-  k80::GradientArgs k = q;
-  q.x = tq;
-  q.u = args.d_y;
-  q.z = tk;
-  q.y = args.v;
-  q.out = args.d_q;
-  q.state = states.tiles;
-  q.z_state = p.normalize ? states.z : nullptr;
-  q.dot = args.d_log_g.data != nullptr ? own.q_dot : nullptr;
-  q.out_float = own.d_q;
-  if (call.ok()) call.run(k80::gradient(q, call.stream));
   k.reverse = true;
   k.x = tk;
   k.u = args.v;
@@ -480,6 +498,9 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     w.shape = call.shape;
     w.q_dot = own.q_dot;
     w.k_dot = own.k_dot;
+    w.r = own.r;
+    w.delta = own.delta;
+    w.eps = static_cast<float>(p.eps);
     if (in_chunks) {
       w.s_tiles = states.tiles;
       w.ds_tiles = own.tiles;

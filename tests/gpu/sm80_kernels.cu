@@ -26,13 +26,13 @@ namespace pa = powerattn;
 namespace k80 = powerattn::cuda::sm80;
 using pa::Dtype;
 
-#define CK(x)                                                                            \
-  do {                                                                                   \
-    const cudaError_t error_ = (x);                                                      \
-    if (error_ != cudaSuccess) {                                                         \
+#define CK(x)                                                                             \
+  do {                                                                                    \
+    const cudaError_t error_ = (x);                                                       \
+    if (error_ != cudaSuccess) {                                                          \
       std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #x, cudaGetErrorString(error_)); \
-      std::exit(2);                                                                      \
-    }                                                                                    \
+      std::exit(2);                                                                       \
+    }                                                                                     \
   } while (0)
 
 namespace {
@@ -46,9 +46,9 @@ struct Case {
   std::vector<int64_t> cu;  // packed
   double eps = 0;
   bool backward = true;
-  int pad = 0;            // elements between the tokens of [b, t, h, d]: rows that no vector load can read
-  bool resets = false;    // some gates close completely
-  double size = 1;        // of q
+  int pad = 0;          // elements between the tokens of [b, t, h, d]: rows that no vector load can read
+  bool resets = false;  // some gates close completely
+  double size = 1;      // of q
 };
 
 template <typename V>
@@ -83,11 +83,13 @@ double round_to(Dtype t, double v) {
   return t == Dtype::kFloat16 ? double(__half2float(__float2half_rn(float(v))))
                               : double(__bfloat162float(__float2bfloat16_rn(float(v))));
 }
-// The element type's precision without its range: what a plain implementation with ideal scaling would round to.
+// The element type's precision without its range: what a plain implementation with ideal scaling would round
+// to.
 double round_bits(Dtype t, double v) {
   int exponent = 0;
   const double unit = t == Dtype::kFloat16 ? 2048 : 256;
-  return std::ldexp(std::nearbyint(std::frexp(v, &exponent) * unit) / unit, exponent);
+  const double fraction = std::frexp(v, &exponent);
+  return std::ldexp(std::nearbyint(fraction * unit) / unit, exponent);
 }
 uint16_t bits(Dtype t, double v) {
   uint16_t u;
@@ -156,7 +158,8 @@ void phi_gradient(const Case &c, const double *x, const Vec &w, double factor, d
 }
 
 // One (sequence, kv head) in float64; `plain` rounds weights and their gradients to the element type.
-void reference_pair(const Case &c, const Data &in, Result &o, bool plain, int seq, int64_t row0, int64_t len, int hk) {
+void reference_pair(const Case &c, const Data &in, Result &o, bool plain, int seq, int64_t row0, int64_t len,
+                    int hk) {
   const int d = c.d, group = c.hq / c.hk, D = c.state ? rows_of(c) : 0;
   const double scale = 1 / std::sqrt(double(d)), cp = std::pow(scale, c.p);
   auto rt = [&](double v) { return plain ? round_bits(c.dtype, v) : v; };
@@ -207,7 +210,8 @@ void reference_pair(const Case &c, const Data &in, Result &o, bool plain, int se
         double m = 0;
         for (int e = 0; e < d; ++e) m += dy[e] * in.v[ki(j) + e];
         m = (m - delta) * inv;
-        const double es = rt(m * c.p * std::exp(G[i] - G[j]) * std::pow(s[j], c.p - 1)) * scale, wr = rt(w[j] * inv);
+        const double es = rt(m * c.p * std::exp(G[i] - G[j]) * std::pow(s[j], c.p - 1)) * scale,
+                     wr = rt(w[j] * inv);
         const double gate = es / scale * s[j] / c.p;  // m w, through the rounded gradient of s
         for (int e = 0; e < d; ++e) {
           dq[e] += es * in.k[ki(j) + e];
@@ -299,7 +303,8 @@ void reference(const Case &c, const Data &in, Result &o, bool plain) {
   std::vector<std::thread> pool;
   for (size_t s = 0; s < seqs.size(); ++s)
     for (int h = 0; h < c.hk; ++h)
-      pool.emplace_back([&, s, h] { reference_pair(c, in, o, plain, int(s), seqs[s].first, seqs[s].second, h); });
+      pool.emplace_back(
+          [&, s, h] { reference_pair(c, in, o, plain, int(s), seqs[s].first, seqs[s].second, h); });
   for (auto &t : pool) t.join();
 }
 
@@ -448,12 +453,15 @@ struct Run {
     a.out = reverse ? tensor(dk.p, c.hk, c.d) : tensor(dq.p, c.hq, c.d);
     a.state = !c.chunk ? nullptr : reverse ? dS.p : S.p;
     a.z_state = !c.chunk || !c.normalize ? nullptr : reverse ? dZt.p : Zt.p;
-    a.dot = reverse ? kdot.p : qdot.p;
+    a.dot = reverse ? kdot.p : c.normalize ? nullptr : qdot.p;
+    if (!reverse && c.normalize) {
+      a.delta_out = delta.p;
+      a.eps = float(c.eps);
+    }
     CK(k80::gradient(a, stream));
   }
   void prepare() {
-    if (c.gated)
-      CK(pa::cuda::chunk_gates(p, table, stat(lg.p, c.hk), g.p, nullptr, stream));
+    if (c.gated) CK(pa::cuda::chunk_gates(p, table, stat(lg.p, c.hk), g.p, nullptr, stream));
   }
   void forward() {
     prepare();
@@ -481,8 +489,11 @@ struct Run {
   void gate_gradient() {
     k80::GateArgs a;
     a.shape = shape;
-    a.q_dot = qdot.p;
+    a.q_dot = c.normalize ? nullptr : qdot.p;
     a.k_dot = kdot.p;
+    a.r = r.p;
+    a.delta = delta.p;
+    a.eps = float(c.eps);
     if (c.chunk) {
       a.s_tiles = S.p, a.ds_tiles = dS.p;
       if (c.normalize) a.z_tiles = Zt.p, a.dz_tiles = dZt.p;
@@ -494,12 +505,12 @@ struct Run {
   }
   void backward() {  // states of the forward are there
     rows();
+    gradient(false);
     if (c.chunk) {
       update(true, false);
       if (c.normalize) update(true, true);
       scan(true);
     }
-    gradient(false);
     output(true);
     gradient(true);
     if (c.gated) gate_gradient();
@@ -684,7 +695,8 @@ void check_long(const char *name, int t, bool gated, int chunk, unsigned seed) {
     double l = 0;
     for (int j = 0; j <= i; ++j) {
       double s = 0;
-      for (int e = 0; e < c.d; ++e) s += value(c.dtype, q[size_t(i) * c.d + e]) * value(c.dtype, k[size_t(j) * c.d + e]);
+      for (int e = 0; e < c.d; ++e)
+        s += value(c.dtype, q[size_t(i) * c.d + e]) * value(c.dtype, k[size_t(j) * c.d + e]);
       s /= 8;
       const double w = std::exp(G[i] - G[j]) * s * s, r = round_to(c.dtype, w);
       l += w;
@@ -776,10 +788,14 @@ int main(int argc, char **argv) {
   unsigned seed = 1;
   const char *only = nullptr;
   for (int i = 1; i < argc; ++i) {
-    if (!std::strcmp(argv[i], "check")) do_check = true;
-    else if (!std::strcmp(argv[i], "time")) do_time = true;
-    else if (!std::strncmp(argv[i], "only=", 5)) only = argv[i] + 5;
-    else seed = unsigned(std::atoi(argv[i]));
+    if (!std::strcmp(argv[i], "check"))
+      do_check = true;
+    else if (!std::strcmp(argv[i], "time"))
+      do_time = true;
+    else if (!std::strncmp(argv[i], "only=", 5))
+      only = argv[i] + 5;
+    else
+      seed = unsigned(std::atoi(argv[i]));
   }
   auto make = [](const char *name, std::function<void(Case &)> f) {
     Case c;
@@ -792,20 +808,26 @@ int main(int argc, char **argv) {
     const std::vector<Case> cases = {
         make("attention d64 t300 h4/2 gated", [](Case &c) { c.t = 300, c.hq = 4, c.hk = 2; }),
         make("attention d64 t1", [](Case &c) { c.t = 1; }),
-        make("attention d64 b2 t129 bhtd eps", [](Case &c) { c.b = 2, c.t = 129, c.bthd = false, c.eps = 0.1; }),
-        make("attention d32 t257 h2 ungated", [](Case &c) { c.d = 32, c.t = 257, c.hq = c.hk = 2, c.gated = false; }),
+        make("attention d64 b2 t129 bhtd eps",
+             [](Case &c) { c.b = 2, c.t = 129, c.bthd = false, c.eps = 0.1; }),
+        make("attention d32 t257 h2 ungated",
+             [](Case &c) { c.d = 32, c.t = 257, c.hq = c.hk = 2, c.gated = false; }),
         make("attention d128 t200 h2/1", [](Case &c) { c.d = 128, c.t = 200, c.hq = 2; }),
         make("attention d64 t200 p4", [](Case &c) { c.t = 200, c.p = 4; }),
         make("attention d64 t200 p3 unnormalised", [](Case &c) { c.t = 200, c.p = 3, c.normalize = false; }),
         make("attention d128 t150 p1 unnormalised",
              [](Case &c) { c.d = 128, c.t = 150, c.p = 1, c.normalize = false; }),
         make("attention packed d64",
-             [](Case &c) { c.t = 400, c.hq = c.hk = 2, c.cu = {0, 130, 130, 131, 390}; }),
+             [](Case &c) {
+               c.t = 400, c.hq = c.hk = 2, c.cu = {0, 130, 130, 131, 390};
+             }),
         make("attention f16 d64 t300 h4/2", [&](Case &c) { c.dtype = half, c.t = 300, c.hq = 4, c.hk = 2; }),
         make("attention f16 d32 t100 p4", [&](Case &c) { c.dtype = half, c.d = 32, c.t = 100, c.p = 4; }),
         make("attention f16 d128 t200", [&](Case &c) { c.dtype = half, c.d = 128, c.t = 200; }),
-        make("attention f16 d64 t200 p8 large", [&](Case &c) { c.dtype = half, c.t = 200, c.p = 8, c.size = 3; }),
-        make("attention f16 d64 t200 p4 small", [&](Case &c) { c.dtype = half, c.t = 200, c.p = 4, c.size = 0.01; }),
+        make("attention f16 d64 t200 p8 large",
+             [&](Case &c) { c.dtype = half, c.t = 200, c.p = 8, c.size = 3; }),
+        make("attention f16 d64 t200 p4 small",
+             [&](Case &c) { c.dtype = half, c.t = 200, c.p = 4, c.size = 0.01; }),
         make("attention f16 d64 t300 large", [&](Case &c) { c.dtype = half, c.t = 300, c.size = 100; }),
         make("chunked d64 t500 c128 h4/2 gated", [](Case &c) { c.t = 500, c.chunk = 128, c.hq = 4, c.hk = 2; }),
         make("chunked d64 t700 c256 ungated", [](Case &c) { c.t = 700, c.chunk = 256, c.gated = false; }),
@@ -813,15 +835,20 @@ int main(int argc, char **argv) {
         make("chunked d64 t130 c128 h2/1 states eps b2",
              [](Case &c) { c.b = 2, c.t = 130, c.hq = 2, c.chunk = 128, c.state = true, c.eps = 0.2; }),
         make("chunked d64 packed states",
-             [](Case &c) { c.t = 500, c.chunk = 128, c.state = true, c.cu = {0, 200, 200, 201, 490}; }),
-        make("chunked d32 t500 c128 states", [](Case &c) { c.d = 32, c.t = 500, c.chunk = 128, c.state = true; }),
+             [](Case &c) {
+               c.t = 500, c.chunk = 128, c.state = true, c.cu = {0, 200, 200, 201, 490};
+             }),
+        make("chunked d32 t500 c128 states",
+             [](Case &c) { c.d = 32, c.t = 500, c.chunk = 128, c.state = true; }),
         make("chunked d128 t300 c128", [](Case &c) { c.d = 128, c.t = 300, c.chunk = 128; }),
-        make("chunked d128 t260 c128 states", [](Case &c) { c.d = 128, c.t = 260, c.chunk = 128, c.state = true; }),
+        make("chunked d128 t260 c128 states",
+             [](Case &c) { c.d = 128, c.t = 260, c.chunk = 128, c.state = true; }),
         make("chunked d64 t300 c128 unnormalised states",
              [](Case &c) { c.t = 300, c.chunk = 128, c.state = true, c.normalize = false; }),
         make("chunked d64 p1 t300 c128 h2",
              [](Case &c) { c.t = 300, c.p = 1, c.chunk = 128, c.hq = c.hk = 2, c.normalize = false; }),
-        make("chunked d32 p1 t300 c128", [](Case &c) { c.d = 32, c.t = 300, c.p = 1, c.chunk = 128, c.normalize = false; }),
+        make("chunked d32 p1 t300 c128",
+             [](Case &c) { c.d = 32, c.t = 300, c.p = 1, c.chunk = 128, c.normalize = false; }),
         make("chunked d128 p1 t300 c128",
              [](Case &c) { c.d = 128, c.t = 300, c.p = 1, c.chunk = 128, c.normalize = false; }),
         make("attention strided d64 t150 h2", [](Case &c) { c.t = 150, c.hq = c.hk = 2, c.pad = 3; }),
@@ -833,7 +860,9 @@ int main(int argc, char **argv) {
              [](Case &c) { c.t = 333, c.chunk = 100, c.state = true; }),
         make("mini attention d64 t70 h2/1", [](Case &c) { c.t = 70, c.hq = 2; }),
         make("mini chunked d32 t140 c128 states packed",
-             [](Case &c) { c.d = 32, c.t = 140, c.chunk = 128, c.state = true, c.cu = {0, 3, 135}; }),
+             [](Case &c) {
+               c.d = 32, c.t = 140, c.chunk = 128, c.state = true, c.cu = {0, 3, 135};
+             }),
         make("mini chunked d64 t135 c128", [](Case &c) { c.t = 135, c.chunk = 128; }),
     };
     for (const Case &c : cases)
@@ -852,9 +881,8 @@ int main(int argc, char **argv) {
                    [](Case &c) { c.d = 128, c.t = 65536, c.hq = c.hk = 8, c.chunk = 2048; }));
     time_case(make("time d128 t65536 h8 c1024",
                    [](Case &c) { c.d = 128, c.t = 65536, c.hq = c.hk = 8, c.chunk = 1024; }));
-    time_case(make("time d64 p1 t65536 h8 c256", [](Case &c) {
-      c.t = 65536, c.hq = c.hk = 8, c.chunk = 256, c.p = 1, c.normalize = false;
-    }));
+    time_case(make("time d64 p1 t65536 h8 c256",
+                   [](Case &c) { c.t = 65536, c.hq = c.hk = 8, c.chunk = 256, c.p = 1, c.normalize = false; }));
     time_case(make("time f16 d64 t4096 b16 h8 attention",
                    [&](Case &c) { c.dtype = half, c.t = 4096, c.b = 16, c.hq = c.hk = 8; }));
   }

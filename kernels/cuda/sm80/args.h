@@ -42,13 +42,13 @@ struct OutputArgs {
   bool reverse = false;
   bool normalize = false;  // forward only
   powerattn_tensor x{}, z{}, u{}, out{};
-  const float *g = nullptr;      // or null: no gates
-  const float *r = nullptr;      // reverse; null = 1
-  const void *state = nullptr;   // tiles of S (dS) per slot, or null: no state
-  const void *z_state = nullptr; // forward, normalised: Z in two parts per slot
-  float scale = 1.f;             // c
+  const float *g = nullptr;       // or null: no gates
+  const float *r = nullptr;       // reverse; null = 1
+  const void *state = nullptr;    // tiles of S (dS) per slot, or null: no state
+  const void *z_state = nullptr;  // forward, normalised: Z in two parts per slot
+  float scale = 1.f;              // c
   float eps = 0.f;
-  powerattn_tensor row_norm{};   // forward: optional out, [b, t, heads_q] float
+  powerattn_tensor row_norm{};  // forward: optional out, [b, t, heads_q] float
 };
 cudaError_t output(const OutputArgs &a, cudaStream_t stream);
 
@@ -61,13 +61,17 @@ struct GradientArgs {
   bool reverse = false;
   powerattn_tensor x{}, u{}, z{}, y{}, out{};
   const float *g = nullptr;
-  const float *r = nullptr;      // null = 1
-  const float *delta = nullptr;  // null = 0
-  const void *state = nullptr;   // S for dq, dS for dk
-  const void *z_state = nullptr; // Z for dq, dZ for dk
+  const float *r = nullptr;       // null = 1
+  const float *delta = nullptr;   // null = 0
+  const void *state = nullptr;    // S for dq, dS for dk
+  const void *z_state = nullptr;  // Z for dq, dZ for dk
   float scale = 1.f;
-  float *out_float = nullptr;    // if given, instead of out: contiguous [b, heads of x, t, d]
-  float *dot = nullptr;          // optional out: x_r . dx_r in float, [b, heads of x, t]
+  float *out_float = nullptr;  // if given, instead of out: contiguous [b, heads of x, t, d]
+  // Queries, optional out (may be `delta` itself): delta without the rounding error of y. What x . dx leaves of
+  // sum_j w_ij (m_ij - delta_i) r_i is that error: delta_i = x . dx / p + delta_i (1 - eps r_i).
+  float *delta_out = nullptr;
+  float eps = 0.f;
+  float *dot = nullptr;  // optional out: x_r . dx_r in float, [b, heads of x, t]
 };
 cudaError_t gradient(const GradientArgs &a, cudaStream_t stream);
 
@@ -93,13 +97,13 @@ struct ScanArgs {
   Shape shape;
   bool reverse = false;
   const float *g = nullptr;
-  void *tiles = nullptr;            // bfloat16, in place
-  const float *z_local = nullptr;   // or null: no normaliser
+  void *tiles = nullptr;           // bfloat16, in place
+  const float *z_local = nullptr;  // or null: no normaliser
   void *z_tiles = nullptr;
-  powerattn_state initial{};        // canonical float32, or s = null
-  powerattn_state final{};          // canonical float32 out, or s = null
-  void *last = nullptr;             // optional: the last carry in tiles [sequences * heads_kv]
-  float *z_last = nullptr;          // optional: [sequences * heads_kv][d][d]
+  powerattn_state initial{};  // canonical float32, or s = null
+  powerattn_state final{};    // canonical float32 out, or s = null
+  void *last = nullptr;       // optional: the last carry in tiles [sequences * heads_kv]
+  float *z_last = nullptr;    // optional: [sequences * heads_kv][d][d]
 };
 cudaError_t scan(const ScanArgs &a, cudaStream_t stream);
 
@@ -113,19 +117,21 @@ struct RowsArgs {
 cudaError_t rows(const RowsArgs &a, cudaStream_t stream);
 
 // dlog_g_t = X + sum over tokens i >= t of the chunk (q_i . dq_i - k_i . dk_i) / p, where X = <state after the
-// chunk, its gradient>. Normalised, q_i . dq_i / p = r_i delta_i eps in exact arithmetic, but what was computed is
-// used: the rounding error of delta_i is in q_i . dq_i and in the k_j . dk_j alike, and cancels.
+// chunk, its gradient>. Normalised, q_i . dq_i / p = eps r_i delta_i, with the delta that gradient() gave back.
 struct GateArgs {
   Shape shape;
-  const float *q_dot = nullptr;  // [b, heads_q, t]
+  const float *q_dot = nullptr;  // [b, heads_q, t], unnormalised; null: r, delta, eps
   const float *k_dot = nullptr;  // [b, heads_kv, t]
-  const void *s_tiles = nullptr;   // prefix of S per slot, or null: no state, X = 0
+  const float *r = nullptr;
+  const float *delta = nullptr;
+  float eps = 0.f;
+  const void *s_tiles = nullptr;  // prefix of S per slot, or null: no state, X = 0
   const void *ds_tiles = nullptr;
-  const void *z_tiles = nullptr;   // or null
+  const void *z_tiles = nullptr;  // or null
   const void *dz_tiles = nullptr;
-  const void *last = nullptr;      // S at the end of each sequence, or null: its gradient is zero
+  const void *last = nullptr;  // S at the end of each sequence, or null: its gradient is zero
   const float *z_last = nullptr;
-  float *boundary = nullptr;       // scratch [slots]
+  float *boundary = nullptr;  // scratch [slots]
   powerattn_tensor d_log_g{};
 };
 cudaError_t gate_gradient(const GateArgs &a, cudaStream_t stream);

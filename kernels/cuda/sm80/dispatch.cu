@@ -51,37 +51,52 @@ cudaError_t update_d(const UpdateArgs &a, cudaStream_t stream) {
 size_t shared_bytes(int64_t head_dim) {
   auto most = [](int a, int b, int c) { return static_cast<size_t>(std::max(a, std::max(b, c))); };
   switch (head_dim) {
-    case 32: return most(GradientShape<32>::kShared, OutputShape<32>::kShared, UpdateShape<32, 2>::kShared);
-    case 64: return most(GradientShape<64>::kShared, OutputShape<64>::kShared, UpdateShape<64, 2>::kShared);
-    default: return most(GradientShape<128>::kShared, OutputShape<128>::kShared, UpdateShape<128, 2>::kShared);
+    case 32:
+      return most(GradientShape<32>::kShared, OutputShape<32>::kShared, UpdateShape<32, 2>::kShared);
+    case 64:
+      return most(GradientShape<64>::kShared, OutputShape<64>::kShared, UpdateShape<64, 2>::kShared);
+    default:
+      return most(GradientShape<128>::kShared, OutputShape<128>::kShared, UpdateShape<128, 2>::kShared);
   }
 }
 
 cudaError_t output(const OutputArgs &a, cudaStream_t stream) {
   switch (a.shape.head_dim) {
-    case 32: return output_d<32>(a, stream);
-    case 64: return output_d<64>(a, stream);
-    case 128: return output_d<128>(a, stream);
-    default: return cudaErrorInvalidValue;
+    case 32:
+      return output_d<32>(a, stream);
+    case 64:
+      return output_d<64>(a, stream);
+    case 128:
+      return output_d<128>(a, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
 cudaError_t gradient(const GradientArgs &a, cudaStream_t stream) {
   switch (a.shape.head_dim) {
-    case 32: return gradient_d<32>(a, stream);
-    case 64: return gradient_d<64>(a, stream);
-    case 128: return gradient_d<128>(a, stream);
-    default: return cudaErrorInvalidValue;
+    case 32:
+      return gradient_d<32>(a, stream);
+    case 64:
+      return gradient_d<64>(a, stream);
+    case 128:
+      return gradient_d<128>(a, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
 cudaError_t update(const UpdateArgs &a, cudaStream_t stream) {
   if (a.shape.dtype != Dtype::kBfloat16) return cudaErrorInvalidValue;
   switch (a.shape.head_dim) {
-    case 32: return update_d<32>(a, stream);
-    case 64: return update_d<64>(a, stream);
-    case 128: return update_d<128>(a, stream);
-    default: return cudaErrorInvalidValue;
+    case 32:
+      return update_d<32>(a, stream);
+    case 64:
+      return update_d<64>(a, stream);
+    case 128:
+      return update_d<128>(a, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients of queries and, with rows and columns exchanged, of keys. Per block: 128 rows of one chunk and head,
-// phases on the same accumulators:
+// Gradients of queries and, with rows and columns exchanged, of keys. Per block: 128 rows of one chunk and
+// head, phases on the same accumulators:
 //   1. state:     T = u State^T per tile; dx_j += T_ij x_i, dx_i += T_ij x_j; + x Z
 //   2. full:      e = (s^{p-1} f) (m - delta), s = x z^T, m = u y^T; dx += e z, columns away from the diagonal
 //   3. diagonal:  the same with a mask and exact gate differences
@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
   using S = GradientShape<D>;
   constexpr int kN = D / 8, kK = D / 16, kM = S::kM, kStep = S::kStep;
   constexpr bool kState = P != 0 && has_states<T>;
-  constexpr bool kScaled = std::is_same<T, __half>::value;  // r_i before rounding: without it s^{p-1} m overflows
+  constexpr bool kScaled =
+      std::is_same<T, __half>::value;  // r_i before rounding: without it s^{p-1} m overflows
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
   float *const factors = reinterpret_cast<float *>(shared + 2 * S::kRowBytes + 4 * S::kTileBytes);
@@ -71,192 +72,192 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
   float dx[kM][kN][4] = {};
 
   // ---- 1. State.
-  if constexpr (kState) if (a.state != nullptr) {
-    constexpr int kTiles = tile_count(P == 1 ? 1 : 2, D);
-    constexpr int kZTiles = 2 * D / kTileRows;
-    const int64_t slot = static_cast<int64_t>(tile.chunk) * shape.heads_kv + head_kv;
-    const char *const state = static_cast<const char *>(a.state) + slot * kTiles * S::kTileBytes;
-    const bool with_z = P == 2 && a.z_state != nullptr;
-    const char *const zs = static_cast<const char *>(a.z_state) + slot * kZTiles * S::kTileBytes;
-    const int first = with_z ? -kZTiles : 0;  // the tiles of Z come first
-    auto fetch = [&](int n) {
-      if (n < kTiles)
-        load_tile<S::kTileBytes, S::kThreads>(
-            buffers + (n & 3) * S::kTileBytes,
-            n < 0 ? zs + static_cast<int64_t>(n + kZTiles) * S::kTileBytes
-                  : state + static_cast<int64_t>(n) * S::kTileBytes,
-            thread);
-      copy_commit();
-    };
-    auto next = [&](int n) {  // tile n is ready; n + 3 >= 0 is a tile of the state
-      copy_wait<2>();
-      __syncthreads();
-      if (n + 3 < kTiles)
-        load_tile<S::kTileBytes, S::kThreads>(buffers + ((n + 3) & 3) * S::kTileBytes,
-                                              state + static_cast<int64_t>(n + 3) * S::kTileBytes, thread);
-      copy_commit();
-      return SharedTile<D>{buffers + (n & 3) * S::kTileBytes, kTileRows};
-    };
-    fetch(first);
-    fetch(first + 1);
-    fetch(first + 2);
-    // dx = 2 Z x, times -delta_i for queries (the gradient of the row sum is -r_i delta_i; r_i comes last)
-    if constexpr (P == 2) {
-      if (with_z) {
+  if constexpr (kState)
+    if (a.state != nullptr) {
+      constexpr int kTiles = tile_count(P == 1 ? 1 : 2, D);
+      constexpr int kZTiles = 2 * D / kTileRows;
+      const int64_t slot = static_cast<int64_t>(tile.chunk) * shape.heads_kv + head_kv;
+      const char *const state = static_cast<const char *>(a.state) + slot * kTiles * S::kTileBytes;
+      const bool with_z = P == 2 && a.z_state != nullptr;
+      const char *const zs = static_cast<const char *>(a.z_state) + slot * kZTiles * S::kTileBytes;
+      const int first = with_z ? -kZTiles : 0;  // the tiles of Z come first
+      auto fetch = [&](int n) {
+        if (n < kTiles)
+          load_tile<S::kTileBytes, S::kThreads>(buffers + (n & 3) * S::kTileBytes,
+                                                n < 0 ? zs + static_cast<int64_t>(n + kZTiles) * S::kTileBytes
+                                                      : state + static_cast<int64_t>(n) * S::kTileBytes,
+                                                thread);
+        copy_commit();
+      };
+      auto next = [&](int n) {  // tile n is ready; n + 3 >= 0 is a tile of the state
+        copy_wait<2>();
+        __syncthreads();
+        if (n + 3 < kTiles)
+          load_tile<S::kTileBytes, S::kThreads>(buffers + ((n + 3) & 3) * S::kTileBytes,
+                                                state + static_cast<int64_t>(n + 3) * S::kTileBytes, thread);
+        copy_commit();
+        return SharedTile<D>{buffers + (n & 3) * S::kTileBytes, kTileRows};
+      };
+      fetch(first);
+      fetch(first + 1);
+      fetch(first + 2);
+      // dx = 2 Z x, times -delta_i for queries (the gradient of the row sum is -r_i delta_i; r_i comes last)
+      if constexpr (P == 2) {
+        if (with_z) {
 #pragma unroll 1
-        for (int n = first; n < 0; ++n) {
-          copy_wait<2>();
-          __syncthreads();
-          fetch(n + 3);
-          const SharedTile<D> t{buffers + (n & 3) * S::kTileBytes, kTileRows};
+          for (int n = first; n < 0; ++n) {
+            copy_wait<2>();
+            __syncthreads();
+            fetch(n + 3);
+            const SharedTile<D> t{buffers + (n & 3) * S::kTileBytes, kTileRows};
 #pragma unroll
-          for (int s = 0; s < 4; ++s)
+            for (int s = 0; s < 4; ++s)
 #pragma unroll
-            for (int m = 0; m < kM; ++m) {
-              uint32_t f[4];
-              xs.a(f, row0 + 16 * m, (4 * (n - first) + s) % kK, lane);
+              for (int m = 0; m < kM; ++m) {
+                uint32_t f[4];
+                xs.a(f, row0 + 16 * m, (4 * (n - first) + s) % kK, lane);
 #pragma unroll
-              for (int c = 0; c < kN / 2; ++c) {
-                uint32_t b[4];
-                t.b_trans(b, 16 * s, c, lane);
-                mma<T>(dx[m][2 * c], f, b[0], b[1]);
-                mma<T>(dx[m][2 * c + 1], f, b[2], b[3]);
+                for (int c = 0; c < kN / 2; ++c) {
+                  uint32_t b[4];
+                  t.b_trans(b, 16 * s, c, lane);
+                  mma<T>(dx[m][2 * c], f, b[0], b[1]);
+                  mma<T>(dx[m][2 * c + 1], f, b[2], b[3]);
+                }
+              }
+          }
+#pragma unroll
+          for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const float f = a.reverse ? 2.f : -2.f * read(a.delta, query, row_of(m, h), 0.f);
+#pragma unroll
+              for (int i = 0; i < kN; ++i) {
+                dx[m][i][2 * h] *= f;
+                dx[m][i][2 * h + 1] *= f;
               }
             }
         }
-#pragma unroll
-        for (int m = 0; m < kM; ++m)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const float f = a.reverse ? 2.f : -2.f * read(a.delta, query, row_of(m, h), 0.f);
-#pragma unroll
-            for (int i = 0; i < kN; ++i) {
-              dx[m][i][2 * h] *= f;
-              dx[m][i][2 * h + 1] *= f;
-            }
-          }
-      }
-      int n = 0;
+        int n = 0;
 #pragma unroll 1
-      for (int ib = 0; ib < kN; ++ib) {
-        float side[kM][2][8] = {};  // sum over j of T_ij x_j, the part of this lane's columns
+        for (int ib = 0; ib < kN; ++ib) {
+          float side[kM][2][8] = {};  // sum over j of T_ij x_j, the part of this lane's columns
 #pragma unroll 1
-        for (int jb = ib; jb < kN; ++jb, ++n) {
-          const auto t = next(n);
-          uint32_t scalar[kM][2][2];
-          float mine[kM][4] = {};  // sum over i of T_ij x_i
-          float xj[kM][2][2];
-          if constexpr (kM == 2) {
-            uint32_t f[4];
-            xs.columns32(f, row0, jb, lane);
+          for (int jb = ib; jb < kN; ++jb, ++n) {
+            const auto t = next(n);
+            uint32_t scalar[kM][2][2];
+            float mine[kM][4] = {};  // sum over i of T_ij x_i
+            float xj[kM][2][2];
+            if constexpr (kM == 2) {
+              uint32_t f[4];
+              xs.columns32(f, row0, jb, lane);
 #pragma unroll
-            for (int q = 0; q < 4; ++q) {
-              xj[q >> 1][q & 1][0] = Pair<T>::lo(f[q]);
-              xj[q >> 1][q & 1][1] = Pair<T>::hi(f[q]);
+              for (int q = 0; q < 4; ++q) {
+                xj[q >> 1][q & 1][0] = Pair<T>::lo(f[q]);
+                xj[q >> 1][q & 1][1] = Pair<T>::hi(f[q]);
+              }
+            } else {
+              uint32_t f[4];
+              xs.columns32(f, row0 & ~31, jb, lane);
+#pragma unroll
+              for (int h = 0; h < 2; ++h) {
+                const uint32_t v = (row0 & 16) ? f[2 + h] : f[h];
+                xj[0][h][0] = Pair<T>::lo(v);
+                xj[0][h][1] = Pair<T>::hi(v);
+              }
             }
-          } else {
-            uint32_t f[4];
-            xs.columns32(f, row0 & ~31, jb, lane);
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const uint32_t v = (row0 & 16) ? f[2 + h] : f[h];
-              xj[0][h][0] = Pair<T>::lo(v);
-              xj[0][h][1] = Pair<T>::hi(v);
-            }
-          }
+            for (int s = 0; s < 4; ++s) {  // rows i = 2s, 2s + 1 of the tile's eight
+              if (s % 2 == 0) {            // x[row][8 ib + 2s .. + 3]; all eight would not fit in registers
 #pragma unroll
-          for (int s = 0; s < 4; ++s) {  // rows i = 2s, 2s + 1 of the tile's eight
-            if (s % 2 == 0) {  // x[row][8 ib + 2s .. + 3]; all eight would not fit in registers
+                for (int m = 0; m < kM; ++m)
+#pragma unroll
+                  for (int h = 0; h < 2; ++h)
+                    load8(scalar[m][h], xs.at(row0 + 16 * m + 8 * h + lane / 4, ib) + 4 * s);
+              }
+              float w[kM][2][4] = {};
+#pragma unroll
+              for (int k = 0; k < kK; ++k) {
+                uint32_t b[4];
+                t.b(b, 16 * s, k, lane);
+#pragma unroll
+                for (int m = 0; m < kM; ++m) {
+                  mma<T>(w[m][0], uf[m][k], b[0], b[1]);
+                  mma<T>(w[m][1], uf[m][k], b[2], b[3]);
+                }
+              }
 #pragma unroll
               for (int m = 0; m < kM; ++m)
 #pragma unroll
-                for (int h = 0; h < 2; ++h)
-                  load8(scalar[m][h], xs.at(row0 + 16 * m + 8 * h + lane / 4, ib) + 4 * s);
+                for (int h = 0; h < 2; ++h) {
+                  const float x0 = Pair<T>::lo(scalar[m][h][s & 1]), x1 = Pair<T>::hi(scalar[m][h][s & 1]);
+                  mine[m][2 * h] += w[m][0][2 * h] * x0 + w[m][1][2 * h] * x1;
+                  mine[m][2 * h + 1] += w[m][0][2 * h + 1] * x0 + w[m][1][2 * h + 1] * x1;
+                  side[m][h][2 * s] += w[m][0][2 * h] * xj[m][h][0] + w[m][0][2 * h + 1] * xj[m][h][1];
+                  side[m][h][2 * s + 1] += w[m][1][2 * h] * xj[m][h][0] + w[m][1][2 * h + 1] * xj[m][h][1];
+                }
             }
-            float w[kM][2][4] = {};
+#pragma unroll
+            for (int i = 0; i < kN; ++i)  // registers have no run-time index
+              if (i == jb) {
+#pragma unroll
+                for (int m = 0; m < kM; ++m)
+#pragma unroll
+                  for (int e = 0; e < 4; ++e) dx[m][i][e] += mine[m][e];
+              }
+          }
+          // Sum over the quad; lane c keeps i = 2c, 2c + 1, the accumulator's columns.
+#pragma unroll
+          for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const bool high = (quad & 2) != 0, odd = (quad & 1) != 0;
+              float half[4], own[2];
+#pragma unroll
+              for (int q = 0; q < 4; ++q) {
+                const float give = high ? side[m][h][q] : side[m][h][4 + q];
+                const float keep = high ? side[m][h][4 + q] : side[m][h][q];
+                half[q] = keep + __shfl_xor_sync(0xffffffffu, give, 2);
+              }
+#pragma unroll
+              for (int q = 0; q < 2; ++q) {
+                const float give = odd ? half[q] : half[2 + q];
+                const float keep = odd ? half[2 + q] : half[q];
+                own[q] = keep + __shfl_xor_sync(0xffffffffu, give, 1);
+              }
+#pragma unroll
+              for (int i = 0; i < kN; ++i)
+                if (i == ib) {
+                  dx[m][i][2 * h] += own[0];
+                  dx[m][i][2 * h + 1] += own[1];
+                }
+            }
+        }
+      } else if constexpr (P == 1) {  // dx = u State^T
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const auto t = next(n);
+#pragma unroll
+          for (int s = 0; s < (D < 64 ? D / 16 : 4); ++s)
 #pragma unroll
             for (int k = 0; k < kK; ++k) {
               uint32_t b[4];
               t.b(b, 16 * s, k, lane);
 #pragma unroll
               for (int m = 0; m < kM; ++m) {
-                mma<T>(w[m][0], uf[m][k], b[0], b[1]);
-                mma<T>(w[m][1], uf[m][k], b[2], b[3]);
+                mma<T>(dx[m][8 * n + 2 * s], uf[m][k], b[0], b[1]);
+                mma<T>(dx[m][8 * n + 2 * s + 1], uf[m][k], b[2], b[3]);
               }
-            }
-#pragma unroll
-            for (int m = 0; m < kM; ++m)
-#pragma unroll
-              for (int h = 0; h < 2; ++h) {
-                const float x0 = Pair<T>::lo(scalar[m][h][s & 1]), x1 = Pair<T>::hi(scalar[m][h][s & 1]);
-                mine[m][2 * h] += w[m][0][2 * h] * x0 + w[m][1][2 * h] * x1;
-                mine[m][2 * h + 1] += w[m][0][2 * h + 1] * x0 + w[m][1][2 * h + 1] * x1;
-                side[m][h][2 * s] += w[m][0][2 * h] * xj[m][h][0] + w[m][0][2 * h + 1] * xj[m][h][1];
-                side[m][h][2 * s + 1] += w[m][1][2 * h] * xj[m][h][0] + w[m][1][2 * h + 1] * xj[m][h][1];
-              }
-          }
-#pragma unroll
-          for (int i = 0; i < kN; ++i)  // registers have no run-time index
-            if (i == jb) {
-#pragma unroll
-              for (int m = 0; m < kM; ++m)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) dx[m][i][e] += mine[m][e];
             }
         }
-        // Sum over the quad; lane c keeps i = 2c, 2c + 1, the accumulator's columns.
-#pragma unroll
-        for (int m = 0; m < kM; ++m)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const bool high = (quad & 2) != 0, odd = (quad & 1) != 0;
-            float half[4], own[2];
-#pragma unroll
-            for (int q = 0; q < 4; ++q) {
-              const float give = high ? side[m][h][q] : side[m][h][4 + q];
-              const float keep = high ? side[m][h][4 + q] : side[m][h][q];
-              half[q] = keep + __shfl_xor_sync(0xffffffffu, give, 2);
-            }
-#pragma unroll
-            for (int q = 0; q < 2; ++q) {
-              const float give = odd ? half[q] : half[2 + q];
-              const float keep = odd ? half[2 + q] : half[q];
-              own[q] = keep + __shfl_xor_sync(0xffffffffu, give, 1);
-            }
-#pragma unroll
-            for (int i = 0; i < kN; ++i)
-              if (i == ib) {
-                dx[m][i][2 * h] += own[0];
-                dx[m][i][2 * h + 1] += own[1];
-              }
-          }
-      }
-    } else if constexpr (P == 1) {  // dx = u State^T
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const auto t = next(n);
-#pragma unroll
-        for (int s = 0; s < (D < 64 ? D / 16 : 4); ++s)
-#pragma unroll
-          for (int k = 0; k < kK; ++k) {
-            uint32_t b[4];
-            t.b(b, 16 * s, k, lane);
-#pragma unroll
-            for (int m = 0; m < kM; ++m) {
-              mma<T>(dx[m][8 * n + 2 * s], uf[m][k], b[0], b[1]);
-              mma<T>(dx[m][8 * n + 2 * s + 1], uf[m][k], b[2], b[3]);
-            }
-          }
       }
     }
-  }
 
-  const float *const g =
-      a.g ? a.g + (batch * shape.heads_kv + head_kv) * shape.seq_len + chunk.start : nullptr;
+  const float *const g = a.g ? a.g + (batch * shape.heads_kv + head_kv) * shape.seq_len + chunk.start : nullptr;
   // Gates: everything before this tile is referred to its first row, everything after to its last.
-  const float g_ref = !g ? 0.f
-                      : a.reverse ? g[tile.offset + tile.length - 1]
-                      : tile.offset > 0 ? g[tile.offset - 1] : 0.f;
+  const float g_ref = !g                ? 0.f
+                      : a.reverse       ? g[tile.offset + tile.length - 1]
+                      : tile.offset > 0 ? g[tile.offset - 1]
+                                        : 0.f;
   const float g_end = g ? g[chunk.length - 1] : 0.f;
   // x . dx, from weights that are not rounded: the gate gradient is a sum of differences of these, and what two
   // rows of one pair have in common cancels only if both are exact.
@@ -275,7 +276,8 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
       for (int h = 0; h < 2; ++h)
 #pragma unroll
         for (int i = 0; i < kN; ++i) {
-          const uint32_t x2 = *reinterpret_cast<const uint32_t *>(shared + (xs.at(row_of(m, h), i) - base) + 4 * quad);
+          const uint32_t x2 =
+              *reinterpret_cast<const uint32_t *>(shared + (xs.at(row_of(m, h), i) - base) + 4 * quad);
           dot[m][h] += dx[m][i][2 * h] * Pair<T>::lo(x2) + dx[m][i][2 * h + 1] * Pair<T>::hi(x2);
         }
   }
@@ -295,8 +297,8 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
       load_rows<S::kColumns, D, S::kThreads>(dst, row_pointer<T>(a.z, batch, chunk.start + col0, head),
                                              a.z.stride_t, valid, thread);
       load_rows<S::kColumns, D, S::kThreads>(dst + S::kTileBytes,
-                                             row_pointer<T>(a.y, batch, chunk.start + col0, head),
-                                             a.y.stride_t, valid, thread);
+                                             row_pointer<T>(a.y, batch, chunk.start + col0, head), a.y.stride_t,
+                                             valid, thread);
       if (thread < S::kColumns) {
         const int64_t at = (batch * shape.heads_q + head) * shape.seq_len + chunk.start;
         const float *r = a.reverse && a.r ? a.r + at : nullptr;
@@ -463,6 +465,9 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
           store_pair(out + 8 * i, lo, hi);
       }
       const float sum = quad_sum(dot[m][h]) * r_row;
+      if (!a.reverse && a.delta_out != nullptr && in && quad == 0)
+        a.delta_out[query + row] = sum / static_cast<float>(shape.degree) +
+                                   delta_row[m][h] * (1.f - a.eps * read(a.r, query, row, 1.f));
       if (a.dot != nullptr && in && quad == 0)
         a.dot[(batch * heads_x + head_x) * shape.seq_len + tile.start + row] = sum;
     }
@@ -473,8 +478,8 @@ cudaError_t launch_gradient(const GradientArgs &a, cudaStream_t stream) {
   using S = GradientShape<D>;
   const int64_t blocks = a.shape.table.num_tiles * (a.reverse ? a.shape.heads_kv : a.shape.heads_q);
   if (blocks == 0) return cudaSuccess;
-  const cudaError_t e = cudaFuncSetAttribute(gradient_kernel<T, D, P>,
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
+  const cudaError_t e =
+      cudaFuncSetAttribute(gradient_kernel<T, D, P>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
   if (e != cudaSuccess) return e;
   gradient_kernel<T, D, P><<<static_cast<unsigned>(blocks), S::kThreads, S::kShared, stream>>>(a);
   return cudaGetLastError();

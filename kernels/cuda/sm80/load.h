@@ -11,7 +11,8 @@ namespace sm80 {
 
 // First element of row `start` of one head; strides count elements.
 template <typename T>
-__device__ __forceinline__ T *row_pointer(const powerattn_tensor &t, int64_t batch, int64_t start, int64_t head) {
+__device__ __forceinline__ T *row_pointer(const powerattn_tensor &t, int64_t batch, int64_t start,
+                                          int64_t head) {
   return static_cast<T *>(t.data) + batch * t.stride_b + start * t.stride_t + head * t.stride_h;
 }
 

@@ -56,59 +56,81 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
   for (int m = 0; m < S::kM; ++m) top[m][0] = top[m][1] = kScaled && !a.reverse ? kLeastTop : 1.f;
   const int row0 = warp * 32;  // of this warp in the tile
 
-
   // ---- 1. O = phi(x) State: k runs over the 64 rows of each tile. l = sum_n x_n (x Z)_n, Z in two parts.
-  if constexpr (kState) if (a.state != nullptr) {
-    constexpr int kTiles = tile_count(P == 1 ? 1 : 2, D);
-    constexpr int kZTiles = 2 * D / kTileRows;
-    const int64_t slot = static_cast<int64_t>(tile.chunk) * shape.heads_kv + head_kv;
-    const char *const state = static_cast<const char *>(a.state) + slot * kTiles * S::kTileBytes;
-    const char *const zs =
-        a.z_state ? static_cast<const char *>(a.z_state) + slot * kZTiles * S::kTileBytes : nullptr;
-    const int total = kTiles + (zs ? kZTiles : 0);
-    auto fetch = [&](int n) {
-      if (n < total)
-        load_tile<S::kTileBytes, S::kThreads>(
-            buffers + (n & 3) * S::kTileBytes,
-            n < kTiles ? state + static_cast<int64_t>(n) * S::kTileBytes
-                       : zs + static_cast<int64_t>(n - kTiles) * S::kTileBytes,
-            thread);
-      copy_commit();
-    };
-    auto next = [&](int n) {  // tile n is ready, its predecessor's buffer is refilled
-      copy_wait<2>();
-      __syncthreads();
-      fetch(n + 3);
-      return SharedTile<D>{buffers + (n & 3) * S::kTileBytes, kTileRows};
-    };
-    fetch(0);
-    fetch(1);
-    fetch(2);
-    int n = 0;
-    if constexpr (P == 2) {
+  if constexpr (kState)
+    if (a.state != nullptr) {
+      constexpr int kTiles = tile_count(P == 1 ? 1 : 2, D);
+      constexpr int kZTiles = 2 * D / kTileRows;
+      const int64_t slot = static_cast<int64_t>(tile.chunk) * shape.heads_kv + head_kv;
+      const char *const state = static_cast<const char *>(a.state) + slot * kTiles * S::kTileBytes;
+      const char *const zs =
+          a.z_state ? static_cast<const char *>(a.z_state) + slot * kZTiles * S::kTileBytes : nullptr;
+      const int total = kTiles + (zs ? kZTiles : 0);
+      auto fetch = [&](int n) {
+        if (n < total)
+          load_tile<S::kTileBytes, S::kThreads>(buffers + (n & 3) * S::kTileBytes,
+                                                n < kTiles
+                                                    ? state + static_cast<int64_t>(n) * S::kTileBytes
+                                                    : zs + static_cast<int64_t>(n - kTiles) * S::kTileBytes,
+                                                thread);
+        copy_commit();
+      };
+      auto next = [&](int n) {  // tile n is ready, its predecessor's buffer is refilled
+        copy_wait<2>();
+        __syncthreads();
+        fetch(n + 3);
+        return SharedTile<D>{buffers + (n & 3) * S::kTileBytes, kTileRows};
+      };
+      fetch(0);
+      fetch(1);
+      fetch(2);
+      int n = 0;
+      if constexpr (P == 2) {
 #pragma unroll 1
-      for (int ib = 0; ib < kN; ++ib) {
-        uint32_t scalar[S::kM][2][4];
+        for (int ib = 0; ib < kN; ++ib) {
+          uint32_t scalar[S::kM][2][4];
 #pragma unroll 1
-        for (int jb = ib; jb < kN; ++jb, ++n) {
-          const auto t = next(n);
-          if (jb == ib) {
+          for (int jb = ib; jb < kN; ++jb, ++n) {
+            const auto t = next(n);
+            if (jb == ib) {
 #pragma unroll
-            for (int m = 0; m < S::kM; ++m)
+              for (int m = 0; m < S::kM; ++m)
 #pragma unroll
-              for (int h = 0; h < 2; ++h) {
-                const uint4 v = load16(rows.at(row0 + 16 * m + 8 * h + lane / 4, ib));
-                scalar[m][h][0] = v.x, scalar[m][h][1] = v.y, scalar[m][h][2] = v.z, scalar[m][h][3] = v.w;
+                for (int h = 0; h < 2; ++h) {
+                  const uint4 v = load16(rows.at(row0 + 16 * m + 8 * h + lane / 4, ib));
+                  scalar[m][h][0] = v.x, scalar[m][h][1] = v.y, scalar[m][h][2] = v.z, scalar[m][h][3] = v.w;
+                }
+            }
+            uint32_t f[4];
+            rows.columns32(f, row0, jb, lane);
+#pragma unroll
+            for (int s = 0; s < 4; ++s) {
+              uint32_t phi[S::kM][4];
+#pragma unroll
+              for (int m = 0; m < S::kM; ++m)
+                query_fragment<T>(phi[m], f[2 * m], f[2 * m + 1], scalar[m][0][s], scalar[m][1][s]);
+#pragma unroll
+              for (int c = 0; c < kN / 2; ++c) {
+                uint32_t b[4];
+                t.b_trans(b, 16 * s, c, lane);
+#pragma unroll
+                for (int m = 0; m < S::kM; ++m) {
+                  mma<T>(o[m][2 * c], phi[m], b[0], b[1]);
+                  mma<T>(o[m][2 * c + 1], phi[m], b[2], b[3]);
+                }
               }
+            }
           }
-          uint32_t f[4];
-          rows.columns32(f, row0, jb, lane);
+        }
+      } else if constexpr (P == 1) {
+#pragma unroll 1
+        for (; n < kTiles; ++n) {
+          const auto t = next(n);
 #pragma unroll
-          for (int s = 0; s < 4; ++s) {
+          for (int s = 0; s < (D < 64 ? D / 16 : 4); ++s) {
             uint32_t phi[S::kM][4];
 #pragma unroll
-            for (int m = 0; m < S::kM; ++m)
-              query_fragment<T>(phi[m], f[2 * m], f[2 * m + 1], scalar[m][0][s], scalar[m][1][s]);
+            for (int m = 0; m < S::kM; ++m) rows.a(phi[m], row0 + 16 * m, 4 * n + s, lane);
 #pragma unroll
             for (int c = 0; c < kN / 2; ++c) {
               uint32_t b[4];
@@ -122,69 +144,47 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
           }
         }
       }
-    } else if constexpr (P == 1) {
+      if (P == 2 && zs != nullptr) {
 #pragma unroll 1
-      for (; n < kTiles; ++n) {
-        const auto t = next(n);
-#pragma unroll
-        for (int s = 0; s < (D < 64 ? D / 16 : 4); ++s) {
-          uint32_t phi[S::kM][4];
-#pragma unroll
-          for (int m = 0; m < S::kM; ++m) rows.a(phi[m], row0 + 16 * m, 4 * n + s, lane);
-#pragma unroll
+        for (; n < total; ++n) {
+          const auto t = next(n);
+#pragma unroll 1
           for (int c = 0; c < kN / 2; ++c) {
-            uint32_t b[4];
-            t.b_trans(b, 16 * s, c, lane);
+            float xz[S::kM][2][4] = {};
 #pragma unroll
-            for (int m = 0; m < S::kM; ++m) {
-              mma<T>(o[m][2 * c], phi[m], b[0], b[1]);
-              mma<T>(o[m][2 * c + 1], phi[m], b[2], b[3]);
+            for (int s = 0; s < 4; ++s) {
+              uint32_t b[4];
+              t.b_trans(b, 16 * s, c, lane);
+#pragma unroll
+              for (int m = 0; m < S::kM; ++m) {
+                uint32_t f[4];
+                rows.a(f, row0 + 16 * m, (4 * (n - kTiles) + s) % kK, lane);
+                mma<T>(xz[m][0], f, b[0], b[1]);
+                mma<T>(xz[m][1], f, b[2], b[3]);
+              }
             }
-          }
-        }
-      }
-    }
-    if (P == 2 && zs != nullptr) {
-#pragma unroll 1
-      for (; n < total; ++n) {
-        const auto t = next(n);
-#pragma unroll 1
-        for (int c = 0; c < kN / 2; ++c) {
-          float xz[S::kM][2][4] = {};
 #pragma unroll
-          for (int s = 0; s < 4; ++s) {
-            uint32_t b[4];
-            t.b_trans(b, 16 * s, c, lane);
-#pragma unroll
-            for (int m = 0; m < S::kM; ++m) {
+            for (int q = 0; q < 2; ++q) {
               uint32_t f[4];
-              rows.a(f, row0 + 16 * m, (4 * (n - kTiles) + s) % kK, lane);
-              mma<T>(xz[m][0], f, b[0], b[1]);
-              mma<T>(xz[m][1], f, b[2], b[3]);
+              rows.columns32(f, row0, 2 * c + q, lane);
+#pragma unroll
+              for (int m = 0; m < S::kM; ++m)
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                  l[m][h] += xz[m][q][2 * h] * Pair<T>::lo(f[2 * m + h]) +
+                             xz[m][q][2 * h + 1] * Pair<T>::hi(f[2 * m + h]);
             }
-          }
-#pragma unroll
-          for (int q = 0; q < 2; ++q) {
-            uint32_t f[4];
-            rows.columns32(f, row0, 2 * c + q, lane);
-#pragma unroll
-            for (int m = 0; m < S::kM; ++m)
-#pragma unroll
-              for (int h = 0; h < 2; ++h)
-                l[m][h] += xz[m][q][2 * h] * Pair<T>::lo(f[2 * m + h]) +
-                           xz[m][q][2 * h + 1] * Pair<T>::hi(f[2 * m + h]);
           }
         }
       }
     }
-  }
 
-  const float *const g =
-      a.g ? a.g + (batch * shape.heads_kv + head_kv) * shape.seq_len + chunk.start : nullptr;
+  const float *const g = a.g ? a.g + (batch * shape.heads_kv + head_kv) * shape.seq_len + chunk.start : nullptr;
   // Gates: everything before this tile is referred to its first row, everything after to its last.
-  const float g_ref = !g ? 0.f
-                      : a.reverse ? g[tile.offset + tile.length - 1]
-                      : tile.offset > 0 ? g[tile.offset - 1] : 0.f;
+  const float g_ref = !g                ? 0.f
+                      : a.reverse       ? g[tile.offset + tile.length - 1]
+                      : tile.offset > 0 ? g[tile.offset - 1]
+                                        : 0.f;
   const float g_end = g ? g[chunk.length - 1] : 0.f;
   if (kState && a.state != nullptr) {
     // The state is at the chunk's start (forward: times c) or end.
@@ -214,8 +214,8 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
       load_rows<S::kColumns, D, S::kThreads>(dst, row_pointer<T>(a.z, batch, chunk.start + col0, head),
                                              a.z.stride_t, valid, thread);
       load_rows<S::kColumns, D, S::kThreads>(dst + S::kTileBytes,
-                                             row_pointer<T>(a.u, batch, chunk.start + col0, head),
-                                             a.u.stride_t, valid, thread);
+                                             row_pointer<T>(a.u, batch, chunk.start + col0, head), a.u.stride_t,
+                                             valid, thread);
       if (thread < S::kColumns) {
         const float *r = a.r ? a.r + (batch * shape.heads_q + head) * shape.seq_len + chunk.start : nullptr;
         const Columns columns{g, r, a.scale, g_ref, a.reverse};
@@ -422,8 +422,8 @@ cudaError_t launch_output(const OutputArgs &a, cudaStream_t stream) {
   constexpr int kShared = OutputShape<D>::kShared;
   const int64_t blocks = a.shape.table.num_tiles * (a.reverse ? a.shape.heads_kv : a.shape.heads_q);
   if (blocks == 0) return cudaSuccess;
-  const cudaError_t e = cudaFuncSetAttribute(output_kernel<T, D, P>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             kShared);
+  const cudaError_t e =
+      cudaFuncSetAttribute(output_kernel<T, D, P>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (e != cudaSuccess) return e;
   output_kernel<T, D, P><<<static_cast<unsigned>(blocks), 128, kShared, stream>>>(a);
   return cudaGetLastError();

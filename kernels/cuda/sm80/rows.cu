@@ -88,7 +88,8 @@ __global__ void __launch_bounds__(kThreads) boundary_kernel(const __grid_constan
         const int i = v / d, j = v % d;
         const int64_t high = (i / kTileRows) * kTileRows * d + tile_element(d, i % kTileRows, j);
         const int64_t low = ((i + d) / kTileRows) * kTileRows * d + tile_element(d, (i + d) % kTileRows, j);
-        const float before = end ? a.z_last[pair * d * d + v] : __bfloat162float(z[high]) + __bfloat162float(z[low]);
+        const float before =
+            end ? a.z_last[pair * d * d + v] : __bfloat162float(z[high]) + __bfloat162float(z[low]);
         sum += before * (__bfloat162float(dz[high]) + __bfloat162float(dz[low]));
       }
     }
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) gates_kernel(const __grid_constant__
     if (t >= 0) {
       for (int h = head * group; h < (head + 1) * group; ++h) {
         const int64_t at = (batch * s.heads_q + h) * s.seq_len + chunk.start + t;
-        v += a.q_dot[at] * inverse;
+        v += a.q_dot ? a.q_dot[at] * inverse : a.eps * a.r[at] * a.delta[at];
       }
       v -= a.k_dot[(batch * s.heads_kv + head) * s.seq_len + chunk.start + t] * inverse;
     }

@@ -16,7 +16,8 @@ __device__ __forceinline__ int64_t canonical_row(int d, int i, int j) {
   return static_cast<int64_t>(i) * d - static_cast<int64_t>(i) * (i - 1) / 2 + (j - i);
 }
 
-__device__ __forceinline__ const float *gates_of(const ScanArgs &a, const Sequence &seq, int sequence, int head) {
+__device__ __forceinline__ const float *gates_of(const ScanArgs &a, const Sequence &seq, int sequence,
+                                                 int head) {
   if (!a.g) return nullptr;
   const int64_t batch = a.shape.packed ? 0 : sequence;
   return a.g + (batch * a.shape.heads_kv + head) * a.shape.seq_len + seq.start;
@@ -30,8 +31,8 @@ __device__ __forceinline__ float decay(const float *g, const Sequence &seq, int6
 }
 
 // prefix[n] = carry; carry = e^{g_end[n]} carry + local[n], n ascending (reverse: descending).
-__global__ void __launch_bounds__(kThreads) tiles_kernel(const __grid_constant__ ScanArgs a, int vectors,
-                                                          int blocks) {
+__global__ void __launch_bounds__(kThreads)
+    tiles_kernel(const __grid_constant__ ScanArgs a, int vectors, int blocks) {
   const Shape &s = a.shape;
   const int64_t pair = blockIdx.x / blocks;
   const int v = blockIdx.x % blocks * kThreads + threadIdx.x;
@@ -131,8 +132,8 @@ __global__ void __launch_bounds__(kThreads) z_kernel(const __grid_constant__ Sca
   const int64_t canonical = canonical_row(d, min(i, j), max(i, j));
   float carry = 0.f;
   if (a.initial.z)
-    carry = static_cast<const float *>(a.initial.z)[sequence * a.initial.z_stride_n +
-                                                    head * a.initial.z_stride_h + canonical] *
+    carry = static_cast<const float *>(
+                a.initial.z)[sequence * a.initial.z_stride_n + head * a.initial.z_stride_h + canonical] *
             (i == j ? 1.f : 0.70710678118654752f);
   const int64_t stride = static_cast<int64_t>(s.heads_kv) * d * d;
   const int64_t first = (static_cast<int64_t>(seq.first_chunk) * s.heads_kv + head) * d * d;

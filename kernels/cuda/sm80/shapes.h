@@ -36,7 +36,8 @@ struct GradientShape {
   static constexpr int kStep = 16;
   static constexpr int kTileBytes = kTileRows * D * 2;
   static constexpr int kRowBytes = kRowTile * D * 2;
-  // x rows | u rows | 4 buffers | factors, gates, deltas of 2 x 64 columns | place    d=64: 64 KB, d=128: 128 KB
+  // x rows | u rows | 4 buffers | factors, gates, deltas of 2 x 64 columns | place    d=64: 64 KB, d=128: 128
+  // KB
   static constexpr int kShared = 2 * kRowBytes + 4 * kTileBytes + 6 * kColumns * 4 + sizeof(Place);
 };
 

@@ -29,8 +29,7 @@ __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>
   if (chunk.length == 0) return;
   const int64_t batch = shape.packed ? 0 : chunk.sequence;
   const int group = a.reverse ? shape.heads_q / shape.heads_kv : 1;
-  const float *const g =
-      a.g ? a.g + (batch * shape.heads_kv + head_kv) * shape.seq_len + chunk.start : nullptr;
+  const float *const g = a.g ? a.g + (batch * shape.heads_kv + head_kv) * shape.seq_len + chunk.start : nullptr;
   const float g_end = g ? g[chunk.length - 1] : 0.f;
 
   const int unit = slice * S::kWarps + warp;
@@ -52,9 +51,8 @@ __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>
       const uint32_t dst = base + stage * 2 * S::kTileBytes;
       load_rows<S::kTokens, D, S::kThreads>(dst, row_pointer<T>(a.x, batch, chunk.start + t0, head),
                                             a.x.stride_t, valid, thread);
-      load_rows<S::kTokens, D, S::kThreads>(dst + S::kTileBytes,
-                                            row_pointer<T>(a.u, batch, chunk.start + t0, head),
-                                            a.u.stride_t, valid, thread);
+      load_rows<S::kTokens, D, S::kThreads>(
+          dst + S::kTileBytes, row_pointer<T>(a.u, batch, chunk.start + t0, head), a.u.stride_t, valid, thread);
       // w_t = e^{g_end - g_t}; reverse: c e^{g_t} r_t (-delta_t)
       const int64_t at = (batch * shape.heads_q + head) * shape.seq_len + chunk.start + t0;
       for (int t = thread; t < S::kTokens; t += S::kThreads) {
@@ -90,9 +88,11 @@ __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>
       ldmatrix_trans(f, xs.at(16 * k + (lane & 15), lane < 16 ? ib : jb));
       const float *const w = weights + stage * S::kTokens + 16 * k + 2 * quad;
       const float2 w0 = *reinterpret_cast<const float2 *>(w), w1 = *reinterpret_cast<const float2 *>(w + 8);
-      uint32_t phi[S::kM][4];
+      uint32_t phi[S::kM][4], low[4];
       if constexpr (P == 2) {
-        const uint32_t k0 = weigh<T>(f[2], w0), k1 = weigh<T>(f[3], w1);
+        uint32_t k0[2], k1[2];
+        weigh<T>(k0, f[2], w0);
+        weigh<T>(k1, f[3], w1);
         uint32_t s[8][2];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -103,10 +103,16 @@ __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>
         for (int m = 0; m < 4; ++m)
           update_fragment<T>(phi[m], k0, k1, s[2 * m][0], s[2 * m][1], s[2 * m + 1][0], s[2 * m + 1][1]);
       } else {
-        phi[0][0] = weigh<T>(f[0], w0);
-        phi[0][1] = weigh<T>(f[2], w0);
-        phi[0][2] = weigh<T>(f[1], w1);
-        phi[0][3] = weigh<T>(f[3], w1);
+        // Weights in two parts, two products: Z is the row sum, which nothing averages.
+        const float2 pair_weights[2] = {w0, w1};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          uint32_t parts[2];
+          weigh<T>(parts, f[i], pair_weights[i & 1]);
+          const int to = (i >> 1) + 2 * (i & 1);  // f: block, then tokens; a fragment: rows, then k
+          phi[0][to] = parts[0];
+          low[to] = parts[1];
+        }
       }
 #pragma unroll
       for (int c = 0; c < S::kCols / 16; ++c) {
@@ -116,6 +122,10 @@ __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>
         for (int m = 0; m < S::kM; ++m) {
           mma<T>(acc[m][2 * c], phi[m], b[0], b[1]);
           mma<T>(acc[m][2 * c + 1], phi[m], b[2], b[3]);
+        }
+        if constexpr (P == 1) {
+          mma<T>(acc[0][2 * c], low, b[0], b[1]);
+          mma<T>(acc[0][2 * c + 1], low, b[2], b[3]);
         }
       }
     }
@@ -140,8 +150,8 @@ __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>
                                    (slot * tile_count(P, D) + tile) * (kTileRows * D * 2) + 4 * quad;
 #pragma unroll
         for (int c = 0; c < S::kCols / 8; ++c)
-          *reinterpret_cast<uint32_t *>(
-              out + swizzle<D>(kTileRows, row % kTileRows, half * (S::kCols / 8) + c)) =
+          *reinterpret_cast<uint32_t *>(out +
+                                        swizzle<D>(kTileRows, row % kTileRows, half * (S::kCols / 8) + c)) =
               Pair<T>::pack(weight * acc[m][c][2 * h], weight * acc[m][c][2 * h + 1]);
       }
     }
@@ -152,8 +162,8 @@ cudaError_t launch_update(const UpdateArgs &a, cudaStream_t stream) {
   using S = UpdateShape<D, P>;
   const int64_t blocks = a.shape.table.num_chunks * a.shape.heads_kv * S::kSlices;
   if (blocks == 0) return cudaSuccess;
-  const cudaError_t e = cudaFuncSetAttribute(update_kernel<T, D, P>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             S::kShared);
+  const cudaError_t e =
+      cudaFuncSetAttribute(update_kernel<T, D, P>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
   if (e != cudaSuccess) return e;
   update_kernel<T, D, P><<<static_cast<unsigned>(blocks), S::kThreads, S::kShared, stream>>>(a);
   return cudaGetLastError();

@@ -58,8 +58,8 @@ __device__ __forceinline__ void power_minus_one(float (&s)[N], int degree) {
 }
 
 // The power of two that divides the weights of a row in float16. When the quad's largest weight of a step would
-// pass 2^14 of it, it becomes 2^-10 of that weight: room to grow by 16 before the next change, and weights down to
-// 2^-24 of the largest keep all their bits. Returns old / new, which rescales what was summed.
+// pass 2^14 of it, it becomes 2^-10 of that weight: room to grow by 16 before the next change, and weights down
+// to 2^-24 of the largest keep all their bits. Returns old / new, which rescales what was summed.
 constexpr float kLeastTop = 1e-30f;
 __device__ __forceinline__ float raise_top(float *top, float most) {
   most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
@@ -99,7 +99,8 @@ __device__ __forceinline__ void fill_column(const Columns &c, bool diagonal, int
   *gate = g;
 }
 
-__device__ __forceinline__ const Place &find_place(const Shape &shape, int64_t tile_id, void *memory, int thread) {
+__device__ __forceinline__ const Place &find_place(const Shape &shape, int64_t tile_id, void *memory,
+                                                   int thread) {
   Place *const place = static_cast<Place *>(memory);
   if (thread == 0) {
     place->tile = shape.table.tiles[tile_id];
