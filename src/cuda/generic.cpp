@@ -38,7 +38,7 @@ Rates rates_of(Math math) {
     case Math::kFloat32:
       break;
   }
-  return {15e12, 22e12, 12e12, 14e12};
+  return {18e12, 32e12, 18e12, 21e12};
 }
 
 enum class Pass { kForward, kBackward, kSummary };
