@@ -88,6 +88,11 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem &s, Unit
   Ring<kStages> ring, ready;                 // being loaded; to be transposed
   uint32_t unit_phase = 1;
   Tickets tickets{s.ticket};
+  // Every warp arrives, so that no thread can still be waiting for a unit that the consumers have long taken.
+  const auto hand_unit = [&]() {
+    __syncwarp();
+    if (tid % 32 == 0) barrier_arrive(s.unit_full);
+  };
   const auto finish = [&]() {  // transposes the oldest loaded stage and hands it over
     fence_async_proxy();
     named_barrier<2, 128>();
@@ -117,8 +122,8 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem &s, Unit
       slots[unit_phase].slice = slice;
       slots[unit_phase].stages = blocks * heads;
       slots[unit_phase].slot = static_cast<int32_t>(slot);
-      barrier_arrive(s.unit_full);
     }
+    hand_unit();
     const float *weights = slice == kSlices && kDegree == 2 ? a.norm_weight : a.weight;
     int pending = 0;
 #pragma unroll 1
@@ -151,8 +156,8 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem &s, Unit
   barrier_wait(s.unit_empty, unit_phase);
   if (tid == 0) {
     slots[unit_phase ^ 1].slice = -1;
-    barrier_arrive(s.unit_full);
   }
+  hand_unit();
 }
 
 // ---- Consumers ----------------------------------------------------------------------------------------------
@@ -388,7 +393,7 @@ __global__ void __launch_bounds__(384, 1) update64_kernel(const __grid_constant_
       barrier_init(s.full + 8 * i, 4);
       barrier_init(s.empty + 8 * i, kConsumerWarps);
     }
-    barrier_init(s.unit_full, 1);
+    barrier_init(s.unit_full, 4);
     barrier_init(s.unit_empty, kConsumerWarps);
     fence_barrier_init();
   }

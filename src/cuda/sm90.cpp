@@ -1,0 +1,499 @@
+// SPDX-License-Identifier: Apache-2.0
+// "cuda.sm90": bfloat16 on Hopper's warpgroup products (wgmma), for compute capability 9.0. This file decides
+// what runs, how it is tiled and where its memory lies; kernels/cuda/sm90 computes, and the scan over chunks
+// and the gradient of the gates come from kernels/cuda/sm80, whose states lie the same way.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cinttypes>
+#include <cmath>
+#include <cstdio>
+
+#include "backend.h"
+#include "kernels/cuda/chunks.h"
+#include "kernels/cuda/sm80/args.h"
+#include "kernels/cuda/sm90/kernels.h"
+#include "kernels/cuda/tiles.h"
+#include "src/cuda/common.h"
+#include "status.h"
+
+namespace powerattn {
+namespace {
+
+namespace k80 = cuda::sm80;
+namespace k90 = cuda::sm90;
+
+// Null where the device cannot be read: then nothing is chosen.
+const cuda::DeviceProperties *device_of(const Problem &p) {
+  const cuda::DeviceProperties *properties = nullptr;
+  return cuda::device_properties(p.device_index, &properties) == POWERATTN_OK ? properties : nullptr;
+}
+
+// ---- The plan.
+
+// Executed rates measured on an H200 with 132 multiprocessors (multiply-adds counted twice), each kernel alone.
+constexpr double kRateIntra = 390e12;          // output: two products per pair of tokens
+constexpr double kRateState = 620e12;          // output: phi(q) S
+constexpr double kRateUpdate = 435e12;         // update: phi(k)^T v
+constexpr double kRateGradient = 330e12;       // dq, dk and dv inside a chunk: seven products
+constexpr double kRateGradientState = 440e12;  // their parts of the state
+constexpr double kBandwidth = 3.2e12;
+constexpr double kLaunch = 3e-6;
+constexpr int kReferenceSms = 132;
+
+struct Cost {
+  double forward = 0, backward = 0;
+};
+
+// chunk = 0: attention form. Padded state rows; a row tile sees half of the span and, on average, half of
+// itself.
+Cost cost(const Problem &p, int64_t chunk, int sms) {
+  const double speed = static_cast<double>(std::max(sms, 1)) / kReferenceSms;
+  const double d = static_cast<double>(p.head_dim), t = static_cast<double>(p.max_seq_len);
+  const double total = static_cast<double>(p.batch) * static_cast<double>(p.seq_len);
+  const double q = total * static_cast<double>(p.heads_q), kv = total * static_cast<double>(p.heads_kv);
+  const double span = (chunk > 0 ? std::min(static_cast<double>(chunk), t) : t) / 2;
+  const double io = 4 * d * (q + kv) / (kBandwidth * speed);  // q, k, v, y once
+  Cost c;
+  c.forward = std::max(q * (span + 64) * 4 * d / (kRateIntra * speed), io) + 4 * kLaunch;
+  // Three products for dq, four for dk and dv.
+  c.backward = q * (span + 64) * 14 * d / (kRateGradient * speed) + io + 8 * kLaunch;
+  if (chunk > 0) {
+    const double rows = cuda::tile_rows(p.degree, static_cast<int>(p.head_dim));
+    const double chunks = kv / static_cast<double>(chunk), bytes = 3 * chunks * rows * d * 2;
+    const double update = 2 * rows * d / (kRateUpdate * speed), scan = bytes / (kBandwidth * speed);
+    c.forward += kv * update + q * 2 * rows * d / (kRateState * speed) + scan + 3 * kLaunch;
+    c.backward +=
+        q * update + (q + 2 * kv) * 2 * rows * d / (kRateGradientState * speed) + 2 * scan + 4 * kLaunch;
+  }
+  return c;
+}
+
+// The state's traffic against the work inside a chunk is flat around 1024 for d = 64. Shorter when that would
+// leave multiprocessors without a tile of rows.
+int64_t automatic_chunk(const Problem &p, int sms) {
+  int64_t chunk = 1024;
+  while (chunk > 256 && p.batch * (p.seq_len / chunk) * p.heads_kv * 3 < sms) chunk /= 2;
+  return chunk;
+}
+
+bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::string *why) {
+  auto no = [&](const char *reason) {
+    *why = reason;
+    return false;
+  };
+  if (op == Op::kStep || op == Op::kSummary) return no("forward and backward only");
+  if (p.dtype != Dtype::kBfloat16) return no("bfloat16 only");
+  if (p.head_dim != 64 || p.value_dim != 64) return no("head_dim = value_dim = 64 only");
+  if (p.degree != 1 && p.degree != 2 && p.degree != 4) return no("degrees 1, 2 and 4 only");
+  if (p.rope.style != POWERATTN_ROPE_NONE) return no("no rotary embedding");
+  if (p.use_state)
+    return no("no initial and final states: sums kept as bfloat16 miss the tolerance of a state");
+  const cuda::DeviceProperties *const device = device_of(p);
+  if (device == nullptr || device->major != 9 || device->minor != 0)
+    return no("needs a device of compute capability 9.0 (its instructions exist nowhere else)");
+  if (device->sm_count < 3) return no("needs three multiprocessors");
+  const char *no_chunks = p.degree == 2 ? nullptr
+                          : p.degree == 1
+                              ? "no chunked form of degree 1: its row norms would miss the part of the state"
+                              : "chunked form for degree 2 only";
+  if (no_chunks && pins.form == POWERATTN_FORM_CHUNKED) return no(no_chunks);
+
+  const int sms = device->sm_count;
+  const int64_t chunk = pins.chunk > 0 ? pins.chunk : automatic_chunk(p, sms);
+  const Cost attention = cost(p, 0, sms);
+  bool chunked = pins.form == POWERATTN_FORM_CHUNKED;
+  if (!chunked && !no_chunks && pins.form != POWERATTN_FORM_ATTENTION && p.max_seq_len > chunk) {
+    const Cost c = cost(p, chunk, sms);
+    chunked = c.forward + c.backward < attention.forward + attention.backward;
+  }
+  // A degree whose chunked form runs elsewhere is only taken here where the attention form wins.
+  if (p.degree == 1 && pins.form == POWERATTN_FORM_AUTO && p.max_seq_len > 1024) return no(no_chunks);
+  const Cost chosen = chunked ? cost(p, chunk, sms) : attention;
+  tiling->form = chunked ? Form::kChunked : Form::kAttention;
+  tiling->chunk = chunked ? chunk : std::max<int64_t>(p.seq_len, 1);
+  tiling->forward_s = chosen.forward;
+  tiling->backward_s = chosen.backward;
+  return true;
+}
+
+// ---- Memory: the same walk gives the sizes (base = null) and the pointers of a call.
+
+using cuda::Carver;
+
+constexpr int kTickets = 4;  // counters per launch
+constexpr int kTicketLaunches = 6;
+
+bool chunked(const Tiling &t) { return t.form == Form::kChunked; }
+int64_t chunk_of(const Problem &p, const Tiling &t) {
+  return chunked(t) ? t.chunk : std::max<int64_t>(p.seq_len, 1);
+}
+// Z is needed for the row sums, which row_norm reports even when outputs are not normalised.
+bool with_z(const Problem &p) { return p.degree == 2; }
+
+// The states that a backward needs again: what `saved` holds.
+struct States {
+  uint16_t *tiles = nullptr, *z = nullptr, *last = nullptr;
+  float *z_last = nullptr;
+};
+States carve_states(const Problem &p, const Tiling &t, Carver *c) {
+  States s;
+  if (!chunked(t)) return s;
+  const int d = static_cast<int>(p.head_dim);
+  const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv, pairs = p.sequences * p.heads_kv;
+  const int64_t tile = cuda::slot_elements(p.degree, d, d);
+  s.tiles = c->take<uint16_t>(slots * tile);
+  if (with_z(p)) s.z = c->take<uint16_t>(slots * 2 * d * d);
+  if (p.use_state) {
+    s.last = c->take<uint16_t>(pairs * tile);
+    if (with_z(p)) s.z_last = c->take<float>(pairs * d * d);
+  }
+  return s;
+}
+
+struct Common {
+  void *tables = nullptr;
+  int32_t *tickets = nullptr;
+  double *gate = nullptr;  // sums inside a chunk
+  float *g = nullptr, *weight = nullptr, *decay = nullptr;
+  float *z_local = nullptr;
+};
+Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
+  Common m;
+  const int64_t rows = p.batch * p.heads_kv * p.seq_len;
+  m.tables = c->take<char>(static_cast<int64_t>(cuda::chunk_table_bytes(p, chunk_of(p, t), k90::kOutputRows)));
+  m.tickets = c->take<int32_t>(kTickets * kTicketLaunches);
+  m.gate = c->take<double>(rows);
+  if (chunked(t)) {
+    const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
+    m.g = c->take<float>(rows);
+    m.weight = c->take<float>(rows);
+    m.decay = c->take<float>(slots);
+    if (with_z(p)) m.z_local = c->take<float>(slots * p.head_dim * p.head_dim);
+  }
+  return m;
+}
+
+struct Gradients {
+  float *r = nullptr, *delta = nullptr, *q_dot = nullptr, *k_dot = nullptr, *boundary = nullptr;
+  float *weight = nullptr, *z_weight = nullptr;
+  uint16_t *tiles = nullptr, *z = nullptr;
+};
+Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
+  Gradients g;
+  const int64_t rows_q = p.batch * p.heads_q * p.seq_len, rows_kv = p.batch * p.heads_kv * p.seq_len;
+  g.r = c->take<float>(rows_q);
+  g.delta = c->take<float>(rows_q);
+  g.q_dot = c->take<float>(rows_q);
+  g.k_dot = c->take<float>(rows_kv);
+  if (chunked(t)) {
+    const int d = static_cast<int>(p.head_dim);
+    const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
+    g.weight = c->take<float>(rows_q);
+    g.z_weight = c->take<float>(rows_q);
+    g.boundary = c->take<float>(slots);
+    g.tiles = c->take<uint16_t>(slots * cuda::slot_elements(p.degree, d, d));
+    if (with_z(p)) g.z = c->take<uint16_t>(slots * 2 * d * d);
+  }
+  return g;
+}
+
+Sizes sizes(const Problem &p, const Tiling &t) {
+  Sizes s;
+  Carver saved(nullptr), forward(nullptr), backward(nullptr);
+  carve_states(p, t, &saved);
+  carve_common(p, t, &forward);
+  carve_common(p, t, &backward);
+  carve_gradients(p, t, &backward);
+  s.saved = saved.used();
+  s.forward = forward.used() + s.saved;
+  s.backward_saved = backward.used();
+  s.backward = backward.used() + s.saved;
+  return s;
+}
+
+void describe(const Problem &p, const Tiling &t, std::string *text) {
+  char line[512];
+  text->append(
+      "  wgmma m64n64k16, A in registers, one producer and two consumer warpgroups, persistent blocks\n"
+      "    output: 256 rows (4 x m64; a state tile from L2 serves 256 rows, so L2 gives 1/256 byte per FLOP);\n"
+      "      shared memory 32 KB q + 8 stages x 16 KB + 16 KB y + meta = 181 KB\n"
+      "    dq, dk and dv: 128 rows (2 x m64: two score tiles and the gradients fill 224 registers); 188 KB\n");
+  if (chunked(t)) {
+    const int d = static_cast<int>(p.head_dim);
+    if (p.degree == 2)
+      text->append(
+          "    update: 12 of the 36 state tiles per block (6 accumulators of 32 registers per warpgroup), "
+          "chunk by\n"
+          "      chunk, 64 tokens a stage; 6 stages x 24 KB (k, v, weighted scalars of k) + 32 KB = 179 KB\n");
+    std::snprintf(
+        line, sizeof(line),
+        "  states: %d tiles of 64 x %d bfloat16 per chunk and head, %" PRId64
+        " chunks; sums in float32, kept as bfloat16, scan in float32; row sums through Z in two parts\n",
+        cuda::tile_count(p.degree, d), d, cuda::chunk_bound(p, t.chunk));
+    text->append(line);
+  }
+  if (p.max_seq_len > 0 && p.degree <= 2) {
+    const cuda::DeviceProperties *const device = device_of(p);
+    const int sms = device != nullptr ? device->sm_count : kReferenceSms;
+    const Cost attention = cost(p, 0, sms);
+    std::snprintf(line, sizeof(line), "  predicted forward + backward, ms: attention form %.3g",
+                  (attention.forward + attention.backward) * 1e3);
+    text->append(line);
+    for (const int64_t chunk : {256, 512, 1024, 2048}) {
+      const Cost c = cost(p, chunk, sms);
+      std::snprintf(line, sizeof(line), ", chunk %" PRId64 " %.3g", chunk, (c.forward + c.backward) * 1e3);
+      text->append(line);
+    }
+    text->append("\n");
+  }
+  text->append("  rows that are not 16-byte aligned are loaded element by element (slower, no copy)\n");
+}
+
+// ---- Execution.
+
+bool aligned16(const powerattn_tensor &t) {
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride_b % 8 == 0 && t.stride_t % 8 == 0 &&
+         t.stride_h % 8 == 0;
+}
+k90::Tensor view(const powerattn_tensor &t) {
+  k90::Tensor v;
+  v.data = t.data;
+  v.stride_b = t.stride_b;
+  v.stride_t = t.stride_t;
+  v.stride_h = t.stride_h;
+  v.vector = aligned16(t);
+  return v;
+}
+
+// The call's view of the problem: table, shape, gates. Launches stop at the first error.
+struct Call {
+  const Problem &p;
+  const Tiling &t;
+  cudaStream_t stream;
+  cudaError_t error = cudaSuccess;
+  int sms = kReferenceSms;
+  Common common;
+  k90::Shape shape;
+  k80::Shape shape80;
+  const double *gate = nullptr;
+  int launches = 0;
+
+  Call(const powerattn_plan &plan, void *s)
+      : p(plan.problem), t(plan.tiling), stream(static_cast<cudaStream_t>(s)) {
+    if (const cuda::DeviceProperties *const device = device_of(p)) sms = device->sm_count;
+  }
+  template <class F>
+  void run(F launch) {
+    if (error == cudaSuccess) error = launch();
+  }
+  int32_t *tickets() { return common.tickets + kTickets * launches++; }
+  float weight_scale() const { return static_cast<float>(std::pow(p.scale, p.degree)); }
+  const float *g() const { return gate != nullptr ? common.g : nullptr; }
+
+  void begin(const Common &memory, const int64_t *cu_seqlens, const powerattn_tensor &log_g) {
+    common = memory;
+    run([&] {
+      return cudaMemsetAsync(common.tickets, 0, sizeof(int32_t) * kTickets * kTicketLaunches, stream);
+    });
+    run([&] {
+      return cuda::build_chunks(p, chunk_of(p, t), k90::kOutputRows, cu_seqlens, common.tables, &shape.table,
+                                stream);
+    });
+    shape.tokens = p.seq_len;
+    shape.packed = p.packed;
+    shape.heads_q = static_cast<int32_t>(p.heads_q);
+    shape.heads_kv = static_cast<int32_t>(p.heads_kv);
+    shape.group = static_cast<int32_t>(p.group());
+    shape.degree = p.degree;
+    shape.normalize = p.normalize;
+    shape.head_dim = static_cast<int32_t>(p.head_dim);
+    shape.scale_p = weight_scale();
+    shape.eps = static_cast<float>(p.eps);
+    shape80.table = shape.table;
+    shape80.packed = p.packed;
+    shape80.degree = p.degree;
+    shape80.heads_q = shape.heads_q;
+    shape80.heads_kv = shape.heads_kv;
+    shape80.head_dim = shape.head_dim;
+    shape80.seq_len = p.seq_len;
+    shape80.dtype = p.dtype;
+    if (log_g.data == nullptr) return;
+    gate = common.gate;
+    run([&] { return cuda::chunk_gates(p, shape.table, log_g, common.g, common.gate, stream); });
+  }
+
+  // S and Z before every chunk, from keys and values.
+  void states(const powerattn_tensor &k, const powerattn_tensor &v, const powerattn_state &initial,
+              const powerattn_state &final, const States &s, bool keep_last) {
+    k90::UpdateArgs u;
+    u.p = shape;
+    u.a = view(k);
+    u.b = view(v);
+    u.heads_a = shape.heads_kv;
+    u.state = s.tiles;
+    u.norm = with_z(p) ? common.z_local : nullptr;
+    u.ticket = tickets();
+    if (gate != nullptr) {
+      u.weight = u.norm_weight = common.weight;
+      run([&] { return k90::key_weights({shape, gate, common.weight, common.decay}, stream); });
+    }
+    run([&] { return k90::update64(u, sms, stream); });
+    scan(s.tiles, s.z, initial, final, false, keep_last ? s.last : nullptr, keep_last ? s.z_last : nullptr);
+  }
+  void scan(void *tiles, void *z, const powerattn_state &first, const powerattn_state &last, bool reverse,
+            void *last_tiles, float *last_z) {
+    k80::ScanArgs a;
+    a.shape = shape80;
+    a.reverse = reverse;
+    a.g = g();
+    a.tiles = tiles;
+    a.z_local = with_z(p) ? common.z_local : nullptr;
+    a.z_tiles = z;
+    a.initial = first;
+    a.final = last;
+    a.last = last_tiles;
+    a.z_last = last_z;
+    run([&] { return k80::scan(a, stream); });
+  }
+
+  void zero_padding(const powerattn_tensor &out, Dtype dtype, int64_t heads, int64_t dim) {
+    if (p.packed && out.data != nullptr)
+      run([&] { return cuda::zero_padding(p, shape.table, out, dtype, heads, dim, stream); });
+  }
+};
+
+powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_args &args) {
+  const Problem &p = plan.problem;
+  const cuda::DeviceGuard guard(p.device_index);
+  if (guard.error() != cudaSuccess) return cuda::check_launch(guard.error(), "cuda.sm90: select the device");
+  Call call(plan, args.stream);
+  Carver workspace(args.workspace), saved(args.saved);
+  const Common common = carve_common(p, plan.tiling, &workspace);
+  const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
+  call.begin(common, args.cu_seqlens, args.log_g);
+  if (chunked(plan.tiling))
+    call.states(args.k, args.v, args.initial_state, args.final_state, states, p.use_state);
+
+  k90::OutputArgs o;
+  o.p = call.shape;
+  o.q = view(args.q);
+  o.k = view(args.k);
+  o.v = view(args.v);
+  o.y = view(args.y);
+  o.row_norm = view(args.row_norm);
+  o.gate = call.gate;
+  o.state = states.tiles;
+  o.norm = states.z;
+  o.first_has_state = args.initial_state.s != nullptr;
+  o.ticket = call.tickets();
+  call.run([&] { return k90::output64(o, call.sms, call.stream); });
+  call.zero_padding(args.y, p.dtype, p.heads_q, p.value_dim);
+  call.zero_padding(args.row_norm, Dtype::kFloat32, p.heads_q, 1);
+  return cuda::check_launch(call.error, "cuda.sm90 forward");
+}
+
+powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_args &args) {
+  const Problem &p = plan.problem;
+  const cuda::DeviceGuard guard(p.device_index);
+  if (guard.error() != cudaSuccess) return cuda::check_launch(guard.error(), "cuda.sm90: select the device");
+  Call call(plan, args.stream);
+  Carver workspace(args.workspace), saved(const_cast<void *>(args.saved));
+  const Common common = carve_common(p, plan.tiling, &workspace);
+  const Gradients own = carve_gradients(p, plan.tiling, &workspace);
+  const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
+  call.begin(common, args.cu_seqlens, args.log_g);
+  const bool in_chunks = chunked(plan.tiling), z = in_chunks && with_z(p);
+  const bool ends = args.d_final_state.s != nullptr || args.d_final_state.z != nullptr;
+
+  k90::RowsArgs rows;
+  rows.p = call.shape;
+  rows.y = view(args.y);
+  rows.dy = view(args.d_y);
+  if (p.normalize) rows.row_norm = view(args.row_norm);
+  rows.gate = call.gate;
+  rows.r = own.r;
+  rows.delta = own.delta;
+  rows.weight = own.weight;
+  rows.norm_weight = own.z_weight;
+  call.run([&] { return k90::rows(rows, call.stream); });
+  if (in_chunks) {
+    if (args.saved == nullptr)
+      call.states(args.k, args.v, args.initial_state, powerattn_state{}, states, p.use_state);
+    k90::UpdateArgs u;
+    u.p = call.shape;
+    u.a = view(args.q);
+    u.b = rows.dy;
+    u.heads_a = call.shape.heads_q;
+    u.weight = own.weight;
+    u.norm_weight = own.z_weight;  // zeros when unnormalised: Z gets its gradient from the final state alone
+    u.state = own.tiles;
+    u.norm = z ? common.z_local : nullptr;
+    u.ticket = call.tickets();
+    call.run([&] { return k90::update64(u, call.sms, call.stream); });
+    call.scan(own.tiles, own.z, args.d_final_state, args.d_initial_state, true, nullptr, nullptr);
+  }
+
+  k90::GradientArgs q;
+  q.p = call.shape;
+  q.x = view(args.q);
+  q.u = rows.dy;
+  q.z = view(args.k);
+  q.y = view(args.v);
+  q.dx = view(args.d_q);
+  q.gate = call.gate;
+  q.r = own.r;
+  q.delta = own.delta;
+  q.state = states.tiles;
+  q.norm = p.normalize ? states.z : nullptr;
+  q.end_has_state = args.initial_state.s != nullptr;
+  q.scale_p = call.weight_scale();
+  q.dot = args.d_log_g.data != nullptr ? own.q_dot : nullptr;
+  q.ticket = call.tickets();
+  call.run([&] { return k90::gradient64(q, call.sms, call.stream); });
+  k90::GradientArgs k = q;
+  k.keys = 1;
+  k.x = view(args.k);
+  k.u = view(args.v);
+  k.z = view(args.q);
+  k.y = rows.dy;
+  k.dx = view(args.d_k);
+  k.dv = view(args.d_v);
+  k.state = own.tiles;
+  k.norm = own.z;
+  k.end_has_state = ends;
+  k.dot = args.d_log_g.data != nullptr ? own.k_dot : nullptr;
+  k.ticket = call.tickets();
+  call.run([&] { return k90::gradient64(k, call.sms, call.stream); });
+
+  if (args.d_log_g.data != nullptr) {
+    k80::GateArgs w;
+    w.shape = call.shape80;
+    w.q_dot = own.q_dot;
+    w.k_dot = own.k_dot;
+    if (in_chunks) {
+      w.s_tiles = states.tiles;
+      w.ds_tiles = own.tiles;
+      w.z_tiles = states.z;
+      w.dz_tiles = own.z;
+      w.last = ends ? states.last : nullptr;
+      w.z_last = states.z_last;
+      w.boundary = own.boundary;
+    }
+    w.d_log_g = args.d_log_g;
+    call.run([&] { return k80::gate_gradient(w, call.stream); });
+  }
+  call.zero_padding(args.d_q, p.dtype, p.heads_q, p.head_dim);
+  call.zero_padding(args.d_k, p.dtype, p.heads_kv, p.head_dim);
+  call.zero_padding(args.d_v, p.dtype, p.heads_kv, p.value_dim);
+  call.zero_padding(args.d_log_g, Dtype::kFloat32, p.heads_kv, 1);
+  return cuda::check_launch(call.error, "cuda.sm90 backward");
+}
+
+}  // namespace
+
+extern const Implementation kCudaSm90;
+const Implementation kCudaSm90 = {"cuda.sm90", choose,  sizes,   describe, forward,
+                                  backward,    nullptr, nullptr, nullptr};
+
+}  // namespace powerattn
