@@ -312,7 +312,7 @@ class Report {
     std::fflush(stdout);
     if (file_.is_open()) {
       file_ << machine_ << ',' << part << ',' << name << ',' << threads << ',' << seconds << ',' << value << ','
-            << unit << ',' << yardstick << ',' << ratio << '\n';
+            << unit << ',' << yardstick << ',' << ratio << std::endl;
     }
   }
 
