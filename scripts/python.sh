@@ -11,25 +11,24 @@ python_setup() {
     ./bindings/python
 }
 
-python_sources() { git ls-files --cached --others --exclude-standard -- 'bindings/python/*.py' 'examples/*.py'; }
-
+# From the package's folder, to which the paths in its pyproject.toml are relative.
 python_ruff() {
-  local config=(--config bindings/python/pyproject.toml --no-cache)
-  python_sources | grep -v '^examples/' | xargs "$VENV/bin/ruff" check "${config[@]}"
-  python_sources | grep '^examples/' | xargs "$VENV/bin/ruff" check "${config[@]}" --ignore D # scripts, not an API
-  python_sources | xargs "$VENV/bin/ruff" format --check "${config[@]}"
+  cd bindings/python
+  "$VENV/bin/ruff" check --no-cache src tests bench
+  "$VENV/bin/ruff" check --no-cache --config pyproject.toml --ignore D ../../examples # scripts, not an API
+  "$VENV/bin/ruff" format --check --no-cache --config pyproject.toml src tests bench ../../examples
 }
 
 python_mypy() { (cd bindings/python && "$VENV/bin/mypy" --cache-dir "$BUILD/mypy" src/power_attention); }
 
 python_format() {
   need_venv python bindings/python/requirements-test.txt
-  python_sources | xargs "$VENV/bin/ruff" format --config bindings/python/pyproject.toml --no-cache
+  (cd bindings/python && "$VENV/bin/ruff" format --no-cache --config pyproject.toml src tests bench ../../examples)
 }
 
 python_lint() {
   need_venv python bindings/python/requirements-test.txt
-  python_ruff
+  (python_ruff)
   python_mypy
 }
 
