@@ -160,9 +160,11 @@ def test_dynamic_lengths_compile_once():
     torch._dynamo.reset()
     counter = testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda q, k, v: power_attention(q, k, v), fullgraph=True, dynamic=True, backend=counter)
-    for t in (9, 14, 33, 50):
+    compiled(*inputs(t=9, requires_grad=False)[:3])
+    first = counter.frame_count
+    for t in (14, 33, 50):
         compiled(*inputs(t=t, requires_grad=False)[:3])
-    assert counter.frame_count == 1
+    assert counter.frame_count == first > 0
 
 
 def test_export():
