@@ -16,9 +16,7 @@ enum class Dtype : int32_t {
   kFloat64 = POWERATTN_FLOAT64,
 };
 
-constexpr int64_t size_of(Dtype t) {
-  return t == Dtype::kFloat64 ? 8 : t == Dtype::kFloat32 ? 4 : 2;
-}
+constexpr int64_t size_of(Dtype t) { return t == Dtype::kFloat64 ? 8 : t == Dtype::kFloat32 ? 4 : 2; }
 
 struct Rope {
   int32_t style = POWERATTN_ROPE_NONE;
@@ -37,22 +35,22 @@ struct Problem {
   bool normalize = true;
   bool use_state = false;
   bool allow_tf32 = false;
-  bool packed = false;        // cu_seqlens
-  int64_t batch = 0;          // batch stride extent; 1 when packed
-  int64_t sequences = 0;      // number of states
-  int64_t seq_len = 0;        // tokens per batch entry (packed: all tokens, padding included)
-  int64_t max_seq_len = 0;    // an upper bound on one sequence's tokens, always resolved (<= seq_len)
+  bool packed = false;      // cu_seqlens
+  int64_t batch = 0;        // batch stride extent; 1 when packed
+  int64_t sequences = 0;    // number of states
+  int64_t seq_len = 0;      // tokens per batch entry (packed: all tokens, padding included)
+  int64_t max_seq_len = 0;  // an upper bound on one sequence's tokens, always resolved (<= seq_len)
   int64_t heads_q = 1;
   int64_t heads_kv = 1;
   int64_t head_dim = 0;
   int64_t value_dim = 0;
-  int64_t state_rows = 0;     // D; INT64_MAX on overflow
-  uint64_t state_bytes = 0;   // of all sequences and kv heads; UINT64_MAX on overflow
-  uint64_t state_limit = 0;   // bytes states may take
+  int64_t state_rows = 0;    // D; INT64_MAX on overflow
+  uint64_t state_bytes = 0;  // of all sequences and kv heads; UINT64_MAX on overflow
+  uint64_t state_limit = 0;  // bytes states may take
   double scale = 1.0;
   double eps = 0.0;
   Rope rope;
-  int threads = 1;            // CPU
+  int threads = 1;  // CPU
 
   int64_t group() const { return heads_q / heads_kv; }
 };
@@ -65,8 +63,8 @@ enum class Form : int32_t {
 // What the planner fixed. The attention form is one chunk per sequence.
 struct Tiling {
   Form form = Form::kAttention;
-  int64_t chunk = 0;           // tokens per chunk
-  double forward_s = 0;        // predicted seconds
+  int64_t chunk = 0;     // tokens per chunk
+  double forward_s = 0;  // predicted seconds
   double backward_s = 0;
 };
 
