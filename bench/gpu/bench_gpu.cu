@@ -140,7 +140,7 @@ void measure_copies() {
     ms = median_ms([&](cudaStream_t stream) {
       scale_in_place<<<blocks, 256, 0, stream>>>(static_cast<float4 *>(b.get()), bytes / 16);
     });
-    row("in place", "2 GiB, " + std::to_string(blocks) + " blocks", "kernel", ms, 0, 2.0 * double(bytes));
+    row("in place", "2 GiB " + std::to_string(blocks) + " blocks", "kernel", ms, 0, 2.0 * double(bytes));
     in_place_rate = std::max(in_place_rate, 2.0 * double(bytes) / ms * 1e-6);
   }
 }
