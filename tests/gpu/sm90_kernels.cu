@@ -547,8 +547,9 @@ static void check_backward(const Case &c) {
   const double eq = compare(hq, rq.host(), last, c.hq * c.d, c.t, &wq, &bad);
   const double ek = compare(hk, rk.host(), last, c.hkv * c.d, c.t, &wk, &bad);
   const double ev = compare(hv, rv.host(), last, c.hkv * c.d, c.t, &wv, &bad);
-  // Well-conditioned rows give 3e-3. A row whose visible scores are all small has gradients like 1 / s that cancel in
-  // exact arithmetic: the first tokens and strong gates can bring 1e-2. Errors of indexing or weights give 0.1 and more.
+  // Well-conditioned rows give 3e-3. A row whose visible scores are all small has gradients like 1 / s that
+  // cancel in exact arithmetic: the first tokens and strong gates can bring 1e-2. Errors of indexing or weights
+  // give 0.1 and more.
   const bool ok = eq < 2e-2 && ek < 2e-2 && ev < 6e-3 && bad == 0;
   if (!ok) ++g_failures;
   printf("%s backward %-28s dq %.2e (worst token %lld) dk %.2e (%lld) dv %.2e (%lld) NaN %lld\n",
