@@ -312,8 +312,8 @@ void ArgsChecker::slots(const char *name, const int64_t *slots, int64_t count, i
   for (int64_t window = 0; window < num_slots && !failed(); window += kWindow) {
     std::memset(seen, 0, sizeof(seen));
     for (int64_t i = 0; i < count && !failed(); ++i) {
+      if (slots[i] < window || slots[i] - window >= kWindow) continue;  // negative ones too
       const int64_t bit = slots[i] - window;
-      if (slots[i] < 0 || bit < 0 || bit >= kWindow) continue;
       const uint64_t mask = uint64_t{1} << (bit % 64);
       require((seen[bit / 64] & mask) == 0,
               "%s[%" PRId64 "] is %" PRId64

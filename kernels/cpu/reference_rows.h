@@ -16,7 +16,7 @@ struct Sequence {
   int64_t b = 0;
   int64_t start = 0;
   int64_t length = 0;
-  int64_t position = 0;  // RoPE position of its first token
+  double position = 0;  // RoPE position of its first token; any int64_t, so sums are not integers
 };
 
 inline Sequence sequence_at(const Problem &p, int64_t n, const int64_t *cu_seqlens, const int64_t *offset) {
@@ -24,7 +24,7 @@ inline Sequence sequence_at(const Problem &p, int64_t n, const int64_t *cu_seqle
   s.b = p.packed ? 0 : n;
   s.start = p.packed ? cu_seqlens[n] : 0;
   s.length = p.packed ? cu_seqlens[n + 1] - cu_seqlens[n] : p.seq_len;
-  s.position = offset ? offset[n] : 0;
+  s.position = offset ? static_cast<double>(offset[n]) : 0;
   return s;
 }
 
@@ -78,7 +78,7 @@ inline void rotate_rows(const Problem &p, const Sequence &s, int direction, doub
     for (int64_t c = 0; c < half; ++c) {
       const double frequency =
           std::pow(rope.base, -2.0 * static_cast<double>(c) / static_cast<double>(rope.dim));
-      const double angle = static_cast<double>(s.position + i) * frequency;
+      const double angle = (s.position + static_cast<double>(i)) * frequency;
       const double cosine = std::cos(angle), sine = direction * std::sin(angle);
       const int64_t a = rope.style == POWERATTN_ROPE_HALF ? c : 2 * c;
       const int64_t b = rope.style == POWERATTN_ROPE_HALF ? c + half : 2 * c + 1;

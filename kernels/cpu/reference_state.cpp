@@ -22,7 +22,7 @@ void step(const Problem &p, const powerattn_step_args &a) {
     const int64_t slot = a.slots ? a.slots[b] : b;
     Sequence s;
     s.b = b;
-    s.position = a.rope_offset ? a.rope_offset[b] : 0;
+    s.position = a.rope_offset ? static_cast<double>(a.rope_offset[b]) : 0;
     s.length = slot < 0 ? 0 : a.lengths ? a.lengths[b] : p.seq_len;
     Sequence padding = s;
     padding.start = s.length;

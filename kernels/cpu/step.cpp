@@ -73,7 +73,7 @@ void load_tokens(const Problem &p, const powerattn_tensor &x, const reference::S
     for (int64_t c = width; c < stride; ++c) out[c] = 0;
     for (int64_t c = 0; c < half; ++c) {
       const double exponent = -2.0 * static_cast<double>(c) / static_cast<double>(p.rope.dim);
-      const double angle = static_cast<double>(s.position + i) * std::pow(p.rope.base, exponent);
+      const double angle = (s.position + static_cast<double>(i)) * std::pow(p.rope.base, exponent);
       const double cosine = std::cos(angle), sine = std::sin(angle);
       const bool halves = p.rope.style == POWERATTN_ROPE_HALF;
       T &a = out[halves ? c : 2 * c], &b = out[halves ? c + half : 2 * c + 1];
@@ -87,7 +87,7 @@ void load_tokens(const Problem &p, const powerattn_tensor &x, const reference::S
 reference::Sequence tokens_of(const Problem &p, const powerattn_step_args &a, int64_t b) {
   reference::Sequence s;
   s.b = b;
-  s.position = a.rope_offset ? a.rope_offset[b] : 0;
+  s.position = a.rope_offset ? static_cast<double>(a.rope_offset[b]) : 0;
   s.length = a.slots && a.slots[b] < 0 ? 0 : a.lengths ? a.lengths[b] : p.seq_len;
   return s;
 }

@@ -80,9 +80,10 @@ struct Run {
     return {n * g.chunk, first, std::min(kTile, tokens(s, n) - first)};
   }
 
-  // The rows of a tensor for one head of a stream.
+  // The rows of a tensor for one head of a stream. An empty sequence may begin past the last token, where a
+  // stride that no element uses would take the pointer anywhere.
   fast::Rows rows(const powerattn_tensor &t, const Slot<T> &s, int64_t head, int64_t element) const {
-    if (t.data == nullptr) return {nullptr, 0};
+    if (t.data == nullptr || s.tokens == 0) return {nullptr, 0};
     const int64_t at = s.batch * t.stride_b + s.begin * t.stride_t + head * t.stride_h;
     return {static_cast<char *>(t.data) + at * element, t.stride_t};
   }
