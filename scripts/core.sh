@@ -55,7 +55,16 @@ core_fuzz() {
   cmake_build "$BUILD/fuzz" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_C_COMPILER=clang-16 -DCMAKE_CXX_COMPILER=clang++-16 \
     -DPOWERATTN_SANITIZE="address;undefined" -DPOWERATTN_BUILD_FUZZ=ON -DPOWERATTN_CUDA=OFF -DPOWERATTN_BUILD_BENCH=OFF \
     -DPOWERATTN_BUILD_EXAMPLES=OFF
-  ctest --test-dir "$BUILD/fuzz" -L fuzz --no-tests=error --output-on-failure
+  local failed=$BUILD/fuzz/tests/fuzz/failed- artifact
+  rm -f "$failed"*
+  if ctest --test-dir "$BUILD/fuzz" -L fuzz --no-tests=error --output-on-failure; then return 0; fi
+  for artifact in "$failed"*; do
+    [ -e "$artifact" ] || continue
+    echo "replay with: base64 -d >unit <<<TEXT && $BUILD/fuzz/tests/fuzz/fuzz_api unit   ($(basename "$artifact"))"
+    base64 -w 0 "$artifact"
+    echo
+  done
+  return 1
 }
 
 core_doc_examples() {

@@ -2,13 +2,16 @@
 // Arbitrary descriptions and arguments. Descriptions are free; so is every size, stride, flag and slot of the
 // arguments. Pointers are NULL, misaligned or into one arena of known size, and a call is executed only when
 // all that its arguments reach lies in the arena, because memory that the caller does not own is not the
-// library's to detect. What must hold: no crash, a known status, a message with every failure, and no byte
-// written by a call that refused its arguments.
+// library's to detect. Workspace and saved have blocks of their own, to the byte, so that AddressSanitizer sees
+// what leaves them. What must hold: no crash, a known status, a message with every failure, and no byte written
+// by a call that refused its arguments.
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
+#include <memory>
 #include <vector>
 
 #include "backend.h"
@@ -53,8 +56,33 @@ class Input {
 };
 
 constexpr size_t kArena = size_t{1} << 18;
+constexpr uint64_t kMostWorkspace = uint64_t{8} << 20;
 alignas(256) unsigned char arena[kArena];
 alignas(256) unsigned char copy[kArena];
+
+// Small floats, different everywhere; read as another dtype they are whatever they are.
+const std::vector<float> &pattern() {
+  static const std::vector<float> values = [] {
+    std::vector<float> x(kArena / sizeof(float));
+    for (size_t i = 0; i < x.size(); ++i) {
+      x[i] = static_cast<float>(static_cast<int>(i * 4 * 2654435761u >> 20 & 255) - 128) / 128;
+    }
+    return x;
+  }();
+  return values;
+}
+
+struct Free {
+  void operator()(void *p) const { std::free(p); }
+};
+using Block = std::unique_ptr<void, Free>;
+
+// Strides are anything: their products stick at the end of int64_t.
+int64_t product(int64_t a, int64_t b) {
+  int64_t result = 0;
+  if (!__builtin_mul_overflow(a, b, &result)) return result;
+  return (a < 0) == (b < 0) ? std::numeric_limits<int64_t>::max() : std::numeric_limits<int64_t>::min();
+}
 
 powerattn_desc description(Input &in) {
   powerattn_desc d = {};
@@ -88,7 +116,7 @@ powerattn_desc description(Input &in) {
   d.eps = in.chance(40) ? static_cast<double>(in.raw<float>()) : 0;
   d.rope_style = in.chance(80) ? in.byte() % 4 : 0;
   d.rope_dim = in.chance(40) ? in.byte() % 10 : 0;
-  d.num_threads = 1 + in.byte() % 2;
+  d.num_threads = in.chance(32) ? 2 : 1;
   d.state_limit = in.chance(30) ? in.raw<uint32_t>() : uint64_t{1} << 30;
   return d;
 }
@@ -160,9 +188,21 @@ class Arguments {
     return static_cast<const int64_t *>(at);
   }
 
+  // Workspace or saved: mostly a block of exactly the size that the plan asks for, now and then the arena's.
   void buffer(void **data, uint64_t *bytes, uint64_t needed) {
     *bytes = in_.chance(8) ? in_.byte() : needed;
-    *data = place(needed, 256);
+    if (in_.chance(20)) {
+      *data = place(needed, 256);
+      return;
+    }
+    void *block = nullptr;
+    if (needed > kMostWorkspace || posix_memalign(&block, 256, needed == 0 ? 1 : needed) != 0) {
+      fits_ = false;
+      return;
+    }
+    std::memset(block, 0xff, needed);  // what is read before it is written is NaN
+    blocks_.emplace_back(block);
+    *data = block;
   }
 
   bool runnable() const { return fits_; }
@@ -188,6 +228,7 @@ class Arguments {
   const powerattn::Problem &p_;
   uint64_t next_ = 0;
   bool fits_ = true;
+  std::vector<Block> blocks_;
 };
 
 // A refusal has a message and leaves every byte as it was.
@@ -227,15 +268,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   EXPECT(needed > 1);
   const powerattn::Problem &p = plan->problem;
   if (p.device_type != POWERATTN_CPU || p.batch > 64 || p.seq_len > 64 || p.heads_q > 64 || p.sequences > 64 ||
-      plan->sizes.forward > kArena || plan->sizes.backward > kArena || p.state_rows > 100000) {
+      p.state_rows > 100000) {
     powerattn_plan_destroy(plan);  // legal, but not for this arena
     return 0;
   }
 
-  for (size_t i = 0; i < kArena; i += 4) {  // small floats, different everywhere
-    const float x = static_cast<float>(static_cast<int>(i * 2654435761u >> 20 & 255) - 128) / 128;
-    std::memcpy(arena + i, &x, 4);
-  }
+  std::memcpy(arena, pattern().data(), kArena);
   Arguments make(in, plan);
   const auto q = [&](int64_t inner) { return make.tensor(p.heads_q, inner, p.dtype); };
   const auto kv = [&](int64_t inner) { return make.tensor(p.heads_kv, inner, p.dtype); };
@@ -320,8 +358,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
       a.count = in.number(in.byte() % 4);
       const bool countable = a.count >= 0 && a.count < 16;
       a.segments = make.state(countable ? a.count * p.sequences : -1, p.state_dtype, 250);
-      a.s_stride_segment = p.sequences * a.segments.s_stride_n;
-      a.z_stride_segment = p.sequences * a.segments.z_stride_n;
+      a.s_stride_segment = product(p.sequences, a.segments.s_stride_n);
+      a.z_stride_segment = product(p.sequences, a.segments.z_stride_n);
       a.out = make.state(p.sequences, p.state_dtype, 250);
       // Strides of the last segment reach farther than the pool's own when they were changed: check only.
       const int64_t rows = p.state_rows, e = p.value_dim, h = p.heads_kv;
