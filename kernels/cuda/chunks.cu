@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/chunks.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/numeric.cuh"
 
 namespace powerattn::cuda {
@@ -224,9 +225,8 @@ cudaError_t zero(const Problem &p, const Sequence *last, const powerattn_tensor 
   const int blocks = int(std::min<int64_t>(ceil_div(total, kThreads * 8), 1056));
   return with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    zero_rows<T><<<blocks, kThreads, 0, stream>>>(last, static_cast<T *>(out.data), out, p.batch, p.seq_len,
-                                                  heads, dim);
-    return cudaGetLastError();
+    return launch_kernel(zero_rows<T>, blocks, kThreads, 0, stream, last, static_cast<T *>(out.data), out,
+                         p.batch, p.seq_len, heads, dim);
   });
 }
 
@@ -270,24 +270,24 @@ cudaError_t build_chunks(const Problem &p, int64_t chunk, int64_t tile, const in
   if (p.sequences == 0) return cudaSuccess;
 
   if (p.packed) {
-    packed_sequences<<<1, 1024, 0, stream>>>(sequences, cu_seqlens, p.sequences, p.seq_len, chunk);
+    launch_kernel(packed_sequences, 1, 1024, 0, stream, sequences, cu_seqlens, p.sequences, p.seq_len, chunk);
   } else {
-    uniform_sequences<<<int(ceil_div(p.sequences, kThreads)), kThreads, 0, stream>>>(
-        sequences, p.sequences, p.seq_len, ceil_div(p.seq_len, chunk));
+    launch_kernel(uniform_sequences, int(ceil_div(p.sequences, kThreads)), kThreads, 0, stream, sequences,
+                  p.sequences, p.seq_len, ceil_div(p.seq_len, chunk));
   }
   if (table->num_chunks > 0) {
-    fill_chunks<<<int(ceil_div(table->num_chunks, kThreads)), kThreads, 0, stream>>>(
-        chunks, sequences, p.sequences, table->num_chunks, chunk);
+    launch_kernel(fill_chunks, int(ceil_div(table->num_chunks, kThreads)), kThreads, 0, stream, chunks,
+                  sequences, p.sequences, table->num_chunks, chunk);
   }
   if (table->num_tiles > 0) {
     const int blocks = int(ceil_div(table->num_tiles, kThreads));
     if (gap_free(p, chunk, tile)) {
-      clear_tiles<<<blocks, kThreads, 0, stream>>>(tiles, table->num_tiles);
-      scatter_tiles<<<int(std::min<int64_t>(p.sequences, 4096)), kThreads, 0, stream>>>(
-          tiles, sequences, p.sequences, chunk, tile);
+      launch_kernel(clear_tiles, blocks, kThreads, 0, stream, tiles, table->num_tiles);
+      launch_kernel(scatter_tiles, int(std::min<int64_t>(p.sequences, 4096)), kThreads, 0, stream, tiles,
+                    sequences, p.sequences, chunk, tile);
     } else {
-      fill_tiles<<<blocks, kThreads, 0, stream>>>(tiles, chunks, table->num_tiles,
-                                                  tiles_per_chunk(p, chunk, tile), tile);
+      launch_kernel(fill_tiles, blocks, kThreads, 0, stream, tiles, chunks, table->num_tiles,
+                    tiles_per_chunk(p, chunk, tile), tile);
     }
   }
   return cudaGetLastError();
@@ -306,11 +306,11 @@ cudaError_t chunk_gates(const Problem &p, const ChunkTable &table, const powerat
   const int blocks = int(table.num_chunks * p.heads_kv);
   if (blocks == 0) return cudaSuccess;
   if (table.chunk <= 128 * kPerThread) {
-    gates_kernel<128>
-        <<<blocks, 128, 0, stream>>>(table.chunks, data, log_g, p.packed, p.heads_kv, p.seq_len, g, g64);
+    launch_kernel(gates_kernel<128>, blocks, 128, 0, stream, table.chunks, data, log_g, p.packed, p.heads_kv,
+                  p.seq_len, g, g64);
   } else {
-    gates_kernel<512>
-        <<<blocks, 512, 0, stream>>>(table.chunks, data, log_g, p.packed, p.heads_kv, p.seq_len, g, g64);
+    launch_kernel(gates_kernel<512>, blocks, 512, 0, stream, table.chunks, data, log_g, p.packed, p.heads_kv,
+                  p.seq_len, g, g64);
   }
   return cudaGetLastError();
 }
@@ -319,9 +319,8 @@ cudaError_t total_gates(const Problem &p, const ChunkTable &table, const powerat
                         cudaStream_t stream) {
   const int64_t blocks = p.sequences * p.heads_kv;
   if (blocks == 0) return cudaSuccess;
-  total_kernel<<<int(blocks), kThreads, 0, stream>>>(table.sequences, static_cast<const float *>(log_g.data),
-                                                     log_g, p.packed, p.heads_kv, total);
-  return cudaGetLastError();
+  return launch_kernel(total_kernel, int(blocks), kThreads, 0, stream, table.sequences,
+                       static_cast<const float *>(log_g.data), log_g, p.packed, p.heads_kv, total);
 }
 
 cudaError_t zero_padding(const Problem &p, const ChunkTable &table, const powerattn_tensor &out, Dtype dtype,

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/numeric.cuh"
 #include "kernels/cuda/prepare.h"
 
@@ -98,12 +99,11 @@ cudaError_t prepare(const Problem &p, const ChunkTable &table, const PrepareArgs
     return with_dtype(a.out_dtype, [&](auto out) {
       using In = decltype(in);
       using Out = decltype(out);
-      rotate_rows<In, Out, false><<<grid_for(rows), kThreads, 0, stream>>>(
-          table.sequences, p.packed, p.sequences, p.batch, p.seq_len, a.heads, a.dim,
-          static_cast<const In *>(a.in.data), p.packed ? 0 : a.in.stride_b, a.in.stride_t, a.in.stride_h,
-          static_cast<Out *>(a.out), a.heads * p.seq_len * a.dim, a.dim, p.seq_len * a.dim, a.scale, rope,
-          a.rope_offset);
-      return cudaGetLastError();
+      return launch_kernel(rotate_rows<In, Out, false>, grid_for(rows), kThreads, 0, stream, table.sequences,
+                           p.packed, p.sequences, p.batch, p.seq_len, a.heads, a.dim,
+                           static_cast<const In *>(a.in.data), p.packed ? 0 : a.in.stride_b, a.in.stride_t,
+                           a.in.stride_h, static_cast<Out *>(a.out), a.heads * p.seq_len * a.dim, a.dim,
+                           p.seq_len * a.dim, a.scale, rope, a.rope_offset);
     });
   });
 }
@@ -114,11 +114,11 @@ cudaError_t finish(const Problem &p, const ChunkTable &table, const FinishArgs &
   const RopeShape rope = rope_shape(p, a.rope);
   return with_dtype(a.out_dtype, [&](auto out) {
     using Out = decltype(out);
-    rotate_rows<float, Out, true><<<grid_for(rows), kThreads, 0, stream>>>(
-        table.sequences, p.packed, p.sequences, p.batch, p.seq_len, a.heads, a.dim, a.in,
-        a.heads * p.seq_len * a.dim, a.dim, p.seq_len * a.dim, static_cast<Out *>(a.out.data),
-        p.packed ? 0 : a.out.stride_b, a.out.stride_t, a.out.stride_h, a.scale, rope, a.rope_offset);
-    return cudaGetLastError();
+    return launch_kernel(rotate_rows<float, Out, true>, grid_for(rows), kThreads, 0, stream, table.sequences,
+                         p.packed, p.sequences, p.batch, p.seq_len, a.heads, a.dim, a.in,
+                         a.heads * p.seq_len * a.dim, a.dim, p.seq_len * a.dim, static_cast<Out *>(a.out.data),
+                         p.packed ? 0 : a.out.stride_b, a.out.stride_t, a.out.stride_h, a.scale, rope,
+                         a.rope_offset);
   });
 }
 

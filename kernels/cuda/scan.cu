@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/numeric.cuh"
 #include "kernels/cuda/scan.h"
 
@@ -81,8 +82,7 @@ cudaError_t launch_scan(const ScanArgs &a, cudaStream_t stream) {
                   unsigned(ceil_div(rows, per_slab)));
   return with_dtype(a.local_dtype, [&](auto local) {
     return with_dtype(a.prefix_dtype, [&](auto prefix) {
-      scan_kernel<decltype(local), decltype(prefix), N><<<grid, kThreads, 0, stream>>>(a);
-      return cudaGetLastError();
+      return launch_kernel(scan_kernel<decltype(local), decltype(prefix), N>, grid, kThreads, 0, stream, a);
     });
   });
 }
@@ -135,8 +135,7 @@ cudaError_t scan(const ScanArgs &a, cudaStream_t stream) {
 cudaError_t boundary(const BoundaryArgs &a, cudaStream_t stream) {
   const int64_t blocks = a.table.num_chunks * a.heads;
   if (blocks == 0) return cudaSuccess;
-  boundary_kernel<<<unsigned(blocks), kThreads, 0, stream>>>(a);
-  return cudaGetLastError();
+  return launch_kernel(boundary_kernel, unsigned(blocks), kThreads, 0, stream, a);
 }
 
 }  // namespace powerattn::cuda

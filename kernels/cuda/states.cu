@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/numeric.cuh"
 #include "kernels/cuda/states.h"
 #include "kernels/cuda/tiles.h"
@@ -127,16 +128,16 @@ cudaError_t change_order(const Problem &p, const powerattn_state &canonical, flo
   for (int64_t first = 0; first < sequences; first += std::max<int64_t>(1, 65535 / heads)) {
     const int64_t n = std::min(std::max<int64_t>(1, 65535 / heads), sequences - first);
     if (tiles) {
-      tiles_kernel<kToTiles><<<element_grid(rows * p.value_dim, n * heads), kThreads, 0, stream>>>(
-          p.degree, p.head_dim, static_cast<float *>(canonical.s) + first * canonical.s_stride_n,
-          canonical.s_stride_n, canonical.s_stride_h, tiles + first * heads * rows * p.value_dim, heads, rows,
-          p.value_dim);
+      launch_kernel(tiles_kernel<kToTiles>, element_grid(rows * p.value_dim, n * heads), kThreads, 0, stream,
+                    p.degree, p.head_dim, static_cast<float *>(canonical.s) + first * canonical.s_stride_n,
+                    canonical.s_stride_n, canonical.s_stride_h, tiles + first * heads * rows * p.value_dim,
+                    heads, rows, p.value_dim);
     }
     if (z && canonical.z) {
       const int64_t elements = p.degree == 1 ? p.head_dim : p.head_dim * p.head_dim;
-      z_kernel<kToTiles><<<element_grid(elements, n * heads), kThreads, 0, stream>>>(
-          p.degree, p.head_dim, static_cast<float *>(canonical.z) + first * canonical.z_stride_n,
-          canonical.z_stride_n, canonical.z_stride_h, z + first * heads * elements, heads);
+      launch_kernel(z_kernel<kToTiles>, element_grid(elements, n * heads), kThreads, 0, stream, p.degree,
+                    p.head_dim, static_cast<float *>(canonical.z) + first * canonical.z_stride_n,
+                    canonical.z_stride_n, canonical.z_stride_h, z + first * heads * elements, heads);
     }
   }
   return cudaGetLastError();
@@ -154,11 +155,11 @@ cudaError_t compose(const Problem &p, const powerattn_compose_args &a, cudaStrea
     const int64_t n = std::min(per_slab, p.sequences - first);
     auto fold = [&](const void *in, int64_t in_seg, int64_t in_n, int64_t in_h, void *out, int64_t out_n,
                     int64_t out_h, int64_t elements) {
-      compose_kernel<<<element_grid(elements, n * p.heads_kv), kThreads, 0, stream>>>(
-          a.count, static_cast<const char *>(in) + first * in_n * size, in_seg, in_n, in_h,
-          static_cast<char *>(out) + first * out_n * size, out_n, out_h, p.state_dtype,
-          log_g ? log_g + first * a.log_g_stride_n : nullptr, a.log_g_stride_segment, a.log_g_stride_n,
-          a.log_g_stride_h, p.heads_kv, elements);
+      launch_kernel(compose_kernel, element_grid(elements, n * p.heads_kv), kThreads, 0, stream, a.count,
+                    static_cast<const char *>(in) + first * in_n * size, in_seg, in_n, in_h,
+                    static_cast<char *>(out) + first * out_n * size, out_n, out_h, p.state_dtype,
+                    log_g ? log_g + first * a.log_g_stride_n : nullptr, a.log_g_stride_segment,
+                    a.log_g_stride_n, a.log_g_stride_h, p.heads_kv, elements);
     };
     fold(a.segments.s, a.s_stride_segment, a.segments.s_stride_n, a.segments.s_stride_h, a.out.s,
          a.out.s_stride_n, a.out.s_stride_h, p.state_rows * p.value_dim);
@@ -167,9 +168,9 @@ cudaError_t compose(const Problem &p, const powerattn_compose_args &a, cudaStrea
            a.out.z_stride_n, a.out.z_stride_h, p.state_rows);
   }
   if (a.out_log_g) {
-    compose_gates<<<unsigned(ceil_div(rows, kThreads)), kThreads, 0, stream>>>(
-        a.count, log_g, a.log_g_stride_segment, a.log_g_stride_n, a.log_g_stride_h, p.heads_kv, rows,
-        static_cast<float *>(a.out_log_g));
+    launch_kernel(compose_gates, unsigned(ceil_div(rows, kThreads)), kThreads, 0, stream, a.count, log_g,
+                  a.log_g_stride_segment, a.log_g_stride_n, a.log_g_stride_h, p.heads_kv, rows,
+                  static_cast<float *>(a.out_log_g));
   }
   return cudaGetLastError();
 }
@@ -193,7 +194,7 @@ cudaError_t convert(const ConvertArgs &a, cudaStream_t stream) {
       part.dst = static_cast<char *>(a.dst) + first * a.dst_stride_n * size_of(a.dst_dtype);
       part.dst_num_slots -= first;
     }
-    convert_kernel<<<element_grid(a.elements, part.count * a.heads), kThreads, 0, stream>>>(part);
+    launch_kernel(convert_kernel, element_grid(a.elements, part.count * a.heads), kThreads, 0, stream, part);
   }
   return cudaGetLastError();
 }

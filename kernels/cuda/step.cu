@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/numeric.cuh"
+#include "kernels/cuda/ptx/sm80.cuh"
 #include "kernels/cuda/step.h"
 
 namespace powerattn::cuda {
@@ -117,7 +119,7 @@ __host__ __device__ inline int64_t step_shared_floats(int queries, int64_t d, in
 template <class State, int V, int kQ, bool kCluster>
 __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
     step_kernel(const __grid_constant__ StepShape s, const __grid_constant__ powerattn_step_args a) {
-  extern __shared__ float memory[];
+  float *memory = ptx::dynamic_shared<float>();
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   const int split = int(blockIdx.x % unsigned(s.splits));
   const int64_t unit = blockIdx.x / s.splits, b = unit / s.heads_kv, head = unit % s.heads_kv;
@@ -399,8 +401,7 @@ cudaError_t launch_split(const StepTiling &t, const StepShape &s, const poweratt
   if (t.cluster && t.splits > 1) return launch_step<State, V, kQ, true>(s, a, units, stream);
   cudaError_t error = launch_step<State, V, kQ, false>(s, a, units, stream);
   if (error != cudaSuccess || s.splits == 1) return error;
-  step_reduce<<<unsigned(units), kThreads, 0, stream>>>(s, a);
-  return cudaGetLastError();
+  return launch_kernel(step_reduce, unsigned(units), kThreads, 0, stream, s, a);
 }
 
 template <class State, int V>

@@ -25,7 +25,7 @@ size_t attention_shared(int64_t d) {
 template <class Mul, int N>
 __global__ void __launch_bounds__(kThreads) attention_kernel(AttentionArgs a) {
   using T = typename Mul::T;
-  extern __shared__ __align__(16) char memory[];
+  char *memory = ptx::dynamic_shared<char>();
   SharedCarver carve{memory};
   const Shape &s = a.shape;
   const int d16 = round16(s.d);

@@ -31,7 +31,7 @@ size_t grad_shared(int64_t d, int64_t e) {
 template <class Mul, int N, Of kOf>
 __global__ void __launch_bounds__(kThreads) grad_kernel(AttentionGradArgs a) {
   using T = typename Mul::T;
-  extern __shared__ __align__(16) char memory[];
+  char *memory = ptx::dynamic_shared<char>();
   SharedCarver carve{memory};
   const Shape &s = a.shape;
   constexpr bool kOwnQuery = kOf == Of::kQuery;

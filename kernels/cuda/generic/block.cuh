@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/generic/generic.h"
 #include "kernels/cuda/generic/warp_tile.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace powerattn::cuda::generic {
 
@@ -143,8 +144,7 @@ __device__ void load_slab(typename Mul::T *dst, int ld, const typename Mul::T *s
           const float4 x = *reinterpret_cast<const float4 *>(from);
           to[0] = Mul::pack(x.x), to[1] = Mul::pack(x.y), to[2] = Mul::pack(x.z), to[3] = Mul::pack(x.w);
         } else {
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
-                       : "memory");
+          ptx::copy16(ptx::shared_address(to), from);
         }
       } else {
         *reinterpret_cast<uint4 *>(to) = make_uint4(0, 0, 0, 0);
@@ -158,12 +158,6 @@ __device__ void load_slab(typename Mul::T *dst, int ld, const typename Mul::T *s
     }
   }
 }
-__device__ inline void commit_slab() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ inline void wait_slab() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 // Runs launch with the Mul type of `math`.
 template <class F>
 cudaError_t with_math(Math math, F launch) {
@@ -178,17 +172,11 @@ cudaError_t with_math(Math math, F launch) {
   return cudaErrorInvalidValue;
 }
 
-// Raises the dynamic shared memory limit of a kernel where needed, then launches it.
 template <class K, class... A>
 cudaError_t launch(K kernel, int64_t blocks, int y, int threads, size_t shared, cudaStream_t stream,
                    const A &...args) {
   if (blocks == 0 || y == 0) return cudaSuccess;
-  if (shared > 48 * 1024) {
-    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (e != cudaSuccess) return e;
-  }
-  kernel<<<dim3(unsigned(blocks), unsigned(y)), threads, shared, stream>>>(args...);
-  return cudaGetLastError();
+  return launch_kernel(kernel, dim3(unsigned(blocks), unsigned(y)), threads, shared, stream, args...);
 }
 
 }  // namespace powerattn::cuda::generic

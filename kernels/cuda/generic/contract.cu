@@ -29,7 +29,7 @@ size_t contract_shared(int64_t d, int64_t e) {
 template <class Mul, int kDegree>
 __global__ void __launch_bounds__(kThreads) contract_kernel(ContractArgs a, int64_t heads) {
   using T = typename Mul::T;
-  extern __shared__ __align__(16) char memory[];
+  char *memory = ptx::dynamic_shared<char>();
   SharedCarver carve{memory};
   const Shape &s = a.shape;
   const int depth = s.e < kDepth ? round16(s.e) : kDepth;
@@ -87,12 +87,12 @@ __global__ void __launch_bounds__(kThreads) contract_kernel(ContractArgs a, int6
         load_operand<Mul>(u, ldk, a.u, s.dtype, u_row + c0, tile.length, kRows,
                           int(min(int64_t(depth), s.e - c0)), depth);
       load_slab<Mul>(slab, ldk, state, first, s.rows, s.e, c0, depth);
-      commit_slab();
+      ptx::copy_commit();
       if (c0 == 0 && tid < kSlab) {
         rows[tid] = monomial_or_zero(a.table, first + tid, s.rows);
         z[tid] = zstate && first + tid < s.rows ? zstate[first + tid] : 0.0f;
       }
-      wait_slab<0>();
+      ptx::copy_wait<0>();
       __syncthreads();
       Mul::template multiply<false, true>(acc, u + warp * 16 * ldk, ldk, slab, ldk, depth);
     }

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/cuda/generic/block.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace powerattn::cuda::generic {
 namespace {
@@ -156,26 +157,24 @@ View view_of(const Problem &p, const powerattn_tensor &t, int64_t dim, Dtype dty
 }
 
 cudaError_t monomials(const Problem &p, Monomial *table, cudaStream_t stream) {
-  monomial_kernel<<<unsigned(ceil_div(p.state_rows, kRowThreads)), kRowThreads, 0, stream>>>(
-      table, p.state_rows, int(p.head_dim), p.degree);
-  return cudaGetLastError();
+  return launch_kernel(monomial_kernel, unsigned(ceil_div(p.state_rows, kRowThreads)), kRowThreads, 0, stream,
+                       table, p.state_rows, int(p.head_dim), p.degree);
 }
 
 cudaError_t row_stats(const RowStatsArgs &a, cudaStream_t stream) {
   const Shape &s = a.shape;
   const int64_t batch = s.packed ? 1 : s.table.num_sequences, rows = batch * s.heads_q * s.seq_len;
   if (rows == 0) return cudaSuccess;
-  row_stats_kernel<<<warp_rows_grid(rows), kRowThreads, 0, stream>>>(a, batch);
-  return cudaGetLastError();
+  return launch_kernel(row_stats_kernel, warp_rows_grid(rows), kRowThreads, 0, stream, a, batch);
 }
 
 cudaError_t gate_grad(const GateGradArgs &a, cudaStream_t stream) {
   const Shape &s = a.shape;
   const int64_t batch = s.packed ? 1 : s.table.num_sequences, rows = batch * s.heads_kv * s.seq_len;
   if (rows == 0) return cudaSuccess;
-  gate_terms_kernel<<<warp_rows_grid(rows), kRowThreads, 0, stream>>>(a, batch);
+  launch_kernel(gate_terms_kernel, warp_rows_grid(rows), kRowThreads, 0, stream, a, batch);
   if (s.table.num_chunks > 0)
-    gate_suffix_kernel<<<unsigned(s.table.num_chunks * s.heads_kv), kRowThreads, 0, stream>>>(a);
+    launch_kernel(gate_suffix_kernel, unsigned(s.table.num_chunks * s.heads_kv), kRowThreads, 0, stream, a);
   return cudaGetLastError();
 }
 

@@ -21,7 +21,7 @@ size_t query_shared(int64_t d) {
 template <class Mul, int N, int kDegree>
 __global__ void __launch_bounds__(kThreads) query_kernel(QueryArgs a, int64_t heads) {
   using T = typename Mul::T;
-  extern __shared__ __align__(16) char memory[];
+  char *memory = ptx::dynamic_shared<char>();
   SharedCarver carve{memory};
   const Shape &s = a.shape;
   constexpr int kValues = 8 * (N - 1);
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) query_kernel(QueryArgs a, int64_t he
   auto fetch = [&](int64_t n, float zn) {
     T *to = slab + n % 3 * kSlab * ldb;
     load_slab<Mul>(to, ldb, state, n * kSlab, s.rows, s.e, column, kValues);
-    commit_slab();
+    ptx::copy_commit();
     if (tid < kSlab) {
       const T high = Mul::pack(zn);
       to[tid * ldb + kValues] = high;
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) query_kernel(QueryArgs a, int64_t he
     if (n + 1 < slabs) {
       fetch(n + 1, zn);
     } else {
-      commit_slab();
+      ptx::copy_commit();
     }
     zn = read_z(n + 2);
     T *to = phi + n % 2 * kRows * lda;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) query_kernel(QueryArgs a, int64_t he
     }
     m0 = monomial_or_zero(a.table, (n + 1) * kSlab + pair, s.rows);
     m1 = monomial_or_zero(a.table, (n + 1) * kSlab + pair + 1, s.rows);
-    wait_slab<1>();
+    ptx::copy_wait<1>();
     __syncthreads();
     Mul::template multiply<false, false>(acc, to + warp * 16 * lda, lda, slab + n % 3 * kSlab * ldb, ldb,
                                          kSlab);

@@ -24,7 +24,7 @@ size_t update_shared(int64_t d) {
 template <class Mul, int N, int kDegree>
 __global__ void __launch_bounds__(kUpdateThreads) update_kernel(UpdateArgs a, int row_tiles) {
   using T = typename Mul::T;
-  extern __shared__ __align__(16) char memory[];
+  char *memory = ptx::dynamic_shared<char>();
   SharedCarver carve{memory};
   const Shape &s = a.shape;
   const int ldx = odd((s.d + 7) / 8 * 8), lda = pad_n<Mul>(kFeatures), ldb = pad_n<Mul>(8 * N);

@@ -7,7 +7,9 @@
 // A is [m][k] (kTransA: [k][m]); B is [k][n] (kTransB: [n][k]). K is a multiple of 16.
 #pragma once
 
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/numeric.cuh"
+#include "kernels/cuda/ptx/sm80.cuh"
 
 namespace powerattn::cuda {
 
@@ -21,8 +23,6 @@ template <class Mul>
 constexpr __host__ __device__ int pad_n(int extent) {
   return extent % 16 == 8 ? extent : extent + 8;
 }
-
-__device__ inline uint32_t shared_address(const void *p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 struct MulF32 {
   using T = float;
@@ -91,11 +91,7 @@ struct MmaRows {
 
 struct MulTf32 : MmaRows {
   using T = float;
-  static __device__ float pack(float x) {
-    uint32_t y;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-    return __uint_as_float(y);
-  }
+  static __device__ float pack(float x) { return __uint_as_float(ptx::round_tf32(x)); }
   static __device__ float value(float x) { return x; }
 
   template <bool kTransA, bool kTransB, int N>
@@ -105,15 +101,10 @@ struct MulTf32 : MmaRows {
     auto at = [&](int m, int k) { return __float_as_uint(kTransA ? a[k * lda + m] : a[m * lda + k]); };
     auto bt = [&](int k, int n) { return __float_as_uint(kTransB ? b[n * ldb + k] : b[k * ldb + n]); };
     for (int k = 0; k < depth; k += 8) {
-      const uint32_t a0 = at(g, k + c), a1 = at(g + 8, k + c), a2 = at(g, k + c + 4), a3 = at(g + 8, k + c + 4);
+      const uint32_t fa[4] = {at(g, k + c), at(g + 8, k + c), at(g, k + c + 4), at(g + 8, k + c + 4)};
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        const uint32_t b0 = bt(k + c, 8 * n + g), b1 = bt(k + c + 4, 8 * n + g);
-        asm volatile(
-            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-            "{%0,%1,%2,%3};"
-            : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+        ptx::mma_tf32(acc[n], fa, bt(k + c, 8 * n + g), bt(k + c + 4, 8 * n + g));
       }
     }
   }
@@ -127,25 +118,11 @@ struct MulBf16 : MmaRows {
   template <bool kTrans>
   static __device__ void load4(uint32_t (&r)[4], const bf16 *p) {
     if (kTrans) {
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                   : "r"(shared_address(p))
-                   : "memory");
+      ptx::ldmatrix4_trans(r, ptx::shared_address(p));
     } else {
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                   : "r"(shared_address(p))
-                   : "memory");
+      ptx::ldmatrix4(r, ptx::shared_address(p));
     }
   }
-  static __device__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-
   // ldmatrix: lane l gives the address of row l % 8 of the 8x8 matrix l / 8. The four matrices of A are (rows
   // 0-7, k 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15); of B two column tiles, each (k 0-7), (k 8-15).
   template <bool kTransA, bool kTransB, int N>
@@ -162,25 +139,19 @@ struct MulBf16 : MmaRows {
       for (int n = 0; n + 1 < N; n += 2) {
         uint32_t fb[4];
         load4<!kTransB>(fb, pb + (kTransB ? 8 * n * ldb + k : k * ldb + 8 * n));
-        mma(acc[n], fa, fb[0], fb[1]);
-        mma(acc[n + 1], fa, fb[2], fb[3]);
+        ptx::mma<bf16>(acc[n], fa, fb[0], fb[1]);
+        ptx::mma<bf16>(acc[n + 1], fa, fb[2], fb[3]);
       }
       if (N % 2) {  // the last column tile alone: lanes 16-31 repeat the addresses of lanes 0-15
         constexpr int n = N - 1;
         const bf16 *p = kTransB ? b + (8 * n + r) * ldb + 8 * bit3 + k : b + (k + r + 8 * bit3) * ldb + 8 * n;
         uint32_t b0, b1;
         if (kTransB) {
-          asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-                       : "=r"(b0), "=r"(b1)
-                       : "r"(shared_address(p))
-                       : "memory");
+          ptx::ldmatrix2(b0, b1, ptx::shared_address(p));
         } else {
-          asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                       : "=r"(b0), "=r"(b1)
-                       : "r"(shared_address(p))
-                       : "memory");
+          ptx::ldmatrix2_trans(b0, b1, ptx::shared_address(p));
         }
-        mma(acc[n], fa, b0, b1);
+        ptx::mma<bf16>(acc[n], fa, b0, b1);
       }
     }
   }

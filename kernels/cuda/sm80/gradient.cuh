@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "kernels/cuda/launch.cuh"
 #include "load.h"
 #include "shapes.h"
 #include "weights.h"
@@ -24,7 +25,7 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
   constexpr bool kState = P != 0 && has_states<T>;
   constexpr bool kScaled =
       std::is_same<T, __half>::value;  // r_i before rounding: without it s^{p-1} m overflows
-  extern __shared__ __align__(1024) unsigned char shared[];
+  unsigned char *shared = dynamic_shared<unsigned char>();
   const uint32_t base = shared_address(shared);
   float *const factors = reinterpret_cast<float *>(shared + 2 * S::kRowBytes + 4 * S::kTileBytes);
   float *const gates = factors + 2 * S::kColumns;
@@ -478,11 +479,8 @@ cudaError_t launch_gradient(const GradientArgs &a, cudaStream_t stream) {
   using S = GradientShape<D>;
   const int64_t blocks = a.shape.table.num_tiles * (a.reverse ? a.shape.heads_kv : a.shape.heads_q);
   if (blocks == 0) return cudaSuccess;
-  const cudaError_t e =
-      cudaFuncSetAttribute(gradient_kernel<T, D, P>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
-  if (e != cudaSuccess) return e;
-  gradient_kernel<T, D, P><<<static_cast<unsigned>(blocks), S::kThreads, S::kShared, stream>>>(a);
-  return cudaGetLastError();
+  return launch_kernel(gradient_kernel<T, D, P>, static_cast<unsigned>(blocks), S::kThreads, S::kShared, stream,
+                       a);
 }
 
 }  // namespace sm80

@@ -11,6 +11,7 @@
 
 #include <type_traits>
 
+#include "kernels/cuda/launch.cuh"
 #include "load.h"
 #include "shapes.h"
 #include "weights.h"
@@ -25,7 +26,7 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
   constexpr int kN = D / 8, kK = D / 16, kStep = S::kStep;
   constexpr bool kState = P != 0 && has_states<T>;
   constexpr bool kScaled = std::is_same<T, __half>::value;
-  extern __shared__ __align__(1024) unsigned char shared[];
+  unsigned char *shared = dynamic_shared<unsigned char>();
   const uint32_t base = shared_address(shared);
   float *const factors = reinterpret_cast<float *>(shared + S::kRowBytes + 4 * S::kTileBytes);
   float *const gates = factors + 2 * S::kColumns;
@@ -422,11 +423,7 @@ cudaError_t launch_output(const OutputArgs &a, cudaStream_t stream) {
   constexpr int kShared = OutputShape<D>::kShared;
   const int64_t blocks = a.shape.table.num_tiles * (a.reverse ? a.shape.heads_kv : a.shape.heads_q);
   if (blocks == 0) return cudaSuccess;
-  const cudaError_t e =
-      cudaFuncSetAttribute(output_kernel<T, D, P>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (e != cudaSuccess) return e;
-  output_kernel<T, D, P><<<static_cast<unsigned>(blocks), 128, kShared, stream>>>(a);
-  return cudaGetLastError();
+  return launch_kernel(output_kernel<T, D, P>, static_cast<unsigned>(blocks), 128, kShared, stream, a);
 }
 
 }  // namespace sm80

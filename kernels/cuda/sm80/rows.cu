@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the backward needs per row, and the gradient of the gates from per-row dot products.
 #include "args.h"
+#include "kernels/cuda/launch.cuh"
 #include "load.h"
 #include "weights.h"
 
@@ -140,17 +141,18 @@ cudaError_t rows(const RowsArgs &a, cudaStream_t stream) {
   const int64_t blocks = a.shape.table.num_tiles * a.shape.heads_q;
   if (blocks == 0) return cudaSuccess;
   if (a.shape.dtype == Dtype::kFloat16)
-    rows_kernel<__half><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a);
+    launch_kernel(rows_kernel<__half>, static_cast<unsigned>(blocks), kThreads, 0, stream, a);
   else
-    rows_kernel<__nv_bfloat16><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a);
+    launch_kernel(rows_kernel<__nv_bfloat16>, static_cast<unsigned>(blocks), kThreads, 0, stream, a);
   return cudaGetLastError();
 }
 
 cudaError_t gate_gradient(const GateArgs &a, cudaStream_t stream) {
   const int64_t slots = a.shape.table.num_chunks * a.shape.heads_kv;
   if (slots == 0) return cudaSuccess;
-  if (a.s_tiles != nullptr) boundary_kernel<<<static_cast<unsigned>(slots), kThreads, 0, stream>>>(a);
-  gates_kernel<<<static_cast<unsigned>(slots), kThreads, 0, stream>>>(a);
+  if (a.s_tiles != nullptr)
+    launch_kernel(boundary_kernel, static_cast<unsigned>(slots), kThreads, 0, stream, a);
+  launch_kernel(gates_kernel, static_cast<unsigned>(slots), kThreads, 0, stream, a);
   return cudaGetLastError();
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The scan over chunks. Elementwise, so every thread walks its own elements: 8 of a tile row, or one of Z.
 #include "args.h"
+#include "kernels/cuda/launch.cuh"
 #include "mma.h"
 
 namespace powerattn {
@@ -178,9 +179,9 @@ cudaError_t scan(const ScanArgs &a, cudaStream_t stream) {
   const int d = s.head_dim;
   const int vectors = s.degree == 1 ? d * d / 8 : tile_rows(2, d) * d / 8;
   const int blocks = (vectors + kThreads - 1) / kThreads, z_blocks = (d * d + kThreads - 1) / kThreads;
-  tiles_kernel<<<static_cast<unsigned>(pairs * blocks), kThreads, 0, stream>>>(a, vectors, blocks);
+  launch_kernel(tiles_kernel, static_cast<unsigned>(pairs * blocks), kThreads, 0, stream, a, vectors, blocks);
   if (a.z_local != nullptr)
-    z_kernel<<<static_cast<unsigned>(pairs * z_blocks), kThreads, 0, stream>>>(a, z_blocks);
+    launch_kernel(z_kernel, static_cast<unsigned>(pairs * z_blocks), kThreads, 0, stream, a, z_blocks);
   return cudaGetLastError();
 }
 

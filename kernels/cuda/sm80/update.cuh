@@ -4,6 +4,7 @@
 // A warp owns one unit: a tile (degree 2, 64 rows) or 16 features (degree 1), times at most 64 columns of u.
 #pragma once
 
+#include "kernels/cuda/launch.cuh"
 #include "load.h"
 #include "shapes.h"
 
@@ -15,7 +16,7 @@ template <typename T, int D, int P>
 __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>::kBlocksPerSM)
     update_kernel(const __grid_constant__ UpdateArgs a) {
   using S = UpdateShape<D, P>;
-  extern __shared__ __align__(1024) unsigned char shared[];
+  unsigned char *shared = dynamic_shared<unsigned char>();
   const uint32_t base = shared_address(shared);
   float *const weights = reinterpret_cast<float *>(shared + S::kStages * 2 * S::kTileBytes);
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, quad = lane & 3;
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>
     for (int k = 0; k < S::kTokens / 16; ++k) {
       // x^T of blocks ib (f[0..1]) and jb (f[2..3]): feature g, tokens 2c, 2c + 1 (+ 8)
       uint32_t f[4];
-      ldmatrix_trans(f, xs.at(16 * k + (lane & 15), lane < 16 ? ib : jb));
+      ldmatrix4_trans(f, xs.at(16 * k + (lane & 15), lane < 16 ? ib : jb));
       const float *const w = weights + stage * S::kTokens + 16 * k + 2 * quad;
       const float2 w0 = *reinterpret_cast<const float2 *>(w), w1 = *reinterpret_cast<const float2 *>(w + 8);
       uint32_t phi[S::kM][4], low[4];
@@ -162,11 +163,8 @@ cudaError_t launch_update(const UpdateArgs &a, cudaStream_t stream) {
   using S = UpdateShape<D, P>;
   const int64_t blocks = a.shape.table.num_chunks * a.shape.heads_kv * S::kSlices;
   if (blocks == 0) return cudaSuccess;
-  const cudaError_t e =
-      cudaFuncSetAttribute(update_kernel<T, D, P>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared);
-  if (e != cudaSuccess) return e;
-  update_kernel<T, D, P><<<static_cast<unsigned>(blocks), S::kThreads, S::kShared, stream>>>(a);
-  return cudaGetLastError();
+  return launch_kernel(update_kernel<T, D, P>, static_cast<unsigned>(blocks), S::kThreads, S::kShared, stream,
+                       a);
 }
 
 }  // namespace sm80

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared memory, barriers and copies of sm_90, and the packed arithmetic on fragments.
+// Rings of stages in shared memory, tiles, and the packed arithmetic on fragments.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,57 +8,12 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/ptx/sm90.cuh"
 
 namespace powerattn::cuda::sm90 {
 
-__device__ __forceinline__ uint32_t smem_address(const void *p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// ---- Barriers in shared memory ----------------------------------------------------------------------------
-
-__device__ __forceinline__ void barrier_init(uint32_t bar, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred P;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 P, [%0], %1;\n@P bra DONE;\nbra "
-      "WAIT;\nDONE:\n}" ::"r"(bar),
-      "r"(parity)
-      : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint32_t bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive_n(uint32_t bar, int count) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(uint32_t bar, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-// Arrives when all earlier cp.async of this thread have landed.
-__device__ __forceinline__ void barrier_arrive_copies(uint32_t bar) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
-}
-template <int kId, int kThreads>
-__device__ __forceinline__ void named_barrier() {
-  asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
-}
-// Orders shared memory written by ordinary stores or cp.async before its reads by wgmma and bulk copies.
-__device__ __forceinline__ void fence_async_proxy() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-__device__ __forceinline__ void fence_barrier_init() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-template <int kRegisters>
-__device__ __forceinline__ void registers_inc() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ __forceinline__ void registers_dec() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
+using namespace ptx;
 
 // A ring of stages: stage and phase advance together.
 template <int kStages>
@@ -80,75 +35,6 @@ struct Ring {
 
 // ---- Copies -----------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t bar) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
-      "l"(src), "r"(bytes), "r"(bar)
-      : "memory");
-}
-__device__ __forceinline__ void bulk_store(void *dst, uint32_t src, uint32_t bytes) {
-  asm volatile(
-      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(dst),
-      "r"(src), "r"(bytes)
-      : "memory");
-}
-__device__ __forceinline__ void bulk_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-// 16 bytes, zero-filled without reading when !valid.
-__device__ __forceinline__ void copy16(uint32_t dst, const void *src, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-__device__ __forceinline__ void ldmatrix4(uint32_t (&r)[4], uint32_t a) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(a)
-               : "memory");
-}
-__device__ __forceinline__ void ldmatrix4_trans(uint32_t (&r)[4], uint32_t a) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(a)
-               : "memory");
-}
-__device__ __forceinline__ void stmatrix4(uint32_t a, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(r0), "r"(r1),
-               "r"(r2), "r"(r3)
-               : "memory");
-}
-__device__ __forceinline__ float2 load_f2(uint32_t a) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(a));
-  return v;
-}
-__device__ __forceinline__ float load_f1(uint32_t a) {
-  float v;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(a));
-  return v;
-}
-__device__ __forceinline__ uint4 load_u4(uint32_t a) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
-  return v;
-}
-__device__ __forceinline__ void store_u4(uint32_t a, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-__device__ __forceinline__ void store_u2(uint32_t a, uint32_t x, uint32_t y) {
-  asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(a), "r"(x), "r"(y) : "memory");
-}
-__device__ __forceinline__ void store_f1(uint32_t a, float v) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(a), "f"(v) : "memory");
-}
-
 // Loads 64 rows x 64 columns of a strided matrix into a swizzled 8 KB tile with the 128 threads of a warpgroup;
 // rows from `valid` on are zero. `column` is the first column. 16-byte copies where the tensor allows them.
 template <typename T>
@@ -159,38 +45,27 @@ __device__ __forceinline__ void load_tile(uint32_t dst, const Tensor &x, const T
   if (x.vector) {  // rolled: the producer has few registers and time to spare
     uint32_t to = at;
 #pragma unroll 1
-    for (int i = 0; i < 4; ++i, to += 2048, src += 16 * x.stride_t) copy16(to, src, row + 16 * i < valid);
+    for (int i = 0; i < 4; ++i, to += 2048, src += 16 * x.stride_t) copy16_l2(to, src, row + 16 * i < valid);
   } else {  // a row that is not 16-byte aligned: element by element
 #pragma unroll 1
     for (int n = 0; n < 32; ++n) {
       uint16_t value = 0;
       if (row + (n >> 3) * 16 < valid)
         value = *reinterpret_cast<const uint16_t *>(src + (n >> 3) * 16 * x.stride_t + (n & 7));
-      asm volatile("st.shared.u16 [%0], %1;" ::"r"(at + (n >> 3) * 2048 + (n & 7) * 2), "h"(value) : "memory");
+      store_h1(at + (n >> 3) * 2048 + (n & 7) * 2, value);
     }
   }
 }
 
+// Descriptor of a tile of 128-byte rows, 16-byte chunk index XOR (row & 7), 1024-byte aligned groups of 8 rows.
+// `column_bytes` is the distance between 64-column halves of an N-major tile wider than 64.
+__device__ __forceinline__ uint64_t tile_desc(uint32_t address, uint32_t column_bytes = 1024) {
+  return (uint64_t)((address & 0x3FFFF) >> 4) | (uint64_t)(column_bytes >> 4) << 16 |
+         (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
 // ---- Packed arithmetic --------------------------------------------------------------------------------------
 
-template <typename T>
-__device__ __forceinline__ uint32_t mul2(uint32_t a, uint32_t b) {
-  uint32_t r;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  else
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-  return r;
-}
-template <typename T>
-__device__ __forceinline__ uint32_t pack2(float lo, float hi) {
-  uint32_t r;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-  else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-  return r;
-}
 template <typename T>
 __device__ __forceinline__ float2 unpack2(uint32_t v) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>)
@@ -200,27 +75,9 @@ __device__ __forceinline__ float2 unpack2(uint32_t v) {
 }
 __device__ __forceinline__ uint32_t low2(uint32_t v) { return __byte_perm(v, v, 0x1010); }
 __device__ __forceinline__ uint32_t high2(uint32_t v) { return __byte_perm(v, v, 0x3232); }
-// The same, computed anew at every use: hoisted results would hold registers that a loop does not have.
-__device__ __forceinline__ uint32_t low2_here(uint32_t v) {
-  uint32_t r;
-  asm volatile("prmt.b32 %0, %1, %1, 0x1010;" : "=r"(r) : "r"(v));
-  return r;
-}
-__device__ __forceinline__ uint32_t high2_here(uint32_t v) {
-  uint32_t r;
-  asm volatile("prmt.b32 %0, %1, %1, 0x3232;" : "=r"(r) : "r"(v));
-  return r;
-}
 template <typename T>
 __device__ __forceinline__ float2 unpack2_here(uint32_t v) {
-  uint32_t here;
-  asm volatile("mov.b32 %0, %1;" : "=r"(here) : "r"(v));
-  return unpack2<T>(here);
-}
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+  return unpack2<T>(here(v));
 }
 // x^p by repeated squaring.
 template <int p>

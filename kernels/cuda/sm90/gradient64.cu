@@ -615,9 +615,9 @@ struct Consumer {
 
 template <typename T, int kDegree, bool kKeys>
 __global__ void __launch_bounds__(384, 1) gradient64_kernel(const __grid_constant__ GradientArgs a) {
-  extern __shared__ unsigned char raw[];
-  const Smem s(smem_address(raw));
-  GradientUnit *slots = reinterpret_cast<GradientUnit *>(raw + (s.unit - smem_address(raw)));
+  unsigned char *raw = dynamic_shared<unsigned char>();
+  const Smem s(shared_address(raw));
+  GradientUnit *slots = reinterpret_cast<GradientUnit *>(raw + (s.unit - shared_address(raw)));
   const int tid = threadIdx.x, group = __shfl_sync(0xffffffffu, tid / 128, 0);
   if (tid == 0) {
     for (int i = 0; i < kStages; ++i) {
@@ -678,11 +678,7 @@ __global__ void __launch_bounds__(384, 1) gradient64_kernel(const __grid_constan
 
 template <typename T, int kDegree, bool kKeys>
 cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {
-  auto kernel = gradient64_kernel<T, kDegree, kKeys>;
-  cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem);
-  if (e != cudaSuccess) return e;
-  kernel<<<sms, 384, kSmem, stream>>>(a);
-  return cudaGetLastError();
+  return launch_kernel(gradient64_kernel<T, kDegree, kKeys>, sms, 384, kSmem, stream, a);
 }
 template <typename T, int kDegree>
 cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {

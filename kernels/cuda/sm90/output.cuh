@@ -2,8 +2,8 @@
 // Parts that the forward `output` kernels of both head sizes share.
 #pragma once
 
+#include "kernels/cuda/ptx/wgmma.cuh"
 #include "units.cuh"
-#include "wgmma.cuh"
 
 namespace powerattn::cuda::sm90 {
 

@@ -412,9 +412,9 @@ struct Consumer {
 
 template <typename T, int kDegree>
 __global__ void __launch_bounds__(384, 1) output64_kernel(const __grid_constant__ OutputArgs a) {
-  extern __shared__ unsigned char raw[];
-  const Smem s(smem_address(raw));
-  UnitMeta *slots = reinterpret_cast<UnitMeta *>(raw + (s.unit - smem_address(raw)));
+  unsigned char *raw = dynamic_shared<unsigned char>();
+  const Smem s(shared_address(raw));
+  UnitMeta *slots = reinterpret_cast<UnitMeta *>(raw + (s.unit - shared_address(raw)));
   const int tid = threadIdx.x, group = tid / 128;
   if (tid == 0) {
     for (int i = 0; i < kStages; ++i) {
@@ -474,11 +474,7 @@ __global__ void __launch_bounds__(384, 1) output64_kernel(const __grid_constant_
 
 template <typename T, int kDegree>
 cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
-  auto kernel = output64_kernel<T, kDegree>;
-  cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem);
-  if (e != cudaSuccess) return e;
-  kernel<<<sms, 384, kSmem, stream>>>(a);
-  return cudaGetLastError();
+  return launch_kernel(output64_kernel<T, kDegree>, sms, 384, kSmem, stream, a);
 }
 
 }  // namespace

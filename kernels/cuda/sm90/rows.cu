@@ -2,6 +2,7 @@
 // What the backward needs of every query: delta_i = dy_i . y_i, r_i = 1 / row_norm_i (0 where it is 0), and in
 // the chunked form its weights in the sums that become dS and dZ:
 //   weight_i = c exp(G_i) r_i,   norm_weight_i = -delta_i weight_i,   c = scale^p
+#include "kernels/cuda/launch.cuh"
 #include "units.cuh"
 
 namespace powerattn::cuda::sm90 {
@@ -57,9 +58,9 @@ cudaError_t rows(const RowsArgs &a, cudaStream_t stream) {
   const int64_t blocks = a.p.table.num_tiles * a.p.heads_q;
   if (blocks == 0) return cudaSuccess;
   if (a.p.head_dim == 64)
-    rows_kernel<__nv_bfloat16, 8><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a);
+    launch_kernel(rows_kernel<__nv_bfloat16, 8>, static_cast<unsigned>(blocks), kThreads, 0, stream, a);
   else
-    rows_kernel<__nv_bfloat16, 16><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a);
+    launch_kernel(rows_kernel<__nv_bfloat16, 16>, static_cast<unsigned>(blocks), kThreads, 0, stream, a);
   return cudaGetLastError();
 }
 

@@ -2,6 +2,7 @@
 // The gates of a chunk's keys, and the scan over chunks: slot n holds the sum of chunk n and becomes the carry
 // before it (reverse: after it), in place, fp32 carry:
 //   out_n = carry;   carry = exp(g_n) carry + local_n
+#include "kernels/cuda/launch.cuh"
 #include "units.cuh"
 
 namespace powerattn::cuda::sm90 {
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(128) scan_norm_kernel(const __grid_constant__ 
 
 cudaError_t key_weights(const GateArgs &a, cudaStream_t stream) {
   const int64_t blocks = a.p.table.num_chunks * a.p.heads_kv;
-  if (blocks) key_weights_kernel<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(a);
+  if (blocks) launch_kernel(key_weights_kernel, static_cast<unsigned>(blocks), 256, 0, stream, a);
   return cudaGetLastError();
 }
 
@@ -136,11 +137,11 @@ cudaError_t scan(const ScanArgs &a, cudaStream_t stream) {
   const unsigned y = static_cast<unsigned>(rows < slab ? rows : slab),
                  z = static_cast<unsigned>((rows + slab - 1) / slab);
   const int64_t packs = state_bytes(a.p.head_dim, a.p.degree) / 16;
-  scan_state_kernel<__nv_bfloat16>
-      <<<dim3(static_cast<unsigned>((packs + 127) / 128), y, z), 128, 0, stream>>>(a, packs);
+  launch_kernel(scan_state_kernel<__nv_bfloat16>, dim3(static_cast<unsigned>((packs + 127) / 128), y, z), 128,
+                0, stream, a, packs);
   if (a.norm)
-    scan_norm_kernel<__nv_bfloat16>
-        <<<dim3(static_cast<unsigned>(a.p.head_dim * a.p.head_dim / 4 / 128), y, z), 128, 0, stream>>>(a);
+    launch_kernel(scan_norm_kernel<__nv_bfloat16>,
+                  dim3(static_cast<unsigned>(a.p.head_dim * a.p.head_dim / 4 / 128), y, z), 128, 0, stream, a);
   return cudaGetLastError();
 }
 

@@ -55,12 +55,10 @@ struct Tickets {
     turn ^= 4;
     if (tid == 0) {
       const int u = atomicAdd(counter, 1);
-      asm volatile("st.shared.s32 [%0], %1;" ::"r"(slot + turn), "r"(u) : "memory");
+      store_i1(slot + turn, u);
     }
     named_barrier<1, 128>();
-    int u;
-    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(u) : "r"(slot + turn) : "memory");
-    return u;
+    return load_i1(slot + turn);
   }
 };
 

@@ -8,8 +8,8 @@
 // stay in registers over the chunk's tokens. The A operand phi(k)^T is a K^T fragment times scalars w_t k_ti;
 // the producer warpgroup makes these scalars once per stage, transposed and rounded once, so that a consumer
 // fetches the four it needs for a pair of rows i with one 16-byte load.
+#include "kernels/cuda/ptx/wgmma.cuh"
 #include "units.cuh"
-#include "wgmma.cuh"
 
 namespace powerattn::cuda::sm90 {
 namespace {
@@ -240,7 +240,7 @@ __device__ __forceinline__ void store_tiles(float (&acc)[6][32], const Pipe &pip
   for (int n = 0; n < 6; ++n) {
     const uint32_t buffer = pipe.s.staging + (kGroup * 2 + n % 2) * kTile;
     const bool leader = pipe.warp == 0 && pipe.lane == 0;
-    if (leader) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+    if (leader) bulk_store_wait_read<1>();
     named_barrier<3 + kGroup, 128>();
     const float w = part.i[n] == part.j[n] ? 1.f : 2.f;
 #pragma unroll
@@ -364,7 +364,7 @@ __device__ __forceinline__ void consume(const UpdateArgs &args, const Smem &s, c
     sum_linear<T, kDegree == 2, kGroup>(args, pipe, stages, slots[phase ^ 1].slot);
     slice = next(stages);
   }
-  if (tid == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  if (tid == 0) bulk_store_wait();
 }
 template <typename T, int kDegree, int kGroup>
 __device__ __forceinline__ void consume_slice(const UpdateArgs &args, const Smem &s,
@@ -384,9 +384,9 @@ __device__ __forceinline__ void consume_slice(const UpdateArgs &args, const Smem
 
 template <typename T, int kDegree>
 __global__ void __launch_bounds__(384, 1) update64_kernel(const __grid_constant__ UpdateArgs a) {
-  extern __shared__ unsigned char raw[];
-  const Smem s(smem_address(raw));
-  UnitMeta *slots = reinterpret_cast<UnitMeta *>(raw + (s.unit - smem_address(raw)));
+  unsigned char *raw = dynamic_shared<unsigned char>();
+  const Smem s(shared_address(raw));
+  UnitMeta *slots = reinterpret_cast<UnitMeta *>(raw + (s.unit - shared_address(raw)));
   const int tid = threadIdx.x, group = __shfl_sync(0xffffffffu, tid / 128, 0);
   if (tid == 0) {
     for (int i = 0; i < kStages; ++i) {
@@ -412,11 +412,7 @@ __global__ void __launch_bounds__(384, 1) update64_kernel(const __grid_constant_
 
 template <typename T, int kDegree>
 cudaError_t launch(const UpdateArgs &a, int sms, cudaStream_t stream) {
-  auto kernel = update64_kernel<T, kDegree>;
-  cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem);
-  if (e != cudaSuccess) return e;
-  kernel<<<sms, 384, kSmem, stream>>>(a);
-  return cudaGetLastError();
+  return launch_kernel(update64_kernel<T, kDegree>, sms, 384, kSmem, stream, a);
 }
 
 }  // namespace

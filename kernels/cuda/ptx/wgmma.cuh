@@ -10,14 +10,7 @@
 #include <cstdint>
 #include <type_traits>
 
-namespace powerattn::cuda::sm90 {
-
-// Descriptor of a tile of 128-byte rows, 16-byte chunk index XOR (row & 7), 1024-byte aligned groups of 8 rows.
-// `column_bytes` is the distance between 64-column halves of an N-major tile wider than 64.
-__device__ __forceinline__ uint64_t tile_desc(uint32_t address, uint32_t column_bytes = 1024) {
-  return (uint64_t)((address & 0x3FFFF) >> 4) | (uint64_t)(column_bytes >> 4) << 16 |
-         (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-}
+namespace powerattn::cuda::ptx {
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() {
@@ -169,4 +162,4 @@ __device__ __forceinline__ void wgmma(float (&c)[64], uint64_t a, uint64_t b) {
   }
 }
 
-}  // namespace powerattn::cuda::sm90
+}  // namespace powerattn::cuda::ptx
