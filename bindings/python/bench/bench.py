@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 
 import power_attention as pa
-from power_attention._plan import native
+from power_attention._plan import Options, native
 from power_attention.torch import PowerAttentionState, _native, power_attention
 
 
@@ -68,7 +68,7 @@ def step_overhead() -> dict[str, float]:
     torch.set_num_threads(1)
     q, k, v = (torch.randn(1, 1, 1, 8) for _ in range(3))
     state = PowerAttentionState(1, 1, 8)
-    plan = _native.get_plan(q, v, 0, True, _native.Options(*state._options), 1)
+    plan = _native.get_plan(q, v, 0, True, state._options, 1)
     y = torch.empty(1, 1, 1, 8)
     work, _work = _native.workspace(plan.workspace_step, q)
     args = StepArgs(struct_size=ctypes.sizeof(StepArgs), num_slots=1, workspace=work)
@@ -90,7 +90,7 @@ def against_c(t: int, threads: int) -> dict[str, float]:
     """power_attention on torch tensors against the C call into prepared outputs."""
     torch.set_num_threads(threads)
     q, k, v = (torch.randn(1, t, 8, 64) for _ in range(3))
-    plan = _native.get_plan(q, v, 0, False, _native.Options(2, None, 0.0, 0, 0, True, 0, 0, 0, 0.0))
+    plan = _native.get_plan(q, v, 0, False, Options())
     y, norm = torch.empty_like(q), torch.empty(1, t, 8)
     work, _work = _native.workspace(plan.workspace_forward, q)
     numbers = _native.tensor_numbers

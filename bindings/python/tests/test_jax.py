@@ -53,11 +53,21 @@ def test_gradients_of_states(rng):
 
 
 @pytest.mark.parametrize("index", [np.int32, np.int64])
-def test_packed(rng, index):
-    q, k, v, g = make_inputs(rng, b=1, t=12)
+@pytest.mark.parametrize("x64", [False, True])
+def test_packed(rng, index, x64):
+    """Offsets are 64-bit for the library, whichever integers JAX has."""
+    dtype = np.float64 if x64 else np.float32
+    q, k, v, g = make_inputs(rng, b=1, t=12, d=8, dtype=dtype)
     cu = np.array([0, 4, 4, 10], index)
-    y = jax.jit(lambda *x: power_attention(*x[:3], log_g=x[3], cu_seqlens=x[4]))(q, k, v, g, cu)
-    np.testing.assert_allclose(y, pn.power_attention(q, k, v, log_g=g, cu_seqlens=cu), rtol=1e-12)
+    offset = np.array([3, 0, -2], index)
+    run = jax.jit(lambda *x: power_attention(*x[:3], log_g=x[3], cu_seqlens=x[4], rope="half", rope_offset=x[5]))
+    jax.config.update("jax_enable_x64", x64)
+    try:
+        y = run(q, k, v, g, cu, offset)
+    finally:
+        jax.config.update("jax_enable_x64", True)
+    expected = pn.power_attention(q, k, v, log_g=g, cu_seqlens=cu, rope="half", rope_offset=offset)
+    np.testing.assert_array_equal(y, expected)
     assert not y[:, 10:].any()
 
 
@@ -83,7 +93,8 @@ def test_bad_input_is_named(rng):
         ((q, k, v), {"log_g": g.astype(np.float32)}, TypeError, "log_g is float32"),
         ((q, k[:, 1:], v), {}, ValueError, "k has shape"),
         ((q, k, v), {"degree": 3}, ValueError, "degree is 3"),
-        ((q, k, v), {"rope_offset": np.zeros(3)}, ValueError, "rope_offset"),
+        ((q, k, v), {"rope_offset": np.zeros(3, int)}, ValueError, "rope_offset"),
+        ((q, k, v), {"rope_offset": np.zeros(2), "rope": "half"}, TypeError, "rope_offset is float"),
         ((q, k, v), {"cu_seqlens": np.array([0, 13])}, ValueError, "batch is 2"),
     ]
     for args, options, error, words in cases:

@@ -77,6 +77,49 @@ class Wrapped:
         return self.array.__dlpack_device__()
 
 
+class Old(Wrapped):
+    """A producer that knows nothing of DLPack 1."""
+
+    def __dlpack__(self):
+        return self.array.__dlpack__()
+
+
+@pytest.mark.parametrize("speak", [Wrapped, Old])
+def test_dlpack_reads_strides(rng, speak):
+    q, k, v, _ = make_inputs(rng)
+    expected = attention(q[:, ::-1], k[:, ::-1], v[:, ::-1])
+    close(pn.power_attention(*(speak(x[:, ::-1]) for x in (q, k, v))), expected)
+    packed = rng.standard_normal((2, 11, 3, 4, 6))
+    q, k, v = (packed[:, :, i] for i in range(3))
+    gate = np.broadcast_to(-0.1, (2, 11, 4))
+    close(pn.power_attention(*map(speak, (q, k, v)), log_g=gate), attention(q, k, v, gate))
+
+
+def test_read_only_arrays_are_read(rng):
+    q, k, v, g = make_inputs(rng)
+    expected = attention(q, k, v, g)
+    for x in (q, k, v, g):
+        x.flags.writeable = False
+    close(pn.power_attention(q, k, v, log_g=g), expected)
+    close(pn.power_attention(*map(Wrapped, (q, k, v)), log_g=Wrapped(g)), expected)
+    with pytest.raises(ValueError, match="k does not give its memory"):
+        pn.power_attention(q, Old(k), v)  # the old protocol cannot say "read only", so NumPy refuses
+
+
+def test_arrays_of_other_packages(rng):
+    """torch tensors and JAX arrays as they are, bfloat16 included, which NumPy's own DLPack lacks."""
+    torch = pytest.importorskip("torch")
+    q, k, v, g = make_inputs(rng, dtype=np.float32)
+    low = [torch.tensor(x).bfloat16() for x in (q, k, v)]
+    y = pn.power_attention(*low, log_g=torch.tensor(g))
+    assert y.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(y, pn.power_attention(*(x.astype(ml_dtypes.bfloat16) for x in (q, k, v)), log_g=g))
+    with pytest.raises(ValueError, match="q does not give its memory"):
+        pn.power_attention(low[0].requires_grad_(), *low[1:])
+    jax = pytest.importorskip("jax")
+    np.testing.assert_array_equal(pn.power_attention(*map(jax.numpy.asarray, (q, k, v))), pn.power_attention(q, k, v))
+
+
 def test_dlpack(rng):
     q, k, v, g = make_inputs(rng)
     moved = np.ascontiguousarray(q.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)

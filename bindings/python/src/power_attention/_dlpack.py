@@ -30,6 +30,17 @@ class _DLTensor(ctypes.Structure):
     )
 
 
+class _DLManagedTensorVersioned(ctypes.Structure):
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _DLTensor),
+    )
+
+
 _LITTLE = sys.byteorder == "little"
 _KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
 _DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}  # host, CUDA, pinned host, CUDA managed
@@ -37,6 +48,9 @@ _DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}  # host, CUDA, pinned hos
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype = ctypes.c_void_p
 _capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+_capsule_is = ctypes.pythonapi.PyCapsule_IsValid
+_capsule_is.restype = ctypes.c_int
+_capsule_is.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 
 class View(NamedTuple):
@@ -61,6 +75,26 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     for i in range(len(shape) - 2, -1, -1):
         strides[i] = strides[i + 1] * max(shape[i + 1], 1)
     return tuple(strides)
+
+
+def _export(array: Any, name: str) -> tuple[Any, _DLTensor]:
+    """The capsule of ``array`` and the tensor in it, of either generation of the protocol."""
+    try:
+        try:
+            # From version 1 on, arrays that must not be written can be exported; inputs are only read.
+            capsule = array.__dlpack__(max_version=(1, 0))
+        except TypeError:
+            capsule = array.__dlpack__()
+    except (BufferError, RuntimeError, ValueError) as error:
+        raise InvalidArgumentError(f"{name} does not give its memory through DLPack: {error}") from error
+    if _capsule_is(capsule, b"dltensor_versioned"):
+        managed = _DLManagedTensorVersioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
+        if managed.major != 1:
+            raise InvalidArgumentError(
+                f"{name} speaks DLPack {managed.major}.{managed.minor}; 1.x and 0.x are understood"
+            )
+        return capsule, managed.tensor
+    return capsule, _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
 
 
 def view(array: Any, name: str) -> View:
@@ -93,9 +127,9 @@ def view(array: Any, name: str) -> View:
     device = _DEVICES.get(int(kind))
     if device is None:
         raise InvalidArgumentError(f"{name} is on DLPack device type {int(kind)}; allowed are the CPU and CUDA")
-    capsule = array.__dlpack__()
-    address = _capsule_pointer(capsule, b"dltensor")
-    tensor = _DLTensor.from_address(address)
+    capsule, tensor = _export(array, name)
+    if tensor.dtype.lanes != 1:
+        raise DtypeError(f"{name} has elements of {tensor.dtype.lanes} lanes; plain numbers are needed")
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     strides = tuple(tensor.strides[i] for i in range(tensor.ndim)) if tensor.strides else _contiguous(shape)
     code = _KINDS.get(tensor.dtype.code, f"type{tensor.dtype.code}_")

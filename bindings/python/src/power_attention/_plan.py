@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
+from . import _check
 from . import _power_attention as _swig
 from ._errors import DtypeError, InvalidArgumentError
 
@@ -156,6 +158,103 @@ class Plan:
 cached_plan = lru_cache(maxsize=256)(Plan)
 
 
+class Options(NamedTuple):
+    """What of a call is neither a tensor nor its shape, as numbers: the order of the torch operators' schemas."""
+
+    degree: int = 2
+    scale: float | None = None
+    eps: float = 0.0
+    chunk_size: int = 0
+    form: int = 0
+    normalize: bool = True
+    max_seq_len: int = 0
+    rope_style: int = 0
+    rope_dim: int = 0
+    rope_base: float = 0.0
+
+
+def make_options(
+    degree: int,
+    normalize: bool,
+    *,
+    scale: float | None = None,
+    eps: float = 0.0,
+    chunk_size: int | None = None,
+    form: str = "auto",
+    max_seq_len: int = 0,
+    rope: RopeLike = None,
+) -> Options:
+    """The options as a user gives them, checked."""
+    _check.degree(degree, normalize)
+    if chunk_size is not None and chunk_size <= 0:
+        raise InvalidArgumentError(f"chunk_size is {chunk_size}; a positive number or None is needed")
+    return Options(
+        degree,
+        None if scale is None else float(scale),
+        float(eps),
+        chunk_size or 0,
+        form_number(form),
+        bool(normalize),
+        max_seq_len,
+        *rope_numbers(rope),
+    )
+
+
+def plan_numbers(
+    dtype: int,
+    options: Options,
+    use_state: bool,
+    q: Sequence[int],
+    v: Sequence[int],
+    *,
+    sequences: int = 0,
+    device: int = 0,
+    device_index: int = 0,
+    state_dtype: int = 0,
+    num_threads: int = 0,
+    state_limit: int = 0,
+    allow_tf32: bool = False,
+) -> tuple[Any, ...]:
+    """The arguments of :class:`Plan` for a call on tensors of the shapes q and v."""
+    degree, scale, eps, chunk_size, form, normalize, max_seq_len, rope_style, rope_dim, rope_base = options
+    b, t, h, d = q
+    return (
+        device,
+        device_index,
+        dtype,
+        state_dtype,
+        degree,
+        (0 if normalize else UNNORMALIZED)
+        | (0 if scale is None else CUSTOM_SCALE)
+        | (USE_STATE if use_state else 0)
+        | (ALLOW_TF32 if allow_tf32 else 0),
+        form,
+        b,
+        t,
+        h,
+        v[2],
+        d,
+        v[3],
+        sequences,
+        max_seq_len,
+        chunk_size,
+        0.0 if scale is None else scale,
+        eps,
+        rope_base,
+        rope_dim,
+        rope_style,
+        num_threads,
+        state_limit,
+    )
+
+
+def states_plan(n: int, heads_kv: int, head_dim: int, value_dim: int, degree: int, dtype: int, **where: int) -> Plan:
+    """A plan for operations on n states alone, where the normaliser plays no part."""
+    options = Options(degree, normalize=degree % 2 == 0)
+    shapes = (n, 1, heads_kv, head_dim), (n, 1, heads_kv, value_dim)
+    return cached_plan(*plan_numbers(dtype, options, True, *shapes, **where))  # type: ignore[arg-type]
+
+
 def plan(
     *,
     batch: int = 1,
@@ -211,37 +310,26 @@ def plan(
     """
     if device not in DEVICES:
         raise InvalidArgumentError(f"device is {device!r}; allowed are {', '.join(DEVICES)}")
-    flags = (
-        (0 if normalize else UNNORMALIZED)
-        | (0 if scale is None else CUSTOM_SCALE)
-        | (USE_STATE if use_state else 0)
-        | (ALLOW_TF32 if allow_tf32 else 0)
+    options = make_options(
+        degree, normalize, scale=scale, eps=eps, chunk_size=chunk_size, form=form, max_seq_len=max_seq_len, rope=rope
     )
-    style, rope_dim, rope_base = rope_numbers(rope)
+    heads_kv = heads if heads_kv is None else heads_kv
+    value_dim = head_dim if value_dim is None else value_dim
     return cached_plan(
-        DEVICES[device],
-        device_index,
-        dtype_number(dtype),
-        0 if state_dtype is None else dtype_number(state_dtype, "state_dtype"),
-        degree,
-        flags,
-        form_number(form),
-        batch,
-        seq_len,
-        heads,
-        heads if heads_kv is None else heads_kv,
-        head_dim,
-        head_dim if value_dim is None else value_dim,
-        sequences,
-        max_seq_len,
-        chunk_size or 0,
-        0.0 if scale is None else float(scale),
-        float(eps),
-        rope_base,
-        rope_dim,
-        style,
-        num_threads,
-        state_limit,
+        *plan_numbers(
+            dtype_number(dtype),
+            options,
+            use_state,
+            (batch, seq_len, heads, head_dim),
+            (batch, seq_len, heads_kv, value_dim),
+            sequences=sequences,
+            device=DEVICES[device],
+            device_index=device_index,
+            state_dtype=0 if state_dtype is None else dtype_number(state_dtype, "state_dtype"),
+            num_threads=num_threads,
+            state_limit=state_limit,
+            allow_tf32=allow_tf32,
+        )
     )
 
 

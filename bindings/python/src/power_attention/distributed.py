@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._errors import InvalidArgumentError, UnsupportedError
-from ._plan import RopeLike
+from ._plan import Options, RopeLike, make_options
 from .torch import _native
-from .torch._native import MaybeTensor, Options
-from .torch.function import State, StateLike, autocast, numbers
+from .torch._native import MaybeTensor
+from .torch.function import State, StateLike, autocast
 from .torch.segments import compose, summary, summary_reverse
 
 __all__ = ["Shard", "context_parallel_attention", "shard_sequences"]
@@ -263,7 +263,7 @@ def context_parallel_attention(
     """
     if not dist.is_available() or not dist.is_initialized():
         raise UnsupportedError("torch.distributed is not initialised; call init_process_group first")
-    options = Options(*numbers(degree, scale, eps, chunk_size, form, normalize, 0, rope))
+    options = make_options(degree, normalize, scale=scale, eps=eps, chunk_size=chunk_size, form=form, rope=rope)
     q, k, v = autocast(q, k, v)
     _native.check_device(q)
     rank, world = dist.get_rank(group), dist.get_world_size(group)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ._errors import InvalidArgumentError
+from ._plan import Options, make_options
 from .torch import _native
-from .torch._native import Options
-from .torch.function import State, numbers, power_attention
+from .torch.function import State, power_attention
 from .torch.segments import compose, summary
 from .torch.state import _refuse_grad
 
@@ -151,7 +151,7 @@ def _recent(Q: Tensor, K: Tensor, V: Tensor, total: Tensor | None, deg: int, sca
     return numerator, weights.sum(-1).permute(0, 3, 1, 2).reshape(b, tq, h)
 
 
-def _from_state(Q: Tensor, state: State, options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def _from_state(Q: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]:
     """Numerator and denominator of queries against a state, without any gate."""
     b, tq, _, d = Q.shape
     hk, e = state.s.shape[1], state.s.shape[3]
@@ -175,7 +175,7 @@ def _inference(
     switch: int | None,
 ) -> tuple[Tensor, State | None]:
     d, tq = Q.shape[3], Q.shape[1]
-    options = numbers(deg, scale, 0.0, None, "auto", True, 0, None)
+    options = make_options(deg, True, scale=scale)
     factor = 1.0 / d**0.5 if scale is None else scale
     if K is None or V is None:
         assert state is not None
@@ -199,7 +199,7 @@ def _inference(
     y = torch.where(norm[..., None] > 0, numerator / norm[..., None], 0).to(Q.dtype)
     if not switching:
         return y, state
-    segment = summary(K, V, log_G, None, None, Options(*options))
+    segment = summary(K, V, log_G, None, None, options)
     if state is None:
         return y, segment.state
     segments = State(torch.stack((state.s, segment.state.s)), torch.stack((state.z, segment.state.z)))
@@ -248,8 +248,8 @@ def power_retention_inference(
                 raise InvalidArgumentError(f"{name} is {x.dtype} on {x.device}; Q is {Q.dtype} on {Q.device}")
         if Q.shape[1] > K.shape[1]:
             raise InvalidArgumentError(f"Q has {Q.shape[1]} tokens, K has {K.shape[1]}; Q's are the last ones of K's")
-        _native.check_inputs(K, K, V, _gate(log_G, Q), None, None, K.shape[0], Options(*numbers(
-            deg, scale, 0.0, None, "auto", True, 0, None)))  # fmt: skip
+        options = make_options(deg, True, scale=scale)
+        _native.check_inputs(K, K, V, _gate(log_G, Q), None, None, K.shape[0], options)
         if Q.shape[0] != K.shape[0] or Q.shape[3] != K.shape[3] or Q.shape[2] % K.shape[2]:
             raise InvalidArgumentError(
                 f"Q has shape {list(Q.shape)}, K {list(K.shape)}: equal batch and head_dim, and heads of Q a multiple"

@@ -16,17 +16,7 @@ import numpy as np
 
 from .. import _check
 from .._errors import DtypeError, InvalidArgumentError
-from .._plan import (
-    CUSTOM_SCALE,
-    UNNORMALIZED,
-    USE_STATE,
-    RopeLike,
-    cached_plan,
-    dtype_number,
-    form_number,
-    rope_numbers,
-    state_rows,
-)
+from .._plan import RopeLike, cached_plan, dtype_number, make_options, plan_numbers, state_rows
 from . import _shim
 
 __all__ = ["State", "power_attention"]
@@ -40,17 +30,18 @@ class State(NamedTuple):
 
 
 class _Spec(NamedTuple):
-    """A description: hashable, as a static argument must be. The order is that of xla_ffi.cc."""
+    """A description: hashable, as a static argument must be."""
 
-    integers: tuple[int, ...]
-    reals: tuple[float, float, float]
+    numbers: tuple[Any, ...]  # as plan_numbers makes them; the device is the handler's own
     normalize: bool
     return_state: bool
     sequences: int
     rows: int
 
     def attributes(self) -> dict[str, Any]:
-        return {"spec": np.array(self.integers, np.int64), "real": np.array(self.reals, np.float64)}
+        # xla_ffi.cc reads both by position; scale, eps and rope_base stand between the integers.
+        whole, real = self.numbers[:16] + self.numbers[19:], self.numbers[16:19]
+        return {"spec": np.array(whole, np.int64), "real": np.array(real, np.float64)}
 
 
 def _wide(dtype: Any) -> Any:
@@ -59,6 +50,18 @@ def _wide(dtype: Any) -> Any:
 
 def _absent(dtype: Any) -> Any:
     return jnp.zeros((0,), dtype)
+
+
+def _offsets(x: Any, name: str) -> Any:
+    """Memory of int64 whether or not JAX has 64-bit integers: pairs of int32 otherwise, low word first."""
+    if x is None:
+        return _absent(jnp.int32)
+    if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
+        raise DtypeError(f"{name} is {jnp.result_type(x)}; integers are needed")
+    if jax.config.read("jax_enable_x64"):
+        return jnp.asarray(x, jnp.int64)
+    low = jnp.asarray(x, jnp.int32)
+    return jnp.stack((low, low >> 31), -1)
 
 
 def _call(name: str, results: list[tuple[tuple[int, ...], Any]], spec: _Spec, *operands: Any) -> Any:
@@ -142,6 +145,7 @@ def power_attention(
         form: ``"auto"``, ``"attention"`` or ``"chunked"``.
         num_threads: CPU threads; 0 means all.
     """
+    options = make_options(degree, normalize, scale=scale, eps=eps, chunk_size=chunk_size, form=form, rope=rope)
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     wide = _wide(q.dtype)
     for name, x in (("k", k), ("v", v)):
@@ -153,11 +157,9 @@ def power_attention(
             raise DtypeError(f"log_g is {log_g.dtype}; {jnp.dtype(wide)} is needed (q is {q.dtype})")
     _check.shapes(q.shape, k.shape, v.shape, None if log_g is None else log_g.shape)
     _check.packed(q.shape[0], None if cu_seqlens is None else jnp.shape(cu_seqlens))
-    _check.degree(degree, normalize)
-    b, t, h, d = q.shape
-    hk, e = v.shape[2:]
+    d, (hk, e) = q.shape[3], v.shape[2:]
     packed = 0 if cu_seqlens is None else jnp.shape(cu_seqlens)[0] - 1
-    n = packed or b
+    n = packed or q.shape[0]
     rows = state_rows(d, degree)
     if initial_state is not None:
         s0, z0 = (jnp.asarray(x) for x in initial_state)
@@ -168,23 +170,18 @@ def power_attention(
         s0, z0 = _absent(wide), _absent(wide)
     if rope_offset is not None and jnp.shape(rope_offset) != (n,):
         raise InvalidArgumentError(f"rope_offset has shape {list(jnp.shape(rope_offset))}; [{n}] is needed")
-    style, rope_dim, rope_base = rope_numbers(rope)
-    use_state = return_final_state or initial_state is not None
-    flags = (
-        (0 if normalize else UNNORMALIZED) | (0 if scale is None else CUSTOM_SCALE) | (USE_STATE if use_state else 0)
+    numbers = plan_numbers(
+        dtype_number(str(q.dtype), "q"),
+        options,
+        return_final_state or initial_state is not None,
+        q.shape,
+        v.shape,
+        sequences=packed,
+        num_threads=num_threads,
     )
-    dtype, chunk = dtype_number(str(q.dtype), "q"), chunk_size or 0
-    number = 0.0 if scale is None else float(scale)
     if jax.default_backend() == "cpu":  # what cannot be planned is refused here, with its own exception
-        cached_plan(
-            0, 0, dtype, 0, degree, flags, form_number(form), b, t, h, hk, d, e, packed, 0, chunk, number,
-            float(eps), rope_base, rope_dim, style, num_threads, 0,
-        )  # fmt: skip
-    integers = (
-        dtype, degree, flags, form_number(form), b, t, h, hk, d, e, packed, chunk, rope_dim, style, num_threads,
-    )  # fmt: skip
-    spec = _Spec(integers, (number, float(eps), rope_base), normalize, return_final_state, n, rows)
-    index = jnp.int64 if jax.config.read("jax_enable_x64") else jnp.int32
+        cached_plan(*numbers)
+    spec = _Spec(numbers, normalize, return_final_state, n, rows)
     y, s, z = _attention(
         spec,
         q,
@@ -193,7 +190,7 @@ def power_attention(
         _absent(wide) if log_g is None else log_g,
         s0,
         z0,
-        _absent(index) if cu_seqlens is None else jnp.asarray(cu_seqlens, index),
-        _absent(index) if rope_offset is None else jnp.asarray(rope_offset, index),
+        _offsets(cu_seqlens, "cu_seqlens"),
+        _offsets(rope_offset, "rope_offset"),
     )
     return (y, State(s, z)) if return_final_state else y

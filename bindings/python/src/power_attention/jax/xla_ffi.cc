@@ -3,8 +3,8 @@
 // functions come as addresses (powerattn_xla_init), so that this links to nothing and one library is loaded.
 //
 // Absent operands have no elements. Arrays are row-major, so strides follow from dimensions. The attribute `spec`
-// holds the integers of powerattn_desc, `real` its floating-point numbers; power_attention/jax/__init__.py has
-// the same order.
+// holds the integers of powerattn_desc, `real` its floating-point numbers, in the order of plan_numbers() in
+// power_attention/_plan.py.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -14,7 +14,6 @@
 #include <mutex>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "power_attention.h"
 #include "xla/ffi/api/ffi.h"
@@ -40,13 +39,20 @@ ffi::Error error_of(powerattn_status status) {
   return ffi::Error(argument ? ffi::ErrorCode::kInvalidArgument : ffi::ErrorCode::kInternal, library.last_error());
 }
 
+struct Device {
+  int32_t type;
+  int32_t index;
+};
+
 // Plans by description, the least recently used leaving first. A call holds its plan while it runs.
 class Plans {
  public:
-  ffi::Error get(int32_t device, Ints spec, Reals real, std::shared_ptr<powerattn_plan> *plan) {
+  ffi::Error get(Device device, Ints spec, Reals real, std::shared_ptr<powerattn_plan> *plan) {
+    if (spec.size() != 20 || real.size() != 3)
+      return ffi::Error(ffi::ErrorCode::kInternal, "power_attention: the description has another length");
     std::string key(reinterpret_cast<const char *>(spec.begin()), spec.size() * sizeof(int64_t));
     key.append(reinterpret_cast<const char *>(real.begin()), real.size() * sizeof(double));
-    key.push_back(static_cast<char>(device));
+    key.append(std::to_string(device.type) + ':' + std::to_string(device.index));
     std::lock_guard<std::mutex> lock(mutex_);
     auto found = index_.find(key);
     if (found != index_.end()) {
@@ -57,23 +63,27 @@ class Plans {
     powerattn_desc desc;
     std::memset(&desc, 0, sizeof desc);
     desc.struct_size = sizeof desc;
-    desc.device_type = device;
-    size_t i = 0;
-    desc.dtype = static_cast<int32_t>(spec.begin()[i++]);
-    desc.degree = static_cast<int32_t>(spec.begin()[i++]);
-    desc.flags = static_cast<int32_t>(spec.begin()[i++]);
-    desc.form = static_cast<int32_t>(spec.begin()[i++]);
-    desc.batch = spec.begin()[i++];
-    desc.seq_len = spec.begin()[i++];
-    desc.heads_q = spec.begin()[i++];
-    desc.heads_kv = spec.begin()[i++];
-    desc.head_dim = spec.begin()[i++];
-    desc.value_dim = spec.begin()[i++];
-    desc.sequences = spec.begin()[i++];
-    desc.chunk_size = spec.begin()[i++];
-    desc.rope_dim = spec.begin()[i++];
-    desc.rope_style = static_cast<int32_t>(spec.begin()[i++]);
-    desc.num_threads = static_cast<int32_t>(spec.begin()[i++]);
+    const int64_t *next = spec.begin() + 2;  // the device is the handler's, not the description's
+    desc.device_type = device.type;
+    desc.device_index = device.index;
+    desc.dtype = static_cast<int32_t>(*next++);
+    desc.state_dtype = static_cast<int32_t>(*next++);
+    desc.degree = static_cast<int32_t>(*next++);
+    desc.flags = static_cast<int32_t>(*next++);
+    desc.form = static_cast<int32_t>(*next++);
+    desc.batch = *next++;
+    desc.seq_len = *next++;
+    desc.heads_q = *next++;
+    desc.heads_kv = *next++;
+    desc.head_dim = *next++;
+    desc.value_dim = *next++;
+    desc.sequences = *next++;
+    desc.max_seq_len = *next++;
+    desc.chunk_size = *next++;
+    desc.rope_dim = *next++;
+    desc.rope_style = static_cast<int32_t>(*next++);
+    desc.num_threads = static_cast<int32_t>(*next++);
+    desc.state_limit = static_cast<uint64_t>(*next++);
     desc.scale = real.begin()[0];
     desc.eps = real.begin()[1];
     desc.rope_base = real.begin()[2];
@@ -122,21 +132,9 @@ powerattn_state state(const A &s, const B &z) {
   return out;
 }
 
-// Offsets in 64 bits: JAX has 32-bit integers unless told otherwise.
-ffi::Error offsets(int32_t device, const ffi::AnyBuffer &x, std::vector<int64_t> *host, const int64_t **out) {
-  *out = nullptr;
-  if (x.dimensions().size() != 1 || x.dimensions()[0] == 0) return ffi::Error::Success();
-  if (x.element_type() == ffi::DataType::S64) {
-    *out = static_cast<const int64_t *>(x.untyped_data());
-    return ffi::Error::Success();
-  }
-  if (device != POWERATTN_CPU)
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                      "cu_seqlens and rope_offset must be int64 on CUDA; set jax_enable_x64");
-  const int32_t *narrow = static_cast<const int32_t *>(x.untyped_data());
-  host->assign(narrow, narrow + x.dimensions()[0]);
-  *out = host->data();
-  return ffi::Error::Success();
+// Offsets are int64, or pairs of int32 that read as int64: JAX has 32-bit integers unless told otherwise.
+const int64_t *offsets(const ffi::AnyBuffer &x) {
+  return x.element_count() ? static_cast<const int64_t *>(x.untyped_data()) : nullptr;
 }
 
 // Scratch memory of a call: the host's own, or XLA's on a device, where it is stream-ordered.
@@ -173,7 +171,7 @@ class Workspace {
 using Any = ffi::AnyBuffer;
 using Out = ffi::Result<ffi::AnyBuffer>;
 
-ffi::Error forward(int32_t device, void *stream, ffi::ScratchAllocator *scratch, Any q, Any k, Any v, Any log_g,
+ffi::Error forward(Device device, void *stream, ffi::ScratchAllocator *scratch, Any q, Any k, Any v, Any log_g,
                    Any s0, Any z0, Any cu, Any rope_offset, Out y, Out row_norm, Out s, Out z, Ints spec,
                    Reals real) {
   std::shared_ptr<powerattn_plan> plan;
@@ -182,7 +180,6 @@ ffi::Error forward(int32_t device, void *stream, ffi::ScratchAllocator *scratch,
   std::memset(&info, 0, sizeof info);
   info.struct_size = sizeof info;
   if (powerattn_status status = library.plan_query(plan.get(), &info)) return error_of(status);
-  std::vector<int64_t> cu_host, offset_host;
   Workspace workspace;
   RETURN_IF_ERROR(workspace.take(info.workspace_forward, scratch));
   powerattn_forward_args args;
@@ -196,8 +193,8 @@ ffi::Error forward(int32_t device, void *stream, ffi::ScratchAllocator *scratch,
   args.row_norm = tensor(*row_norm);
   args.initial_state = state(s0, z0);
   args.final_state = state(*s, *z);
-  RETURN_IF_ERROR(offsets(device, cu, &cu_host, &args.cu_seqlens));
-  RETURN_IF_ERROR(offsets(device, rope_offset, &offset_host, &args.rope_offset));
+  args.cu_seqlens = offsets(cu);
+  args.rope_offset = offsets(rope_offset);
   args.workspace = workspace.data();
   args.workspace_bytes = info.workspace_forward;
   args.stream = stream;
@@ -205,7 +202,7 @@ ffi::Error forward(int32_t device, void *stream, ffi::ScratchAllocator *scratch,
   return ffi::Error::Success();
 }
 
-ffi::Error backward(int32_t device, void *stream, ffi::ScratchAllocator *scratch, Any q, Any k, Any v, Any log_g,
+ffi::Error backward(Device device, void *stream, ffi::ScratchAllocator *scratch, Any q, Any k, Any v, Any log_g,
                     Any y, Any row_norm, Any d_y, Any s0, Any z0, Any d_s, Any d_z, Any cu, Any rope_offset,
                     Out d_q, Out d_k, Out d_v, Out d_log_g, Out d_s0, Out d_z0, Ints spec, Reals real) {
   std::shared_ptr<powerattn_plan> plan;
@@ -214,7 +211,6 @@ ffi::Error backward(int32_t device, void *stream, ffi::ScratchAllocator *scratch
   std::memset(&info, 0, sizeof info);
   info.struct_size = sizeof info;
   if (powerattn_status status = library.plan_query(plan.get(), &info)) return error_of(status);
-  std::vector<int64_t> cu_host, offset_host;
   Workspace workspace;
   RETURN_IF_ERROR(workspace.take(info.workspace_backward, scratch));
   powerattn_backward_args args;
@@ -234,8 +230,8 @@ ffi::Error backward(int32_t device, void *stream, ffi::ScratchAllocator *scratch
   args.initial_state = state(s0, z0);
   args.d_final_state = state(d_s, d_z);
   args.d_initial_state = state(*d_s0, *d_z0);
-  RETURN_IF_ERROR(offsets(device, cu, &cu_host, &args.cu_seqlens));
-  RETURN_IF_ERROR(offsets(device, rope_offset, &offset_host, &args.rope_offset));
+  args.cu_seqlens = offsets(cu);
+  args.rope_offset = offsets(rope_offset);
   args.workspace = workspace.data();
   args.workspace_bytes = info.workspace_backward;
   args.stream = stream;
@@ -245,19 +241,19 @@ ffi::Error backward(int32_t device, void *stream, ffi::ScratchAllocator *scratch
 
 template <typename... Args>
 ffi::Error forward_cpu(Args... args) {
-  return forward(POWERATTN_CPU, nullptr, nullptr, args...);
+  return forward({POWERATTN_CPU, 0}, nullptr, nullptr, args...);
 }
 template <typename... Args>
 ffi::Error backward_cpu(Args... args) {
-  return backward(POWERATTN_CPU, nullptr, nullptr, args...);
+  return backward({POWERATTN_CPU, 0}, nullptr, nullptr, args...);
 }
 template <typename... Args>
-ffi::Error forward_cuda(void *stream, ffi::ScratchAllocator scratch, Args... args) {
-  return forward(POWERATTN_CUDA, stream, &scratch, args...);
+ffi::Error forward_cuda(void *stream, ffi::ScratchAllocator scratch, int32_t ordinal, Args... args) {
+  return forward({POWERATTN_CUDA, ordinal}, stream, &scratch, args...);
 }
 template <typename... Args>
-ffi::Error backward_cuda(void *stream, ffi::ScratchAllocator scratch, Args... args) {
-  return backward(POWERATTN_CUDA, stream, &scratch, args...);
+ffi::Error backward_cuda(void *stream, ffi::ScratchAllocator scratch, int32_t ordinal, Args... args) {
+  return backward({POWERATTN_CUDA, ordinal}, stream, &scratch, args...);
 }
 
 }  // namespace
@@ -272,7 +268,7 @@ ffi::Error backward_cuda(void *stream, ffi::ScratchAllocator scratch, Args... ar
 #define FORWARD_TYPES Any, Any, Any, Any, Any, Any, Any, Any, Out, Out, Out, Out, Ints, Reals
 #define BACKWARD_TYPES \
   Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Any, Out, Out, Out, Out, Out, Out, Ints, Reals
-#define DEVICE_CONTEXT .Ctx<ffi::PlatformStream<void *>>().Ctx<ffi::ScratchAllocator>()
+#define DEVICE_CONTEXT .Ctx<ffi::PlatformStream<void *>>().Ctx<ffi::ScratchAllocator>().Ctx<ffi::DeviceOrdinal>()
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(powerattn_xla_forward_cpu, (forward_cpu<FORWARD_TYPES>),
                               ffi::Ffi::Bind() FORWARD_OPERANDS);
@@ -285,8 +281,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(powerattn_xla_backward_cuda, (backward_cuda<BACKWA
                               ffi::Ffi::Bind() DEVICE_CONTEXT BACKWARD_OPERANDS,
                               {ffi::Traits::kCmdBufferCompatible});
 
-extern "C" __attribute__((visibility("default"))) void powerattn_xla_init(void *plan_create, void *plan_destroy, void *plan_query, void *forward_address,
-                                   void *backward_address, void *last_error) {
+extern "C" __attribute__((visibility("default"))) void powerattn_xla_init(
+    void *plan_create, void *plan_destroy, void *plan_query, void *forward_address, void *backward_address,
+    void *last_error) {
   library.plan_create = reinterpret_cast<decltype(library.plan_create)>(plan_create);
   library.plan_destroy = reinterpret_cast<decltype(library.plan_destroy)>(plan_destroy);
   library.plan_query = reinterpret_cast<decltype(library.plan_query)>(plan_query);

@@ -7,7 +7,7 @@ Nothing here knows of autograd or of the dispatcher; :mod:`.ops` registers these
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,36 +16,21 @@ from .. import _check
 from .._errors import DtypeError, InvalidArgumentError, NoDeviceError
 from .._plan import (
     ABSENT,
-    CUSTOM_SCALE,
     ENV_THREADS,
     NO_STATE,
-    UNNORMALIZED,
-    USE_STATE,
+    Options,
     Plan,
     cached_plan,
     cuda_available,
     native,
+    plan_numbers,
     state_rows,
+    states_plan,
 )
 
 NUMBERS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.float64: 4}
 STATE_NUMBERS = {torch.float32: 1, torch.bfloat16: 3, torch.float64: 4}
 MaybeTensor = Tensor | None
-
-
-class Options(NamedTuple):
-    """What is not a tensor, in the order of the operators' schemas."""
-
-    degree: int
-    scale: float | None
-    eps: float
-    chunk_size: int
-    form: int
-    normalize: bool
-    max_seq_len: int
-    rope_style: int
-    rope_dim: int
-    rope_base: float
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -163,37 +148,44 @@ def guard(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def place(device: torch.device) -> tuple[int, int]:
+    """Type and index of a device, as a plan takes them."""
+    return (1, device.index or 0) if device.type == "cuda" else (0, 0)
+
+
 def get_plan(q: Tensor, v: Tensor, sequences: int, use_state: bool, options: Options, state_number: int = 0) -> Plan:
     """The plan of a call, from the cache."""
-    b, t, h, d = q.shape
-    cuda = q.is_cuda
-    scale = options.scale
+    device, device_index = place(q.device)
     return cached_plan(
-        1 if cuda else 0,
-        (q.device.index or 0) if cuda else 0,
-        NUMBERS[q.dtype],
-        state_number,
-        options.degree,
-        (0 if options.normalize else UNNORMALIZED)
-        | (0 if scale is None else CUSTOM_SCALE)
-        | (USE_STATE if use_state else 0),
-        options.form,
-        b,
-        t,
-        h,
-        v.shape[2],
-        d,
-        v.shape[3],
-        sequences,
-        options.max_seq_len,
-        options.chunk_size,
-        0.0 if scale is None else scale,
-        options.eps,
-        options.rope_base,
-        options.rope_dim,
-        options.rope_style,
-        0 if ENV_THREADS or cuda else torch.get_num_threads(),
-        0,
+        *plan_numbers(
+            NUMBERS[q.dtype],
+            options,
+            use_state,
+            q.shape,
+            v.shape,
+            sequences=sequences,
+            device=device,
+            device_index=device_index,
+            state_dtype=state_number,
+            num_threads=0 if ENV_THREADS or device else torch.get_num_threads(),
+        )
+    )
+
+
+def get_states_plan(s: Tensor, head_dim: int, degree: int) -> Plan:
+    """A plan for operations on states ``[n, heads_kv, D, value_dim]`` alone."""
+    n, heads_kv, _, value_dim = s.shape
+    device, device_index = place(s.device)
+    return states_plan(
+        n,
+        heads_kv,
+        head_dim,
+        value_dim,
+        degree,
+        dtype=NUMBERS[wide(s.dtype)],
+        state_dtype=STATE_NUMBERS[s.dtype],
+        device=device,
+        device_index=device_index,
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _check
 from .._errors import InvalidArgumentError
-from .._plan import RopeLike, form_number, rope_numbers
+from .._plan import RopeLike, make_options
 from . import _native
 from . import ops as _ops  # noqa: F401  registers the operators
 
@@ -45,35 +45,6 @@ def index(x: Any, like: Tensor) -> Tensor | None:
     if x.dtype not in (torch.int64, torch.int32):
         raise InvalidArgumentError(f"an index tensor is {x.dtype}; int64 or int32 is needed")
     return x.to(torch.int64).contiguous()
-
-
-def numbers(
-    degree: int,
-    scale: float | None,
-    eps: float,
-    chunk_size: int | None,
-    form: str,
-    normalize: bool,
-    max_seq_len: int,
-    rope: RopeLike,
-) -> tuple[Any, ...]:
-    """The options as the operators take them."""
-    _check.degree(degree, normalize)
-    if chunk_size is not None and chunk_size <= 0:
-        raise InvalidArgumentError(f"chunk_size is {chunk_size}; a positive number or None is needed")
-    style, rope_dim, rope_base = rope_numbers(rope)
-    return (
-        degree,
-        None if scale is None else float(scale),
-        float(eps),
-        chunk_size or 0,
-        form_number(form),
-        bool(normalize),
-        max_seq_len,
-        style,
-        rope_dim,
-        rope_base,
-    )
 
 
 def power_attention(
@@ -125,7 +96,9 @@ def power_attention(
     Returns:
         y ``[b, t, h, e]``, or ``(y, State(s, z))`` with ``return_final_state``.
     """
-    options = numbers(degree, scale, eps, chunk_size, form, normalize, max_seq_len, rope)
+    options = make_options(
+        degree, normalize, scale=scale, eps=eps, chunk_size=chunk_size, form=form, max_seq_len=max_seq_len, rope=rope
+    )
     _check.rank("q", q.shape, "[batch, tokens, heads, head_dim]")
     q, k, v = autocast(q, k, v)
     s0, z0 = (None, None) if initial_state is None else initial_state

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .._errors import UnsupportedError
+from .._plan import Options
 from . import _native
-from ._native import MaybeTensor, Options
+from ._native import MaybeTensor
 
 _OPTIONS = (
     "int degree, float? scale, float eps, int chunk_size, int form, bool normalize, int max_seq_len, "

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from .._plan import ABSENT, NO_STATE, Plan, native
+from .._plan import ABSENT, NO_STATE, Options, native
 from . import _native
-from ._native import MaybeTensor, Options
+from ._native import MaybeTensor
 from .function import State
 
 
@@ -20,13 +20,6 @@ class Summary(NamedTuple):
 
     state: State
     total_log_g: Tensor
-
-
-def _plan(q: Tensor, v: Tensor, sequences: int, options: Options) -> Plan:
-    # The normaliser plays no part in states; an odd degree is refused with it.
-    if options.degree % 2:
-        options = options._replace(normalize=False)
-    return _native.get_plan(q, v, sequences, True, options)
 
 
 @torch.no_grad()
@@ -45,7 +38,9 @@ def summary(
     _native.check_inputs(k, k, v, log_g, cu_seqlens, rope_offset, n, options)
     k, v = _native.unit(k), _native.unit(v)
     with _native.guard(k):
-        plan = _plan(k, v, sequences, options)
+        # The normaliser plays no part; an odd degree is refused with it.
+        options = options._replace(normalize=options.degree % 2 == 0)
+        plan = _native.get_plan(k, v, sequences, True, options)
         s, z = _native.empty_state(k, v, n, options.degree)
         total = k.new_empty((n, k.shape[2]), dtype=s.dtype)
         work, _work = _native.workspace(plan.workspace_summary, k)
@@ -117,17 +112,15 @@ def compose(segments: State, total_log_g: MaybeTensor, head_dim: int, degree: in
         reverse: fold the last one first.
     """
     s, z = segments
-    m, n, heads_kv, rows, value_dim = s.shape
-    _check.state("segments", s.shape[1:], z.shape[1:], n, heads_kv, rows, value_dim)
-    like = torch.empty((n, 0, heads_kv, head_dim), dtype=_native.wide(s.dtype), device=s.device)
-    v_like = torch.empty((n, 0, heads_kv, value_dim), dtype=like.dtype, device=s.device)
-    out_s, out_z = torch.empty_like(s[0]) if m else s.new_zeros(s.shape[1:]), s.new_empty(z.shape[1:])
-    total = s.new_zeros((n, heads_kv), dtype=like.dtype)
+    m, n, heads_kv, _, value_dim = s.shape
+    out_s, out_z = s.new_empty(s.shape[1:]), s.new_empty(z.shape[1:])
+    total = s.new_zeros((n, heads_kv), dtype=_native.wide(s.dtype))
     first = m - 1 if reverse and m else 0
     sign = -1 if reverse else 1
     with _native.guard(s):
-        plan = _plan(like, v_like, 0, Options(degree, None, 0.0, 0, 0, degree % 2 == 0, 0, 0, 0, 0.0))
-        gates = (0, 0, 0, 0)
+        plan = _native.get_states_plan(out_s, head_dim, degree)
+        _check.state("segments", s.shape[1:], z.shape[1:], n, heads_kv, plan.state_rows, value_dim)
+        gates = ABSENT
         if total_log_g is not None:
             strides = total_log_g.stride()
             gates = (total_log_g[first].data_ptr() if m else 0, sign * strides[0], strides[1], strides[2])

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .._errors import DtypeError, InvalidArgumentError
-from .._plan import RopeLike, cached_plan, native, state_rows
+from .._plan import RopeLike, make_options, native, state_rows
 from . import _native
-from .function import State, autocast, index, numbers
+from .function import State, autocast, index
 
 _compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
@@ -71,7 +71,7 @@ def step(
         rope_offset: position of the first token of each sequence.
         inplace: change ``state`` and return y; otherwise leave it alone and return ``(y, new_state)``.
     """
-    options = numbers(degree, scale, eps, None, "auto", normalize, 0, rope)
+    options = make_options(degree, normalize, scale=scale, eps=eps, rope=rope)
     q, k, v = autocast(q, k, v)
     s, z = state
     rest = (index(slots, q), index(lengths, q), index(rope_offset, q))
@@ -147,7 +147,7 @@ class PowerAttentionState:
         self.z = torch.zeros((slots, heads_kv, rows), dtype=dtype, device=device)
         self.head_dim, self.degree, self.scale = head_dim, degree, scale
         self.normalize, self.eps, self.rope = normalize, eps, rope
-        self._options = numbers(degree, scale, eps, None, "auto", normalize, 0, rope)
+        self._options = make_options(degree, normalize, scale=scale, eps=eps, rope=rope)
         self._position = torch.zeros((slots,), dtype=torch.int64, device=device)
         self._pending = 0  # tokens that every slot has seen and _position does not count yet
         self._ready: dict[Any, Any] = {}  # calls that were checked, by the shapes and types of their tensors
@@ -217,7 +217,7 @@ class PowerAttentionState:
             return
         if self._ready_for[0] is not self.s or self._ready_for[1] is not self.z or len(self._ready) > 64:
             self._ready, self._ready_for = {}, (self.s, self.z)
-        plan = _native.get_plan(q, v, 0, True, _native.Options(*self._options), _native.STATE_NUMBERS[self.s.dtype])
+        plan = _native.get_plan(q, v, 0, True, self._options, _native.STATE_NUMBERS[self.s.dtype])
         shape = (*q.shape[:3], v.shape[3])
         y_strides = (shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3])
         strides = _native.state_numbers(self.s, self.z)[2:]
@@ -329,22 +329,13 @@ class PowerAttentionState:
         new._ready, new._ready_for = {}, (new.s, new.z)
         return new
 
-    def _plan(self) -> Any:
-        wide = torch.float64 if self.s.dtype is torch.float64 else torch.float32
-        s, cuda = self.s, self.s.is_cuda
-        return cached_plan(
-            1 if cuda else 0, (s.device.index or 0) if cuda else 0, _native.NUMBERS[wide],
-            _native.STATE_NUMBERS[s.dtype], self.degree, 4 | (1 if self.degree % 2 else 0), 0, s.shape[0], 1,
-            s.shape[1], s.shape[1], self.head_dim, s.shape[3], 0, 0, 0, 0.0, 0.0, 0.0, 0, 0, 0, 0,
-        )  # fmt: skip
-
     def to_bytes(self, dtype: torch.dtype | None = None) -> bytes:
         """The states, without positions, as a versioned block that any machine and device can read.
 
         Args:
             dtype: of the packed numbers; ``None`` keeps the type.
         """
-        plan, count = self._plan(), self.slots
+        plan, count = _native.get_states_plan(self.s, self.head_dim, self.degree), self.slots
         number = _native.STATE_NUMBERS[dtype or self.s.dtype]
         size = native.state_pack_size(plan.handle, number, count)
         block = torch.empty(size, dtype=torch.uint8)
@@ -362,7 +353,7 @@ class PowerAttentionState:
 
     def from_bytes(self, block: bytes) -> None:
         """Reads what :meth:`to_bytes` of a pool with the same shape made; positions stay as they are."""
-        plan = self._plan()
+        plan = _native.get_states_plan(self.s, self.head_dim, self.degree)
         raw = torch.frombuffer(bytearray(block) or bytearray(1), dtype=torch.uint8)
         with _native.guard(self.s):
             native.state_unpack(
