@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jaxlib.version
 
 from .._errors import UnsupportedError
 from .._plan import native
@@ -56,15 +57,19 @@ def _compile(source: pathlib.Path, header: pathlib.Path, target: pathlib.Path) -
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise UnsupportedError(f"compiling the XLA handlers failed: {' '.join(command)}\n{done.stderr[-2000:]}")
+            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            raise UnsupportedError(
+                f"compiling the XLA handlers for jaxlib {jaxlib.version.__version__} failed: {' '.join(command)}\n"
+                + "\n".join(errors[:10])
+            )
         os.replace(made, target)  # two processes at once: both leave a whole file
 
 
 @lru_cache(maxsize=1)
 def load() -> Any:
     """Loads the handlers and registers them for the CPU, and for CUDA where this build has it."""
-    import jaxlib.version
-
+    if jax.__version_info__ < (0, 6):  # before it a handler cannot ask which device it runs on
+        raise UnsupportedError(f"jax is {jax.__version__}; 0.6 or newer is needed")
     source, header = _HERE / "xla_ffi.cc", _HERE.parent / "include"
     digest = hashlib.sha256(source.read_bytes() + (header / "power_attention.h").read_bytes())
     digest.update(f"{jaxlib.version.__version__} {sysconfig.get_platform()}".encode())
