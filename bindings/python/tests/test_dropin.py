@@ -96,13 +96,23 @@ def test_training_initial_state():
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
 
 
-def test_short_sequences_return_no_state():
+@pytest.mark.parametrize(
+    ("options", "has_state"),
+    [
+        ({}, True),
+        ({"chunk_size": 64}, True),  # 40 tokens are one chunk of 64
+        ({"switch_over_seq_len": 40}, True),
+        ({"switch_over_seq_len": 41}, False),
+        ({"switch_over_seq_len": 48, "chunk_size": 16}, True),  # 40 tokens are three chunks of 16
+        ({"switch_over_seq_len": 49, "chunk_size": 16}, False),
+    ],
+)
+def test_short_sequences_return_no_state(options, has_state):
+    """The answers of retention 1.0.7 to these calls, the first of which fails there."""
     Q, K, V, log_G = make()
-    out = power_retention(Q, K, V, log_G, return_final_state=True, switch_over_seq_len=41)
-    assert out[1] is None
-    assert out[2] is None
-    assert power_retention(Q, K, V, log_G, return_final_state=True, switch_over_seq_len=40)[1] is not None
-    assert power_retention(Q, K, V, log_G, return_final_state=True, chunk_size=64)[1] is None
+    out, state, sum_of_keys = power_retention(Q, K, V, log_G, return_final_state=True, **options)
+    assert out.shape == Q.shape
+    assert (state is not None) == (sum_of_keys is not None) == has_state
 
 
 def test_scale_zero_is_not_the_default():
@@ -146,6 +156,11 @@ def test_decoding_follows_the_whole(tq, gated):
     assert y.shape == Q[:, -tq:].shape
     assert s is state
     assert z is total
+    # Gates without cached tokens fade numerator and denominator alike, down to nothing.
+    faded, _, _ = power_retention_inference(Q[:, -tq:], None, None, log_G[:, -1:] - 300, state, total)
+    torch.testing.assert_close(faded, y)
+    reset, _, _ = power_retention_inference(Q[:, -tq:], None, None, log_G[:, -1:] - torch.inf, state, total)
+    assert not reset.any()
 
 
 def test_never_switching_keeps_the_state():

@@ -101,8 +101,8 @@ def power_retention(
         deg: the power, even.
         scale: of the scores; ``None`` means ``1/sqrt(d)``.
         chunk_size: tokens per chunk where the chunked form runs.
-        switch_over_seq_len: shorter sequences return ``None`` for state and sum of keys, as a caller that still
-            keeps keys and values expects; the default is ``chunk_size``.
+        switch_over_seq_len: with ``return_final_state``, sequences that are shorter when they are rounded up to
+            whole chunks return ``None`` for state and sum of keys: their caller still keeps keys and values.
         sum_of_keys: normaliser of ``initial_state`` ``[b, hk, D]``.
 
     Returns:
@@ -110,8 +110,10 @@ def power_retention(
         keys ``[b, hk, D]``, after the last token.
     """
     state = _state(initial_state, sum_of_keys, Q)
-    switch = chunk_size if switch_over_seq_len is None else switch_over_seq_len
-    keep_cache = state is None and switch is not None and Q.shape[1] < switch
+    tokens = Q.shape[1]
+    if chunk_size is not None:
+        tokens += -tokens % chunk_size
+    keep_cache = state is None and switch_over_seq_len is not None and tokens < switch_over_seq_len
     out = power_attention(
         Q,
         K,
@@ -180,6 +182,9 @@ def _inference(
     if K is None or V is None:
         assert state is not None
         numerator, norm = _from_state(Q, state, options)
+        if log_G is not None:  # a decay of the whole state cancels, unless it leaves nothing
+            left = log_G.sum(1).isneginf().logical_not().repeat_interleave(Q.shape[2] // log_G.shape[2], 1)
+            norm = norm * left[:, None]
         return torch.where(norm[..., None] > 0, numerator / norm[..., None], 0).to(Q.dtype), state
     tk = K.shape[1]
     switching = switch is not None and tk >= switch
@@ -240,8 +245,6 @@ def power_retention_inference(
     state = _state(initial_state, sum_of_keys, Q)
     if K is None and state is None:
         raise InvalidArgumentError("initial_state is None and K and V are None; there is nothing to attend to")
-    if K is None and log_G is not None and log_G.shape[1] != 0:
-        raise InvalidArgumentError(f"log_G has {log_G.shape[1]} tokens and K is None; gates go with cached tokens")
     if K is not None and V is not None:
         for name, x in (("K", K), ("V", V)):
             if x.dtype is not Q.dtype or x.device != Q.device:
@@ -256,7 +259,7 @@ def power_retention_inference(
             )
     given = [x for x in (Q, K, V, log_G) if x is not None] + ([] if state is None else list(state))
     _refuse_grad(*given)
-    y, new = _inference(Q, K, V, _gate(log_G, Q) if K is not None else None, state, deg, scale, switch_over_seq_len)
+    y, new = _inference(Q, K, V, _gate(log_G, Q), state, deg, scale, switch_over_seq_len)
     if new is state and state is not None and not isinstance(initial_state, (tuple, list)):
         return y, initial_state, sum_of_keys
     return y, (None if new is None else new.s), (None if new is None else new.z)
