@@ -161,9 +161,6 @@ function state_plan(state::State)
     )
 end
 
-# The plan's dtype for arrays that only appear as states: Float32 where the state is BFloat16.
-pack_type(::Type{T}) where {T} = dtype_of(T)
-
 """
     pack(state; T = eltype(state)) -> Vector{UInt8}
 
@@ -179,13 +176,13 @@ function pack(state::State; T::Type = eltype(state))
                 Int32,
                 (Ptr{Cvoid}, Int32, Int64, Ptr{UInt64}),
                 plan.handle,
-                pack_type(T),
+                dtype_of(T),
                 count_of(state),
                 bytes,
             ),
         )
         block = Vector{UInt8}(undef, bytes[])
-        transfer(:powerattn_state_pack, plan, state, block, pack_type(T))
+        transfer(:powerattn_state_pack, plan, state, block, dtype_of(T))
     end
     return block
 end

@@ -121,7 +121,7 @@ impl<T: Element, S: StateElement> std::fmt::Debug for Plan<T, S> {
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct PlanBuilder<T, S> {
-    desc: sys::powerattn_desc,
+    pub(crate) desc: sys::powerattn_desc,
     overflow: Option<&'static str>,
     marker: PhantomData<(T, S)>,
 }

@@ -178,8 +178,9 @@ impl<S: StateElement> State<S> {
         StateMut { raw: contiguous(s, z, &self.dims), dims: self.dims, device: Device::Cpu, marker: PhantomData }
     }
 
-    /// A CPU plan that only moves states like this one. Elements are f32 so that any state type is legal beside it.
-    fn mover(&self) -> Result<Plan<f32, f32>, Error> {
+    /// A CPU plan that only moves states like this one. Its tensors would be f32 (f64 with f64 states), which any
+    /// state type is legal beside.
+    fn mover(&self) -> Result<MoverPlan<S>, Error> {
         let mut builder = Plan::<f32>::builder()
             .batch(1)
             .heads(self.dims.heads, self.dims.heads)
@@ -190,13 +191,7 @@ impl<S: StateElement> State<S> {
         if self.dims.degree % 2 != 0 {
             builder = builder.unnormalized();
         }
-        builder.build()
-    }
-
-    /// A mover whose own state type is `S`.
-    fn typed_mover(&self) -> Result<MoverPlan<S>, Error> {
-        let base = self.mover()?;
-        let mut desc = base.desc;
+        let mut desc = builder.desc;
         if S::DTYPE == f64::DTYPE {
             desc.dtype = f64::DTYPE;
         }
@@ -209,7 +204,7 @@ impl<S: StateElement> State<S> {
 
     /// The versioned, self-describing bytes that any binding reads.
     pub fn to_bytes(&self) -> Result<Vec<u8>, Error> {
-        let plan = self.typed_mover()?;
+        let plan = self.mover()?;
         let mut size = 0;
         let count = to_i64("count", self.dims.count)?;
         // SAFETY: size is written on success.
@@ -231,7 +226,7 @@ impl<S: StateElement> State<S> {
     /// Reads packed bytes into this state, converting the element type if need be. Bytes of another version or
     /// of other sizes are refused before anything is written.
     pub fn read_bytes(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        let plan = self.typed_mover()?;
+        let plan = self.mover()?;
         // SAFETY: as in to_bytes; unpack only reads the bytes.
         unsafe {
             let mut args: sys::powerattn_pack_args = zeroed();
@@ -267,7 +262,7 @@ impl<S: StateElement> State<S> {
         if (Dims { count: 0, ..self.dims }) != (Dims { count: 0, ..other.dims }) {
             return Err(shape_error("other", format!("has sizes {:?}, this state {:?}", other.dims, self.dims)));
         }
-        let plan = self.typed_mover()?;
+        let plan = self.mover()?;
         // SAFETY: a plain C struct; both pools and both slices live through the call and do not overlap, since
         // this one is borrowed mutably.
         unsafe {
