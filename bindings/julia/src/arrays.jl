@@ -37,6 +37,13 @@ end
 stat_type(::Type{Float64}) = Float64
 stat_type(::Type) = Float32
 
+# A number that the C side holds in a narrower type.
+function narrow(::Type{I}, x::Integer, name::AbstractString) where {I<:Integer}
+    typemin(I) <= x <= typemax(I) ||
+        throw(ArgumentError("$(name) is $(x); allowed are $(typemin(I)) .. $(typemax(I))"))
+    return I(x)
+end
+
 raw_pointer(x::AbstractArray) = Ptr{Cvoid}(pointer(x))
 device_of(::AbstractArray) = (:cpu, 0)
 stream_of(::AbstractArray) = C_NULL
@@ -90,6 +97,14 @@ function check_size(x, name::AbstractString, expected::Tuple, ::Type{T}) where {
     return nothing
 end
 
+# Every array of a call is on the device of the first, `(:cpu, 0)` or `(:cuda, index)`.
+function check_device(x, name::AbstractString, device::Tuple{Symbol,Int})
+    x === nothing && return nothing
+    device_of(x) == device ||
+        throw(ArgumentError("$(name) is on $(device_of(x)), the call on $(device): all arrays must share a device"))
+    return nothing
+end
+
 in_layout(layout::Symbol, d, h, t, n) = layout === :dhtb ? (d, h, t, n) : (d, t, h, n)
 rows_in_layout(layout::Symbol, h, t, n) = layout === :dhtb ? (h, t, n) : (t, h, n)
 
@@ -97,6 +112,8 @@ rows_in_layout(layout::Symbol, h, t, n) = layout === :dhtb ? (h, t, n) : (t, h, 
 index_pointer(::Nothing) = Ptr{Int64}(C_NULL)
 index_pointer(x::AbstractArray{Int64}) = Ptr{Int64}(raw_pointer(x))
 indices(::AbstractArray, ::Nothing) = nothing
+indices(::AbstractArray, x) =
+    throw(ArgumentError("cu_seqlens, slots, lengths and rope_offset are vectors of integers, got $(typeof(x))"))
 indices(like::AbstractArray, x::AbstractVector{<:Integer}) =
     copyto!(allocate(like, Int64, length(x)), convert(Vector{Int64}, collect(x)))
 

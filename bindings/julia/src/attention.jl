@@ -13,6 +13,8 @@ struct Call
     batch::Int
     sequences::Int
     degree::Int
+    device::Tuple{Symbol,Int}
+    state_type::DataType
 end
 
 function make_call(
@@ -24,6 +26,7 @@ function make_call(
     layout::Symbol = :dhtb,
     cu_seqlens = nothing,
     use_state::Bool = false,
+    state_type::Union{Nothing,Type} = nothing,
     options...,
 )
     check_layout(layout)
@@ -33,11 +36,10 @@ function make_call(
     T = eltype(q)
     check_size(k, "k", in_layout(layout, d, hkv, t, b), T)
     check_size(v, "v", in_layout(layout, e, hkv, t, b), T)
-    device, index = device_of(q)
-    for (x, name) in ((k, "k"), (v, "v"))
-        device_of(x) == (device, index) ||
-            throw(ArgumentError("$(name) is on $(device_of(x)), q on $((device, index)): all arrays must share a device"))
-    end
+    device = device_of(q)
+    check_device(k, "k", device)
+    check_device(v, "v", device)
+    S = state_type === nothing ? stat_type(T) : state_type
     sequences = cu_seqlens === nothing ? 0 : length(cu_seqlens) - 1
     sequences >= 0 || throw(DimensionMismatch("cu_seqlens must have length sequences + 1, got 0"))
     cu_seqlens === nothing ||
@@ -54,23 +56,46 @@ function make_call(
             heads_kv = hkv,
             head_dim = d,
             value_dim = e,
-            device = device,
-            device_index = index,
+            device = device[1],
+            device_index = device[2],
             sequences = sequences,
             use_state = use_state,
+            state_type = S,
             options...,
         ),
     )
-    return Call(plan, layout, d, e, hq, hkv, t, b, cu_seqlens === nothing ? b : sequences, degree)
+    count = cu_seqlens === nothing ? b : sequences
+    return Call(plan, layout, d, e, hq, hkv, t, b, count, degree, device, S)
+end
+
+# An output-shaped array, rows of `heads` numbers per token, and states of a call.
+function check_output(call::Call, x, name, ::Type{T}) where {T}
+    check_size(x, name, in_layout(call.layout, call.value_dim, call.heads_q, call.tokens, call.batch), T)
+    return check_device(x, name, call.device)
 end
 
 function check_rows(call::Call, x, name, heads, ::Type{T}) where {T}
-    return check_size(x, name, rows_in_layout(call.layout, heads, call.tokens, call.batch), T)
+    check_size(x, name, rows_in_layout(call.layout, heads, call.tokens, call.batch), stat_type(T))
+    return check_device(x, name, call.device)
 end
 
-function check_call_state(call::Call, state, name)
-    return check_state(state, name, call.head_dim, call.value_dim, call.degree, call.heads_kv, call.sequences)
+function check_call_state(call::Call, state, name; count = call.sequences)
+    return check_state(
+        state,
+        name,
+        call.state_type,
+        call.device,
+        call.head_dim,
+        call.value_dim,
+        call.degree,
+        call.heads_kv,
+        count,
+    )
 end
+
+# The element type of a call's states: that of a state it is given, else what was asked for.
+state_type_of(asked, ::Nothing) = asked
+state_type_of(asked, state::State) = eltype(state)
 
 function check_offsets(call::Call, rope_offset)
     rope_offset === nothing ||
@@ -98,6 +123,7 @@ function power_attention!(
     final_state::Union{Nothing,State} = nothing,
     cu_seqlens = nothing,
     rope_offset = nothing,
+    state_type::Union{Nothing,Type} = nothing,
     options...,
 )
     call = make_call(
@@ -106,6 +132,7 @@ function power_attention!(
         v;
         cu_seqlens = cu_seqlens,
         use_state = initial_state !== nothing || final_state !== nothing,
+        state_type = state_type_of(state_type_of(state_type, final_state), initial_state),
         options...,
     )
     forward!(call, y, q, k, v, log_g, row_norm, initial_state, final_state, cu_seqlens, rope_offset, nothing)
@@ -127,9 +154,9 @@ function forward!(
     saved,
 )
     T = eltype(q)
-    check_size(y, "y", in_layout(call.layout, call.value_dim, call.heads_q, call.tokens, call.batch), T)
-    check_rows(call, log_g, "log_g", call.heads_kv, stat_type(T))
-    check_rows(call, row_norm, "row_norm", call.heads_q, stat_type(T))
+    check_output(call, y, "y", T)
+    check_rows(call, log_g, "log_g", call.heads_kv, T)
+    check_rows(call, row_norm, "row_norm", call.heads_q, T)
     check_call_state(call, initial_state, "initial_state")
     check_call_state(call, final_state, "final_state")
     check_offsets(call, rope_offset)
@@ -177,6 +204,8 @@ Keywords
 - `initial_state`, `return_final_state`: [`State`](@ref), one per sequence.
 - `cu_seqlens`: cumulative token offsets (from 0) of packed sequences; then `batch` is 1.
 - `rope`: a [`Rope`](@ref), with `rope_offset` the position of each sequence's first token.
+- `state_type`: element type of the states, by default that of `initial_state`, else Float32 (Float64 with
+  Float64).
 - `form = :auto`, `:attention`, `:chunked`; `chunk_size = 0` lets the library choose.
 - `layout = :dhtb` or `:dthb`; `num_threads = 0`.
 """
@@ -189,6 +218,7 @@ function power_attention(
     cu_seqlens = nothing,
     degree::Integer = 2,
     layout::Symbol = :dhtb,
+    state_type::Union{Nothing,Type} = nothing,
     options...,
 )
     check_layout(layout)
@@ -198,7 +228,7 @@ function power_attention(
     y = allocate(q, T, in_layout(layout, e, hq, t, b)...)
     final_state = nothing
     if return_final_state
-        S = initial_state === nothing ? stat_type(T) : eltype(initial_state)
+        S = state_type_of(state_type === nothing ? stat_type(T) : state_type, initial_state)
         count = cu_seqlens === nothing ? b : length(cu_seqlens) - 1
         final_state = zero_state(q, S, d, e, degree, hkv, count)
     end
@@ -212,6 +242,7 @@ function power_attention(
         cu_seqlens = cu_seqlens,
         degree = degree,
         layout = layout,
+        state_type = state_type,
         options...,
     )
     return return_final_state ? (y, final_state) : y
@@ -245,6 +276,7 @@ function power_attention_pullback(
     return_final_state::Bool = false,
     cu_seqlens = nothing,
     rope_offset = nothing,
+    state_type::Union{Nothing,Type} = nothing,
     options...,
 )
     call = make_call(
@@ -253,22 +285,23 @@ function power_attention_pullback(
         v;
         cu_seqlens = cu_seqlens,
         use_state = initial_state !== nothing || return_final_state,
+        state_type = state_type_of(state_type, initial_state),
         options...,
     )
     T = eltype(q)
     y = allocate(q, T, in_layout(call.layout, call.value_dim, call.heads_q, call.tokens, call.batch)...)
     row_norm =
         allocate(q, stat_type(T), rows_in_layout(call.layout, call.heads_q, call.tokens, call.batch)...)
-    new_state(like) = zero_state(
+    new_state() = zero_state(
         q,
-        like === nothing ? stat_type(T) : eltype(like),
+        call.state_type,
         call.head_dim,
         call.value_dim,
         call.degree,
         call.heads_kv,
         call.sequences,
     )
-    final_state = return_final_state ? new_state(initial_state) : nothing
+    final_state = return_final_state ? new_state() : nothing
     saved = make_workspace(q, call.plan.info.saved_bytes)
     saved.bytes == 0 && (saved = nothing)
     forward!(call, y, q, k, v, log_g, row_norm, initial_state, final_state, cu_seqlens, rope_offset, saved)
@@ -276,7 +309,7 @@ function power_attention_pullback(
     function back(d_y::AbstractArray; d_final_state::Union{Nothing,State} = nothing)
         dq, dk, dv = similar_plain(q), similar_plain(k), similar_plain(v)
         d_log_g = log_g === nothing ? nothing : similar_plain(log_g)
-        d_initial = initial_state === nothing ? nothing : new_state(initial_state)
+        d_initial = initial_state === nothing ? nothing : new_state()
         backward!(
             call,
             (q = dq, k = dk, v = dv, log_g = d_log_g, initial_state = d_initial),
@@ -293,12 +326,7 @@ similar_plain(x::AbstractArray) = allocate(x, eltype(x), size(x)...)
 
 function backward!(call::Call, gradients, d_y, inputs, d_final_state)
     q, k, v, log_g, y, row_norm, initial_state, cu_seqlens, rope_offset, saved = inputs
-    check_size(
-        d_y,
-        "d_y",
-        in_layout(call.layout, call.value_dim, call.heads_q, call.tokens, call.batch),
-        eltype(q),
-    )
+    check_output(call, d_y, "d_y", eltype(q))
     check_call_state(call, d_final_state, "d_final_state")
     plan = call.plan
     lens = indices(q, cu_seqlens)

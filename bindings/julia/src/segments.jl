@@ -5,6 +5,7 @@
     summary(k, v; log_g = nothing, degree = 2, cu_seqlens = nothing, options...) -> (state, total_log_g)
 
 State and total log gate `(heads_kv, sequences)` of each sequence from its keys, values and gates alone.
+`state_type` asks for states of another element type.
 """
 function summary(
     k::AbstractArray,
@@ -16,10 +17,10 @@ function summary(
 )
     call = make_call(k, k, v; cu_seqlens = cu_seqlens, use_state = true, options...)
     T = eltype(k)
-    check_rows(call, log_g, "log_g", call.heads_kv, stat_type(T))
+    check_rows(call, log_g, "log_g", call.heads_kv, T)
     check_offsets(call, rope_offset)
     state =
-        zero_state(k, stat_type(T), call.head_dim, call.value_dim, call.degree, call.heads_kv, call.sequences)
+        zero_state(k, call.state_type, call.head_dim, call.value_dim, call.degree, call.heads_kv, call.sequences)
     total = allocate(k, stat_type(T), call.heads_kv, call.sequences)
     plan = call.plan
     lens = indices(k, cu_seqlens)
@@ -49,12 +50,12 @@ end
     summary_reverse(q, y, row_norm, d_y; heads_kv, log_g = nothing, ...) -> (d_state, total_log_g)
 
 Gradient of each sequence's initial state when its final state gets no gradient. `y` and `row_norm` are those
-of the forward call with the true initial state.
+of the forward call with the true initial state; `nothing` for both when unnormalised.
 """
 function summary_reverse(
     q::AbstractArray,
-    y::AbstractArray,
-    row_norm::AbstractArray,
+    y::Union{Nothing,AbstractArray},
+    row_norm::Union{Nothing,AbstractArray},
     d_y::AbstractArray;
     heads_kv::Integer,
     log_g = nothing,
@@ -62,13 +63,15 @@ function summary_reverse(
     rope_offset = nothing,
     layout::Symbol = :dhtb,
     degree::Integer = 2,
+    state_type::Union{Nothing,Type} = nothing,
     options...,
 )
     check_layout(layout)
     d, hq, t, b = extents(q, "q", layout)
     e = size(d_y, 1)
     T = eltype(q)
-    device, index = device_of(q)
+    device = device_of(q)
+    S = state_type === nothing ? stat_type(T) : state_type
     sequences = cu_seqlens === nothing ? b : length(cu_seqlens) - 1
     plan = cached_plan(
         make_desc(
@@ -80,20 +83,21 @@ function summary_reverse(
             heads_kv = heads_kv,
             head_dim = d,
             value_dim = e,
-            device = device,
-            device_index = index,
+            device = device[1],
+            device_index = device[2],
+            state_type = S,
             sequences = cu_seqlens === nothing ? 0 : sequences,
             use_state = true,
             options...,
         ),
     )
-    call = Call(plan, layout, d, e, hq, heads_kv, t, b, sequences, degree)
-    check_size(y, "y", in_layout(layout, e, hq, t, b), T)
-    check_size(d_y, "d_y", in_layout(layout, e, hq, t, b), T)
-    check_rows(call, row_norm, "row_norm", hq, stat_type(T))
-    check_rows(call, log_g, "log_g", heads_kv, stat_type(T))
+    call = Call(plan, layout, d, e, hq, heads_kv, t, b, sequences, degree, device, S)
+    check_output(call, y, "y", T)
+    check_output(call, d_y, "d_y", T)
+    check_rows(call, row_norm, "row_norm", hq, T)
+    check_rows(call, log_g, "log_g", heads_kv, T)
     check_offsets(call, rope_offset)
-    state = zero_state(q, stat_type(T), d, e, degree, heads_kv, sequences)
+    state = zero_state(q, S, d, e, degree, heads_kv, sequences)
     total = allocate(q, stat_type(T), heads_kv, sequences)
     lens = indices(q, cu_seqlens)
     offsets = indices(q, rope_offset)
@@ -141,6 +145,8 @@ function compose(S::AbstractArray, z::AbstractArray, total_log_g; degree::Intege
     T = eltype(S)
     check_size(z, "z", (rows, heads, sequences, segments), T)
     check_size(total_log_g, "total_log_g", (heads, sequences, segments), stat_type(T))
+    check_device(z, "z", device_of(S))
+    check_device(total_log_g, "total_log_g", device_of(S))
     out = zero_state(S, T, head_dim, e, degree, heads, sequences)
     total = allocate(S, stat_type(T), heads, sequences)
     plan = state_plan(out)

@@ -7,7 +7,7 @@
 """
 function state_rows(head_dim::Integer, degree::Integer)
     rows = Ref{Int64}(0)
-    check(ccall(symbol(:powerattn_state_rows), Int32, (Int64, Int32, Ptr{Int64}), head_dim, degree, rows))
+    check(ccall(symbol(:powerattn_state_rows), Int32, (Int64, Int32, Ptr{Int64}), head_dim, narrow(Int32, degree, "degree"), rows))
     return Int(rows[])
 end
 
@@ -25,7 +25,7 @@ function state_bytes(head_dim::Integer, value_dim::Integer, degree::Integer, ::T
             (Int64, Int64, Int32, Int32, Int64, Ptr{UInt64}),
             head_dim,
             value_dim,
-            degree,
+            narrow(Int32, degree, "degree"),
             dtype_of(T),
             count,
             bytes,
@@ -40,7 +40,7 @@ end
 Row `row` (1-based) of the canonical order: `phi(x)[row] = weight * prod(x[indices])`, indices 1-based.
 """
 function state_monomial(head_dim::Integer, degree::Integer, row::Integer)
-    found = zeros(Int32, max(Int(degree), 1))
+    found = zeros(Int32, clamp(degree, 1, 64))  # the library refuses degrees above 8 before it writes
     weight = Ref{Float64}(0)
     check(
         ccall(
@@ -48,7 +48,7 @@ function state_monomial(head_dim::Integer, degree::Integer, row::Integer)
             Int32,
             (Int64, Int32, Int64, Ptr{Int32}, Ptr{Float64}),
             head_dim,
-            degree,
+            narrow(Int32, degree, "degree"),
             row - 1,
             found,
             weight,
@@ -120,8 +120,12 @@ function c_state(state::State, name::AbstractString)
 end
 c_state(::Nothing, ::AbstractString) = NO_STATE
 
-function check_state(state, name, head_dim, value_dim, degree, heads_kv, count)
+function check_state(state, name, ::Type{T}, device, head_dim, value_dim, degree, heads_kv, count) where {T}
     state === nothing && return nothing
+    dtype_of(eltype(state)) == dtype_of(T) ||
+        throw(ArgumentError("$(name) must have element type $(T), got $(eltype(state))"))
+    check_device(state.S, string(name, ".S"), device)
+    check_device(state.z, string(name, ".z"), device)
     (state.head_dim, state.degree) == (head_dim, degree) || throw(
         DimensionMismatch(
             "$(name) has head_dim $(state.head_dim) and degree $(state.degree), the call $(head_dim) and $(degree)",
@@ -242,7 +246,17 @@ Copies states between pools and element types: fork, rollback, Float32 <-> BFloa
 0 skips.
 """
 function convert_states!(dst::State, src::State; src_slots = nothing, dst_slots = nothing)
-    check_state(src, "src", dst.head_dim, value_dim_of(dst), dst.degree, heads_of(dst), nothing)
+    check_state(
+        src,
+        "src",
+        eltype(src),
+        device_of(dst.S),
+        dst.head_dim,
+        value_dim_of(dst),
+        dst.degree,
+        heads_of(dst),
+        nothing,
+    )
     count = src_slots !== nothing ? length(src_slots) :
         dst_slots !== nothing ? length(dst_slots) : min(count_of(src), count_of(dst))
     for (slots, name) in ((src_slots, "src_slots"), (dst_slots, "dst_slots"))

@@ -44,9 +44,9 @@ function step!(
         options...,
     )
     T = eltype(q)
-    check_state(state, "state", call.head_dim, call.value_dim, call.degree, call.heads_kv, nothing)
-    check_size(y, "y", in_layout(call.layout, call.value_dim, call.heads_q, call.tokens, call.batch), T)
-    check_rows(call, log_g, "log_g", call.heads_kv, stat_type(T))
+    check_call_state(call, state, "state"; count = nothing)
+    check_output(call, y, "y", T)
+    check_rows(call, log_g, "log_g", call.heads_kv, T)
     for (x, name) in ((slots, "slots"), (lengths, "lengths"), (rope_offset, "rope_offset"))
         x === nothing ||
             length(x) == call.batch ||

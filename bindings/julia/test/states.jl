@@ -60,6 +60,29 @@ end
     @test pool.S[:, :, :, 2:5] == before.S[:, :, :, 2:5] && pool.S[:, :, :, 1] != before.S[:, :, :, 1]
 end
 
+@testset "element types of states" begin
+    q, k, v, log_g = inputs(Float32, 8, 2, 2, 20, 2)
+    _, state = power_attention(q, k, v; return_final_state = true)
+    half = State(PA.BFloat16, 8, 8, 2, 2, 2)
+    PA.convert_states!(half, state)
+    # The plan's states have the type of the arrays that are given, or the call is refused.
+    y = power_attention(q, k, v; initial_state = state)
+    y2, last = power_attention(q, k, v; initial_state = half, return_final_state = true)
+    @test eltype(last) === PA.BFloat16 && difference(y2, y) < 2e-2
+    @test eltype(power_attention(q, k, v; return_final_state = true, state_type = PA.BFloat16)[2]) === PA.BFloat16
+    summary, _ = PA.summary(k, v; state_type = PA.BFloat16)
+    @test eltype(summary) === PA.BFloat16 && difference(summary.S, state.S) < 1e-2
+    @test_throws ArgumentError power_attention!(similar(q), q, k, v; initial_state = half, final_state = copy(state))
+    @test_throws PowerAttentionError power_attention(q, k, v; initial_state = State(Float64, 8, 8, 2, 2, 2))
+    _, _, back = power_attention_pullback(q, k, v; initial_state = state, return_final_state = true)
+    @test_throws ArgumentError back(ones(Float32, size(y)); d_final_state = half)
+    @test_throws ArgumentError State(Int32, 8, 8, 2, 2, 2) |> PA.pack
+    # bfloat16 as plain 16-bit numbers.
+    bits_of(x) = reinterpret(PA.BFloat16, reinterpret(UInt16, PA.BFloat16.(x)))
+    @test power_attention(bits_of(q), bits_of(k), bits_of(v)) ==
+          power_attention(PA.BFloat16.(q), PA.BFloat16.(k), PA.BFloat16.(v))
+end
+
 @testset "segments" begin
     q, k, v, log_g = inputs(Float64, 6, 2, 2, 24, 2)
     y, last = power_attention(q, k, v; log_g = log_g, return_final_state = true)
