@@ -14,7 +14,8 @@ const CuView = Union{
     PermutedDimsArray{<:Any,<:Any,<:Any,<:Any,<:CuArray},
 }
 
-PowerAttention.raw_pointer(x::CuView) = Ptr{Cvoid}(UInt(pointer(x)))
+# Not pointer(x), which CUDA.jl does not define for a PermutedDimsArray.
+PowerAttention.raw_pointer(x::CuView) = Ptr{Cvoid}(UInt(Base.unsafe_convert(CuPtr{eltype(x)}, x)))
 PowerAttention.device_of(x::CuView) = (:cuda, Int(CUDA.deviceid(CUDA.device(root(x)))))
 PowerAttention.stream_of(::CuView) = Ptr{Cvoid}(UInt(CUDA.stream().handle))
 PowerAttention.allocate(::CuView, ::Type{T}, dims...) where {T} = CuArray{T}(undef, dims...)

@@ -3,7 +3,8 @@
 """
     PowerAttentionError(status, message)
 
-What the library refused, with the C status and the message that names the argument and what is allowed.
+What the library refused, with the C status and the message that names the argument and what is allowed. Status -1:
+there is no library, and the message says where it was looked for.
 """
 struct PowerAttentionError <: Exception
     status::Int32

@@ -82,9 +82,14 @@ function candidates()
 end
 
 function open_library()
-    tried = candidates()
-    for path in tried
-        handle = Libdl.dlopen(path; throw_error = false)
+    reasons = String[]
+    for path in candidates()
+        handle = try
+            Libdl.dlopen(path)
+        catch e
+            push!(reasons, replace(sprint(showerror, e), '\n' => ' '))
+            nothing
+        end
         handle === nothing && continue
         symbols = Dict{Symbol,Ptr{Cvoid}}()
         for name in SYMBOLS
@@ -103,9 +108,9 @@ function open_library()
     end
     throw(
         PowerAttentionError(
-            ERROR_NO_DEVICE,
-            "libpowerattn was not found (tried: $(join(tried, ", "))). Set ENV[\"POWERATTN_LIBRARY\"] to the " *
-            "path of libpowerattn.so, or libpowerattn_path in LocalPreferences.toml, or install the library",
+            ERROR_NOT_LOADED,
+            "libpowerattn cannot be loaded ($(join(reasons, "; "))). Set ENV[\"POWERATTN_LIBRARY\"] to the path of " *
+            "libpowerattn.so, or libpowerattn_path in LocalPreferences.toml, or install the library",
         ),
     )
 end

@@ -12,6 +12,7 @@ const ERROR_NO_DEVICE = Int32(6)
 const ERROR_DEVICE = Int32(7)
 const ERROR_VERSION = Int32(8)
 const ERROR_INTERNAL = Int32(9)
+const ERROR_NOT_LOADED = Int32(-1)  # this package's own: there is no library to ask
 
 const FLOAT32 = Int32(1)
 const FLOAT16 = Int32(2)

@@ -64,12 +64,15 @@ status_of(f) =
     @test_throws ArgumentError Rope(style = :spiral)
     @test_throws DimensionMismatch power_attention(q, k, v; initial_state = State(Float32, 8, 8, 2, 1, 2))
     @test_throws DimensionMismatch power_attention(q, k, v; initial_state = State(Float32, 8, 8, 4, 2, 2))
-    # A library of another version, and none at all.
-    @test_throws PowerAttentionError PA.check_version(10000, "elsewhere")
-    @test PA.check_version(100, "here") === nothing
-    script = "using PowerAttention; try power_attention(ones(Float32,2,1,1,1), ones(Float32,2,1,1,1), " *
-             "ones(Float32,2,1,1,1)) catch e; print(sprint(showerror, e)) end"
-    command = `$(Base.julia_cmd()) --startup-file=no --project=$(ROOT) -e $script`
-    out = withenv(() -> read(command, String), "POWERATTN_LIBRARY" => "/nowhere/libpowerattn.so")
-    @test occursin("/nowhere/libpowerattn.so", out) && occursin("POWERATTN_LIBRARY", out)
+    @test_throws ArgumentError power_attention(q, k, v; degree = 1 << 40)
+    @test_throws ArgumentError power_attention(q, k, v; num_threads = 1 << 40)
+    @test_throws ArgumentError Plan(Float32; batch = big(2)^70, seq_len = 1, heads_q = 1, head_dim = 4)
+    @test_throws ArgumentError Plan(Float32; batch = 1, seq_len = 1, heads_q = 1, head_dim = 4, state_limit = -1)
+    @test_throws ArgumentError state_rows(64, 1 << 40)
+    @test_throws ArgumentError power_attention(one(q), one(k), one(v); cu_seqlens = [0.0, 5.0])
+    @test status_of(() -> state_monomial(3, 100, 1)) == PA.ERROR_INVALID_ARGUMENT
+    @test status_of(() -> state_monomial(3, 2, 7)) == PA.ERROR_INVALID_ARGUMENT
+    # An output that is also an input, and one whose columns overlap.
+    @test status_of(() -> power_attention!(q, q, k, v)) == PA.ERROR_INVALID_ARGUMENT
+    @test status_of(() -> power_attention!(Shared(zeros(Float32, 8, 2, 10), 2), q, k, v)) == PA.ERROR_INVALID_ARGUMENT
 end

@@ -12,12 +12,16 @@ include("oracle.jl")
 
 @testset "PowerAttention" begin
     include("structs.jl")
+    include("cases.jl")
     include("forward.jl")
     include("gradients.jl")
     include("states.jl")
     include("bad_input.jl")
+    include("library.jl")
     include("threads.jl")
     include("interchange.jl")
     include("rules.jl")
+    include("cuda.jl")
+    include("quality.jl")
     include("readme.jl")
 end
