@@ -6,7 +6,6 @@ use crate::state::{check_state, StateMut, StateRef, NO_STATE};
 use crate::tensor::{check_optional, check_optional_out, check_tensor, Indices, TensorMut, TensorRef};
 use crate::workspace::{Stream, Workspace};
 use powerattn_sys as sys;
-use std::ffi::c_void;
 use std::mem::{size_of, zeroed};
 
 /// Inputs of [`Plan::forward`].
@@ -64,6 +63,8 @@ pub struct ForwardOut<'a, T: Element, S: StateElement = <T as Element>::Stat> {
     pub row_norm: Option<TensorMut<'a, T::Stat>>,
     /// One state per sequence; the plan needs `use_state`.
     pub final_state: Option<StateMut<'a, S>>,
+    /// `final_state` holds the initial states, which the final ones replace.
+    pub in_place: bool,
     /// Memory of `PlanInfo::saved_bytes` that spares backward a recomputation.
     pub saved: Option<&'a mut Workspace>,
 }
@@ -71,7 +72,7 @@ pub struct ForwardOut<'a, T: Element, S: StateElement = <T as Element>::Stat> {
 impl<'a, T: Element, S: StateElement> ForwardOut<'a, T, S> {
     /// The output alone.
     pub fn new(y: TensorMut<'a, T>) -> Self {
-        Self { y, row_norm: None, final_state: None, saved: None }
+        Self { y, row_norm: None, final_state: None, in_place: false, saved: None }
     }
     /// Adds the denominators.
     pub fn row_norm(mut self, row_norm: TensorMut<'a, T::Stat>) -> Self {
@@ -81,6 +82,12 @@ impl<'a, T: Element, S: StateElement> ForwardOut<'a, T, S> {
     /// Adds the final states.
     pub fn final_state(mut self, state: StateMut<'a, S>) -> Self {
         self.final_state = Some(state);
+        self
+    }
+    /// Adds states that are read as the initial ones and replaced by the final ones: half the memory of two pools.
+    pub fn state_in_place(mut self, state: StateMut<'a, S>) -> Self {
+        self.final_state = Some(state);
+        self.in_place = true;
         self
     }
     /// Adds memory for backward.
@@ -178,16 +185,18 @@ impl<T: Element, S: StateElement> Plan<T, S> {
         args.row_norm = check_optional_out(output.row_norm.as_ref(), "row_norm", self.norm_shape(), device)?;
         args.initial_state = self.state_in(input.initial_state.as_ref(), "initial_state")?;
         args.final_state = self.state_out(output.final_state.as_ref(), "final_state")?;
+        if output.in_place {
+            if input.initial_state.is_some() || output.final_state.is_none() {
+                return Err(shape_error("in_place", "needs a final_state and no initial_state beside it".into()));
+            }
+            args.initial_state = args.final_state;
+        }
         args.cu_seqlens = self.check_cu_seqlens(input.cu_seqlens)?;
         args.rope_offset = self.check_indices(input.rope_offset, "rope_offset", self.sequences())?;
         if let Some(saved) = output.saved {
-            let (data, bytes) = saved.get(self.info().saved_bytes);
-            args.saved = data;
-            args.saved_bytes = bytes;
+            (args.saved, args.saved_bytes) = saved.get(self.info().saved_bytes, device)?;
         }
-        let (data, bytes) = workspace.get(self.info().workspace_forward);
-        args.workspace = data;
-        args.workspace_bytes = bytes;
+        (args.workspace, args.workspace_bytes) = workspace.get(self.info().workspace_forward, device)?;
         args.stream = stream.0;
         // SAFETY: every view was compared with the plan's shapes and device; they are borrowed through the call.
         check(unsafe { sys::powerattn_forward(self.raw.as_ptr(), &args) })
@@ -230,16 +239,14 @@ impl<T: Element, S: StateElement> Plan<T, S> {
         args.rope_offset = self.check_indices(forward.rope_offset, "rope_offset", self.sequences())?;
         let mut needed = self.info().workspace_backward;
         if let Some(saved) = input.saved {
-            let (data, bytes) = saved.get(self.info().saved_bytes);
-            args.saved = data as *const c_void;
+            let (data, bytes) = saved.get(self.info().saved_bytes, device)?;
+            args.saved = data;
             args.saved_bytes = bytes;
             if !data.is_null() {
                 needed = self.info().workspace_backward_saved;
             }
         }
-        let (data, bytes) = workspace.get(needed);
-        args.workspace = data;
-        args.workspace_bytes = bytes;
+        (args.workspace, args.workspace_bytes) = workspace.get(needed, device)?;
         args.stream = stream.0;
         // SAFETY: as in forward_with.
         check(unsafe { sys::powerattn_backward(self.raw.as_ptr(), &args) })

@@ -2,6 +2,8 @@
 use powerattn_sys as sys;
 use std::ffi::CStr;
 use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
 
 /// The C library's status of a failed call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -64,14 +66,30 @@ pub enum Error {
         /// What it was and what is needed.
         message: String,
     },
+    /// Memory for a state or a workspace is not to be had.
+    OutOfMemory {
+        /// What was asked for.
+        bytes: u64,
+    },
+    /// A state could not be written to a file or read from it.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The kind of the system's error.
+        kind: io::ErrorKind,
+        /// The system's message.
+        message: String,
+    },
 }
 
 impl Error {
-    /// The C status; `InvalidArgument` for shapes that this crate refused itself.
+    /// The C status; what this crate found itself has the nearest one, `Other(-1)` where there is none.
     pub fn status(&self) -> Status {
         match self {
             Error::Library { status, .. } => *status,
             Error::Shape { .. } => Status::InvalidArgument,
+            Error::OutOfMemory { .. } => Status::OutOfMemory,
+            Error::File { .. } => Status::Other(-1),
         }
     }
 }
@@ -81,6 +99,8 @@ impl fmt::Display for Error {
         match self {
             Error::Library { status, message } => write!(f, "{message} ({status:?})"),
             Error::Shape { argument, message } => write!(f, "{argument}: {message}"),
+            Error::OutOfMemory { bytes } => write!(f, "no memory for {bytes} bytes"),
+            Error::File { path, message, .. } => write!(f, "{}: {message}", path.display()),
         }
     }
 }
@@ -89,6 +109,10 @@ impl std::error::Error for Error {}
 
 pub(crate) fn shape(argument: &'static str, message: String) -> Error {
     Error::Shape { argument, message }
+}
+
+pub(crate) fn file(path: &Path, error: &io::Error) -> Error {
+    Error::File { path: path.into(), kind: error.kind(), message: error.to_string() }
 }
 
 /// Turns a status into a result. The message is thread-local, so it is read right here.

@@ -21,12 +21,14 @@
 //! Tensors are `[batch, tokens, heads, dim]` with strides; see [`TensorRef`]. [`Plan::forward`] and
 //! [`Plan::backward`] run whole sequences, [`Plan::step`] one or a few tokens against a [`State`].
 //! What the library refuses is an [`Error`] with its status and message.
-#![warn(missing_docs)]
+#![warn(missing_docs, clippy::undocumented_unsafe_blocks)]
+#![deny(unsafe_op_in_unsafe_fn)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod attention;
 mod element;
 mod error;
+mod memory;
 mod plan;
 mod segments;
 mod state;
@@ -38,11 +40,14 @@ pub use attention::{Backward, BackwardOut, Forward, ForwardOut};
 pub use element::{Element, StateElement};
 pub use error::{Error, Status};
 pub use plan::{device_count, version, Device, Form, Plan, PlanBuilder, PlanInfo, Rope, RopeStyle};
-pub use segments::{Compose, Summary, SummaryReverse};
+pub use segments::{Compose, Segments, Summary, SummaryReverse};
 pub use state::{state_bytes, state_monomial, state_rows, State, StateMut, StateRef};
 pub use step::Step;
 pub use tensor::{Indices, TensorMut, TensorRef};
 pub use workspace::{Stream, Workspace};
+
+#[cfg(doctest)]
+mod borrowing;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

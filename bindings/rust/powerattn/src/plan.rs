@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 use crate::element::{Element, StateElement};
-use crate::error::{check, shape as shape_error, Error};
+use crate::error::{check, shape as shape_error, Error, Status};
 use crate::tensor::Indices;
 use powerattn_sys as sys;
 use std::marker::PhantomData;
@@ -99,9 +99,10 @@ pub struct Plan<T: Element, S: StateElement = <T as Element>::Stat> {
     marker: PhantomData<(T, S)>,
 }
 
-// SAFETY: the C library documents that a plan is immutable after it is made and that any number of threads may
-// execute it at once; it is destroyed when the last borrow is gone.
+// SAFETY: the C library documents that a plan is immutable after it is made and bound to no thread; it is destroyed
+// when the last borrow is gone.
 unsafe impl<T: Element, S: StateElement> Send for Plan<T, S> {}
+// SAFETY: the C library documents that any number of threads may execute a plan at once.
 unsafe impl<T: Element, S: StateElement> Sync for Plan<T, S> {}
 
 impl<T: Element, S: StateElement> Drop for Plan<T, S> {
@@ -121,7 +122,7 @@ impl<T: Element, S: StateElement> std::fmt::Debug for Plan<T, S> {
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct PlanBuilder<T, S> {
-    pub(crate) desc: sys::powerattn_desc,
+    desc: sys::powerattn_desc,
     overflow: Option<&'static str>,
     marker: PhantomData<(T, S)>,
 }
@@ -273,6 +274,7 @@ impl<T: Element, S: StateElement> PlanBuilder<T, S> {
         if let Some(name) = self.overflow {
             return Err(shape_error(name, "does not fit in 64 bits".into()));
         }
+        check_version(version())?;
         let mut raw = ptr::null_mut();
         // SAFETY: desc is a whole powerattn_desc; *raw is written on success.
         check(unsafe { sys::powerattn_plan_create(&self.desc, &mut raw) })?;
@@ -309,6 +311,7 @@ impl<T: Element, S: StateElement> Plan<T, S> {
         // SAFETY: a plain C struct; the call fills it.
         let mut info: sys::powerattn_plan_info = unsafe { std::mem::zeroed() };
         info.struct_size = std::mem::size_of::<sys::powerattn_plan_info>() as u32;
+        // SAFETY: the plan is alive and info is a whole powerattn_plan_info.
         check(unsafe { sys::powerattn_plan_query(self.raw.as_ptr(), &mut info) })?;
         Ok(PlanInfo {
             form: if info.form == sys::POWERATTN_FORM_CHUNKED as i32 { Form::Chunked } else { Form::Attention },
@@ -409,6 +412,21 @@ pub fn version() -> (u32, u32, u32) {
     // SAFETY: no arguments, no state.
     let number = unsafe { sys::powerattn_version() };
     (number / 10000, number / 100 % 100, number % 100)
+}
+
+/// The structs of this crate are those of one minor version: a library of another one is refused before it sees them.
+fn check_version((major, minor, patch): (u32, u32, u32)) -> Result<(), Error> {
+    if (major, minor) == (sys::POWERATTN_VERSION_MAJOR, sys::POWERATTN_VERSION_MINOR) {
+        return Ok(());
+    }
+    Err(Error::Library {
+        status: Status::Version,
+        message: format!(
+            "libpowerattn is version {major}.{minor}.{patch}; this crate needs {}.{}",
+            sys::POWERATTN_VERSION_MAJOR,
+            sys::POWERATTN_VERSION_MINOR
+        ),
+    })
 }
 
 /// Devices of the kind of `device` that can be used here.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 use crate::element::{Element, StateElement};
 use crate::error::{check, shape as shape_error, Error};
-use crate::plan::Plan;
-use crate::state::{check_state, State, StateMut};
+use crate::memory::zeros;
+use crate::plan::{Device, Plan};
+use crate::state::{check_state, State, StateMut, StateRef};
 use crate::tensor::{check_optional, check_tensor, Indices, TensorMut, TensorRef};
 use crate::workspace::{Stream, Workspace};
 use powerattn_sys as sys;
@@ -51,15 +52,30 @@ pub struct Compose<'a, S: StateElement, G> {
     pub segments: &'a [(&'a State<S>, &'a [G])],
 }
 
+/// Segments to fold with [`Plan::compose_into`]: one pool that holds them one after another.
+#[derive(Clone, Copy, Debug)]
+pub struct Segments<'a, T: Element, S: StateElement = <T as Element>::Stat> {
+    /// `segments * sequences` states.
+    pub states: StateRef<'a, S>,
+    /// Total log gates `[segments, sequences, heads_kv, 1]`.
+    pub log_g: Option<TensorRef<'a, T::Stat>>,
+    /// Folds the last segment first: reverse summaries into the gradient of a final state.
+    pub reversed: bool,
+}
+
 impl<T: Element, S: StateElement> Plan<T, S> {
     fn gate_totals(&self, total: Option<TensorMut<'_, T::Stat>>) -> Result<*mut c_void, Error> {
         let total = match total {
             Some(total) => total,
             None => return Ok(std::ptr::null_mut()),
         };
-        let shape = [self.info().sequences, self.desc.heads_kv as usize, 1, 1];
-        check_tensor(&total.raw, "total_log_g", shape, self.device())?;
-        Ok(total.raw.data)
+        let (n, h) = (self.info().sequences, self.desc.heads_kv as usize);
+        let tensor = check_tensor(&total.raw, "total_log_g", [n, h, 1, 1], self.device())?;
+        // The C call takes no strides here.
+        if (n > 1 && tensor.stride_b != h as i64) || (h > 1 && tensor.stride_t != 1) {
+            return Err(shape_error("total_log_g", "must be contiguous".into()));
+        }
+        Ok(tensor.data)
     }
 
     /// State and total log gate of each sequence from keys, values and gates alone. `total_log_g` is
@@ -85,9 +101,7 @@ impl<T: Element, S: StateElement> Plan<T, S> {
         args.total_log_g = self.gate_totals(total_log_g)?;
         args.cu_seqlens = self.check_cu_seqlens(input.cu_seqlens)?;
         args.rope_offset = self.check_indices(input.rope_offset, "rope_offset", sequences)?;
-        let (data, bytes) = workspace.get(self.info().workspace_summary);
-        args.workspace = data;
-        args.workspace_bytes = bytes;
+        (args.workspace, args.workspace_bytes) = workspace.get(self.info().workspace_summary, device)?;
         args.stream = stream.0;
         // SAFETY: every view was compared with the plan's shapes and device; they are borrowed through the call.
         check(unsafe { sys::powerattn_summary(self.raw.as_ptr(), &args) })
@@ -117,9 +131,7 @@ impl<T: Element, S: StateElement> Plan<T, S> {
         args.total_log_g = self.gate_totals(total_log_g)?;
         args.cu_seqlens = self.check_cu_seqlens(input.cu_seqlens)?;
         args.rope_offset = self.check_indices(input.rope_offset, "rope_offset", sequences)?;
-        let (data, bytes) = workspace.get(self.info().workspace_summary);
-        args.workspace = data;
-        args.workspace_bytes = bytes;
+        (args.workspace, args.workspace_bytes) = workspace.get(self.info().workspace_summary, device)?;
         args.stream = stream.0;
         // SAFETY: as in summary.
         check(unsafe { sys::powerattn_summary_reverse(self.raw.as_ptr(), &args) })
@@ -127,45 +139,77 @@ impl<T: Element, S: StateElement> Plan<T, S> {
 
     /// Folds segments in order, `S <- exp(L_m) S + S_m`, into a new state and its total log gates.
     pub fn compose(&self, input: &Compose<'_, S, T::Stat>) -> Result<(State<S>, Vec<T::Stat>), Error> {
-        self.on_host("device states")?;
-        let sequences = self.info().sequences;
-        let gates = sequences * self.desc.heads_kv as usize;
+        self.on_host("compose_into")?;
+        let (sequences, heads) = (self.info().sequences, self.desc.heads_kv as usize);
+        let segments = input.segments.len();
         let mut out = State::<S>::zeros(self, sequences)?;
-        let mut total = vec![<T::Stat as Default>::default(); gates];
-        // The C call folds one strided block, so the segments are brought together first.
-        let (mut s, mut z, mut g) = (Vec::new(), Vec::new(), Vec::new());
-        for (state, log_g) in input.segments {
-            let view = state.as_ref();
-            check_state(self, &view.dims, view.device, "segments", Some(sequences))?;
-            if log_g.len() != gates {
-                return Err(shape_error("segments", format!("a total_log_g has {} entries, not {gates}", log_g.len())));
+        let gates = sequences * heads; // no more than the elements of `out`
+        let mut total = zeros::<T::Stat>(gates)?;
+        // The C call folds one pool, so the segments are brought together first.
+        let count = segments.checked_mul(sequences).ok_or_else(|| shape_error("segments", "too many".into()))?;
+        let mut pool = State::<S>::zeros(self, count)?;
+        let mut log_g = Vec::new();
+        for (m, (state, l)) in input.segments.iter().enumerate() {
+            check_state(self, &state.dims(), Device::Cpu, "segments", Some(sequences))?;
+            if l.len() != gates {
+                return Err(shape_error("segments", format!("a total_log_g has {} entries, not {gates}", l.len())));
             }
-            s.extend_from_slice(state.s());
-            z.extend_from_slice(state.z());
-            g.extend_from_slice(log_g);
+            let (s, z) = pool.parts_mut();
+            s[m * state.s().len()..][..state.s().len()].copy_from_slice(state.s());
+            z[m * state.z().len()..][..state.z().len()].copy_from_slice(state.z());
+            log_g.extend_from_slice(l);
         }
-        let view = out.as_mut();
+        let folded = Segments {
+            states: pool.as_ref(),
+            log_g: Some(TensorRef::new(&log_g, [segments, sequences, heads, 1])?),
+            reversed: false,
+        };
+        let total_log_g = TensorMut::new(&mut total, [sequences, heads, 1, 1])?;
+        self.compose_into(&folded, out.as_mut(), Some(total_log_g), Stream::default())?;
+        Ok((out, total))
+    }
+
+    /// Folds the segments of one pool, on the plan's device. `total_log_g` is `[sequences, heads_kv, 1, 1]`.
+    pub fn compose_into(
+        &self,
+        input: &Segments<'_, T, S>,
+        out: StateMut<'_, S>,
+        total_log_g: Option<TensorMut<'_, T::Stat>>,
+        stream: Stream,
+    ) -> Result<(), Error> {
+        let (device, sequences) = (self.device(), self.info().sequences);
+        let states = &input.states;
+        let count = states.dims.count;
+        let segments = count.checked_div(sequences).unwrap_or(0);
+        check_state(self, &states.dims, states.device, "states", Some(segments * sequences))?;
+        check_state(self, &out.dims, out.device, "out", Some(sequences))?;
         // SAFETY: a plain C struct for which zero is absent everywhere.
         let mut args: sys::powerattn_compose_args = unsafe { zeroed() };
         args.struct_size = size_of::<sys::powerattn_compose_args>() as u32;
-        args.count = input.segments.len() as i64;
-        args.segments = view.raw;
-        if !input.segments.is_empty() {
-            args.segments.s = s.as_mut_ptr() as *mut c_void;
-            args.segments.z = z.as_mut_ptr() as *mut c_void;
-            args.log_g = g.as_ptr() as *const c_void;
-        } else {
-            args.segments = crate::state::NO_STATE;
+        args.count = segments as i64;
+        if segments > 0 {
+            // Segment 0 of the fold, and the way to the next one; wrapping, since the memory may be a device's.
+            let (first, sign) = if input.reversed { (segments as isize - 1, -1) } else { (0, 1) };
+            let s_stride = states.raw.s_stride_n * sequences as i64;
+            let z_stride = states.raw.z_stride_n * sequences as i64;
+            args.segments = states.raw;
+            args.segments.s = (states.raw.s as *mut S).wrapping_offset(first * s_stride as isize) as *mut c_void;
+            args.segments.z = (states.raw.z as *mut S).wrapping_offset(first * z_stride as isize) as *mut c_void;
+            args.s_stride_segment = sign * s_stride;
+            args.z_stride_segment = sign * z_stride;
+            if let Some(log_g) = &input.log_g {
+                let shape = [segments, sequences, self.desc.heads_kv as usize, 1];
+                let l = check_tensor(&log_g.raw, "log_g", shape, device)?;
+                args.log_g = (l.data as *mut T::Stat).wrapping_offset(first * l.stride_b as isize) as *const c_void;
+                args.log_g_stride_segment = sign * l.stride_b;
+                args.log_g_stride_n = l.stride_t;
+                args.log_g_stride_h = l.stride_h;
+            }
         }
-        args.s_stride_segment = view.raw.s_stride_n * sequences as i64;
-        args.z_stride_segment = view.raw.z_stride_n * sequences as i64;
-        args.log_g_stride_segment = gates as i64;
-        args.log_g_stride_n = self.desc.heads_kv;
-        args.log_g_stride_h = 1;
-        args.out = view.raw;
-        args.out_log_g = total.as_mut_ptr() as *mut c_void;
-        // SAFETY: all blocks have the sizes that the strides say and live through the call.
-        check(unsafe { sys::powerattn_state_compose(self.raw.as_ptr(), &args) })?;
-        Ok((out, total))
+        args.out = out.raw;
+        args.out_log_g = self.gate_totals(total_log_g)?;
+        args.stream = stream.0;
+        // SAFETY: every view was compared with the plan's sizes and device; they are borrowed through the call.
+        check(unsafe { sys::powerattn_state_compose(self.raw.as_ptr(), &args) })
     }
 }

@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 use crate::element::{Element, StateElement};
-use crate::error::{check, shape as shape_error, Error};
+use crate::error::{check, file as file_error, shape as shape_error, Error};
+use crate::memory::zeros;
 use crate::plan::{Device, Plan};
-use crate::tensor::Indices;
+use crate::tensor::{check_extent, Indices};
+use crate::workspace::Stream;
 use powerattn_sys as sys;
 use std::ffi::c_void;
+use std::fs::File;
+use std::io::Write;
 use std::marker::PhantomData;
 use std::mem::{size_of, zeroed};
 use std::path::Path;
@@ -72,6 +76,12 @@ impl Dims {
         })
     }
 
+    /// Strides of states and of kv heads of contiguous S and z. Saturating: where they overflow, `elements` fails.
+    fn strides(&self) -> ([usize; 2], [usize; 2]) {
+        let s = self.rows.saturating_mul(self.value_dim);
+        ([s.saturating_mul(self.heads), s], [self.rows.saturating_mul(self.heads), self.rows])
+    }
+
     fn elements(&self) -> Result<(usize, usize), Error> {
         let overflow = || shape_error("state", format!("the number of elements of {self:?} overflows"));
         let z = self.count.checked_mul(self.heads).and_then(|n| n.checked_mul(self.rows)).ok_or_else(overflow)?;
@@ -106,10 +116,13 @@ pub struct StateMut<'a, S> {
     marker: PhantomData<&'a mut S>,
 }
 
-// SAFETY: as for TensorRef and TensorMut.
+// SAFETY: as for TensorRef.
 unsafe impl<S: Sync> Send for StateRef<'_, S> {}
+// SAFETY: as for TensorRef.
 unsafe impl<S: Sync> Sync for StateRef<'_, S> {}
+// SAFETY: as for TensorMut.
 unsafe impl<S: Send> Send for StateMut<'_, S> {}
+// SAFETY: as for TensorMut.
 unsafe impl<S: Sync> Sync for StateMut<'_, S> {}
 
 pub(crate) const NO_STATE: sys::powerattn_state = sys::powerattn_state {
@@ -122,16 +135,8 @@ pub(crate) const NO_STATE: sys::powerattn_state = sys::powerattn_state {
 };
 
 fn contiguous(s: *mut c_void, z: *mut c_void, dims: &Dims) -> sys::powerattn_state {
-    let s_stride_h = (dims.rows * dims.value_dim) as i64;
-    let z_stride_h = dims.rows as i64;
-    sys::powerattn_state {
-        s,
-        z,
-        s_stride_n: s_stride_h * dims.heads as i64,
-        s_stride_h,
-        z_stride_n: z_stride_h * dims.heads as i64,
-        z_stride_h,
-    }
+    let ([s_n, s_h], [z_n, z_h]) = dims.strides();
+    raw_pool(s, z, [s_n as i64, s_h as i64, z_n as i64, z_h as i64])
 }
 
 impl<S: StateElement> State<S> {
@@ -142,7 +147,11 @@ impl<S: StateElement> State<S> {
 
     fn with_dims(dims: Dims) -> Result<Self, Error> {
         let (s, z) = dims.elements()?;
-        Ok(Self { s: vec![S::default(); s], z: vec![S::default(); z], dims })
+        Ok(Self { s: zeros(s)?, z: zeros(z)?, dims })
+    }
+
+    pub(crate) fn dims(&self) -> Dims {
+        self.dims
     }
 
     /// S, `[count, heads_kv, D, value_dim]` contiguous.
@@ -178,124 +187,178 @@ impl<S: StateElement> State<S> {
         StateMut { raw: contiguous(s, z, &self.dims), dims: self.dims, device: Device::Cpu, marker: PhantomData }
     }
 
-    /// A CPU plan that only moves states like this one. Its tensors would be f32 (f64 with f64 states), which any
-    /// state type is legal beside.
-    fn mover(&self) -> Result<MoverPlan<S>, Error> {
-        let mut builder = Plan::<f32>::builder()
-            .batch(1)
-            .heads(self.dims.heads, self.dims.heads)
-            .head_dim(self.dims.head_dim)
-            .value_dim(self.dims.value_dim)
-            .degree(self.dims.degree)
-            .use_state();
-        if self.dims.degree % 2 != 0 {
-            builder = builder.unnormalized();
-        }
-        let mut desc = builder.desc;
-        if S::DTYPE == f64::DTYPE {
-            desc.dtype = f64::DTYPE;
-        }
-        desc.state_dtype = S::DTYPE;
-        let mut raw = ptr::null_mut();
-        // SAFETY: desc is a whole powerattn_desc; raw is written on success and owned by MoverPlan.
-        check(unsafe { sys::powerattn_plan_create(&desc, &mut raw) })?;
-        Ok(MoverPlan { raw, marker: PhantomData })
+    /// A CPU plan that only moves states like this one.
+    fn mover(&self) -> Result<Plan<S::Beside, S>, Error> {
+        let Dims { heads, head_dim, value_dim, degree, .. } = self.dims;
+        let builder = Plan::<S::Beside>::builder()
+            .heads(heads, heads)
+            .head_dim(head_dim)
+            .value_dim(value_dim)
+            .degree(degree)
+            .use_state()
+            .state_type::<S>();
+        if degree % 2 == 0 { builder } else { builder.unnormalized() }.build()
     }
 
     /// The versioned, self-describing bytes that any binding reads.
     pub fn to_bytes(&self) -> Result<Vec<u8>, Error> {
-        let plan = self.mover()?;
-        let mut size = 0;
-        let count = to_i64("count", self.dims.count)?;
-        // SAFETY: size is written on success.
-        check(unsafe { sys::powerattn_state_pack_size(plan.raw, 0, count, &mut size) })?;
-        let mut bytes = vec![0u8; size as usize];
-        // SAFETY: a plain C struct; the state and the bytes live through the call.
-        unsafe {
-            let mut args: sys::powerattn_pack_args = zeroed();
-            args.struct_size = size_of::<sys::powerattn_pack_args>() as u32;
-            args.state = self.as_ref().raw;
-            args.count = count;
-            args.packed = bytes.as_mut_ptr() as *mut c_void;
-            args.packed_bytes = size;
-            check(sys::powerattn_state_pack(plan.raw, &args))?;
-        }
-        Ok(bytes)
+        self.to_bytes_as::<S>()
+    }
+
+    /// The same with numbers of another type, such as `half::bf16` at half the size.
+    pub fn to_bytes_as<P: StateElement>(&self) -> Result<Vec<u8>, Error> {
+        self.mover()?.pack_as::<P>(self.as_ref(), Stream::default())
     }
 
     /// Reads packed bytes into this state, converting the element type if need be. Bytes of another version or
     /// of other sizes are refused before anything is written.
     pub fn read_bytes(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        let plan = self.mover()?;
-        // SAFETY: as in to_bytes; unpack only reads the bytes.
-        unsafe {
-            let mut args: sys::powerattn_pack_args = zeroed();
-            args.struct_size = size_of::<sys::powerattn_pack_args>() as u32;
-            args.count = to_i64("count", self.dims.count)?;
-            args.state = self.as_mut().raw;
-            args.packed = bytes.as_ptr() as *mut c_void;
-            args.packed_bytes = bytes.len() as u64;
-            check(sys::powerattn_state_unpack(plan.raw, &args))
-        }
+        self.mover()?.unpack(bytes, self.as_mut(), Stream::default())
     }
 
     /// Writes the packed state to a file, whole or not at all.
-    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Box<dyn std::error::Error>> {
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
         let mut partial = path.as_os_str().to_owned();
         partial.push(".partial");
-        std::fs::write(&partial, self.to_bytes()?)?;
-        Ok(std::fs::rename(&partial, path)?)
+        let bytes = self.to_bytes()?;
+        let write = || {
+            let mut file = File::create(&partial)?;
+            file.write_all(&bytes)?;
+            file.sync_all()?;
+            std::fs::rename(&partial, path)
+        };
+        write().map_err(|error| file_error(path, &error))
     }
 
     /// Reads a state saved by [`State::save`] or by another binding.
-    pub fn load(&mut self, path: impl AsRef<Path>) -> Result<(), Box<dyn std::error::Error>> {
-        Ok(self.read_bytes(&std::fs::read(path)?)?)
+    pub fn load(&mut self, path: impl AsRef<Path>) -> Result<(), Error> {
+        let path = path.as_ref();
+        self.read_bytes(&std::fs::read(path).map_err(|error| file_error(path, &error))?)
     }
 
     /// Copies states out of another pool: `from[i]` of `other` into slot `to[i]` of this one (fork, rollback,
     /// conversion). Negative slots are skipped.
     pub fn copy_from<P: StateElement>(&mut self, other: &State<P>, from: &[i64], to: &[i64]) -> Result<(), Error> {
-        if from.len() != to.len() {
-            return Err(shape_error("to", format!("has {} slots, from has {}", to.len(), from.len())));
-        }
-        if (Dims { count: 0, ..self.dims }) != (Dims { count: 0, ..other.dims }) {
-            return Err(shape_error("other", format!("has sizes {:?}, this state {:?}", other.dims, self.dims)));
-        }
-        let plan = self.mover()?;
-        // SAFETY: a plain C struct; both pools and both slices live through the call and do not overlap, since
-        // this one is borrowed mutably.
-        unsafe {
-            let mut args: sys::powerattn_convert_args = zeroed();
-            args.struct_size = size_of::<sys::powerattn_convert_args>() as u32;
-            args.src_dtype = P::DTYPE;
-            args.dst_dtype = S::DTYPE;
-            args.src = other.as_ref().raw;
-            args.dst = self.as_mut().raw;
-            args.count = to_i64("from", from.len())?;
-            args.src_slots = from.as_ptr();
-            args.dst_slots = to.as_ptr();
-            args.src_num_slots = other.dims.count as i64;
-            args.dst_num_slots = self.dims.count as i64;
-            check(sys::powerattn_state_convert(plan.raw, &args))
-        }
+        self.mover()?.convert(other.as_ref(), self.as_mut(), from, to, Stream::default())
     }
 }
 
-/// A plan owned only for moving states of type `S`.
-struct MoverPlan<S> {
-    raw: *mut sys::powerattn_plan,
-    marker: PhantomData<S>,
-}
+/// Moving states on the plan's device. The plan's tensors do not matter, its heads and sizes do.
+impl<T: Element, S: StateElement> Plan<T, S> {
+    /// Packs states into host memory; on CUDA it waits for the stream. See [`State::to_bytes`].
+    pub fn pack(&self, states: StateRef<'_, S>, stream: Stream) -> Result<Vec<u8>, Error> {
+        self.pack_as::<S>(states, stream)
+    }
 
-impl<S> Drop for MoverPlan<S> {
-    fn drop(&mut self) {
-        // SAFETY: made by powerattn_plan_create, owned here.
-        unsafe { sys::powerattn_plan_destroy(self.raw) }
+    /// The same with numbers of another type.
+    pub fn pack_as<P: StateElement>(&self, states: StateRef<'_, S>, stream: Stream) -> Result<Vec<u8>, Error> {
+        check_state(self, &states.dims, states.device, "states", None)?;
+        let count = to_i64("count", states.dims.count)?;
+        let mut size = 0;
+        // SAFETY: size is written on success.
+        check(unsafe { sys::powerattn_state_pack_size(self.raw.as_ptr(), P::DTYPE, count, &mut size) })?;
+        let mut bytes = zeros::<u8>(usize::try_from(size).unwrap_or(usize::MAX))?;
+        // SAFETY: a plain C struct for which zero is absent everywhere.
+        let mut args: sys::powerattn_pack_args = unsafe { zeroed() };
+        args.struct_size = size_of::<sys::powerattn_pack_args>() as u32;
+        args.dtype = P::DTYPE;
+        args.state = states.raw;
+        args.count = count;
+        args.packed = bytes.as_mut_ptr() as *mut c_void;
+        args.packed_bytes = size;
+        args.stream = stream.0;
+        // SAFETY: the states were compared with the plan, and `bytes` has the size that the plan asked for.
+        check(unsafe { sys::powerattn_state_pack(self.raw.as_ptr(), &args) })?;
+        Ok(bytes)
+    }
+
+    /// Reads packed bytes into states; on CUDA it waits for the stream. See [`State::read_bytes`].
+    pub fn unpack(&self, bytes: &[u8], states: StateMut<'_, S>, stream: Stream) -> Result<(), Error> {
+        check_state(self, &states.dims, states.device, "states", None)?;
+        // SAFETY: a plain C struct for which zero is absent everywhere.
+        let mut args: sys::powerattn_pack_args = unsafe { zeroed() };
+        args.struct_size = size_of::<sys::powerattn_pack_args>() as u32;
+        args.state = states.raw;
+        args.count = to_i64("count", states.dims.count)?;
+        args.packed = bytes.as_ptr() as *mut c_void;
+        args.packed_bytes = bytes.len() as u64;
+        args.stream = stream.0;
+        // SAFETY: the states were compared with the plan; unpack only reads the bytes, no more than there are.
+        check(unsafe { sys::powerattn_state_unpack(self.raw.as_ptr(), &args) })
+    }
+
+    /// Copies `from[i]` of `src` into slot `to[i]` of `dst`, converting the element type; negative slots are skipped.
+    pub fn convert<'a, A: StateElement, B: StateElement>(
+        &self,
+        src: StateRef<'_, A>,
+        dst: StateMut<'_, B>,
+        from: impl Into<Indices<'a>>,
+        to: impl Into<Indices<'a>>,
+        stream: Stream,
+    ) -> Result<(), Error> {
+        let (from, to) = (from.into(), to.into());
+        check_state(self, &src.dims, src.device, "src", None)?;
+        check_state(self, &dst.dims, dst.device, "dst", None)?;
+        // SAFETY: a plain C struct for which zero is absent everywhere.
+        let mut args: sys::powerattn_convert_args = unsafe { zeroed() };
+        args.struct_size = size_of::<sys::powerattn_convert_args>() as u32;
+        args.src_dtype = A::DTYPE;
+        args.dst_dtype = B::DTYPE;
+        args.src = src.raw;
+        args.dst = dst.raw;
+        args.count = to_i64("from", from.len())?;
+        args.src_slots = from.check("from", from.len(), self.device())?;
+        args.dst_slots = to.check("to", from.len(), self.device())?;
+        args.src_num_slots = to_i64("src", src.dims.count)?;
+        args.dst_num_slots = to_i64("dst", dst.dims.count)?;
+        args.stream = stream.0;
+        // SAFETY: both pools and both index arrays were compared with the plan and are borrowed through the call.
+        check(unsafe { sys::powerattn_state_convert(self.raw.as_ptr(), &args) })
     }
 }
 
-impl<S: StateElement> StateRef<'_, S> {
+/// Bounds of a strided pool inside slices of the host; strides are of states and of kv heads, in elements.
+fn check_pool(
+    (s, z): (usize, usize),
+    dims: &Dims,
+    s_strides: [usize; 2],
+    z_strides: [usize; 2],
+) -> Result<[i64; 4], Error> {
+    dims.elements()?;
+    let pool = |len, run, [n, h]: [usize; 2]| check_extent(len, [dims.count, dims.heads, 1, run], [n, h, 0]);
+    let s = pool(s, dims.rows * dims.value_dim, s_strides)?;
+    let z = pool(z, dims.rows, z_strides)?;
+    Ok([s[0], s[1], z[0], z[1]])
+}
+
+fn raw_pool(s: *mut c_void, z: *mut c_void, [s_n, s_h, z_n, z_h]: [i64; 4]) -> sys::powerattn_state {
+    sys::powerattn_state { s, z, s_stride_n: s_n, s_stride_h: s_h, z_stride_n: z_n, z_stride_h: z_h }
+}
+
+impl<'a, S: StateElement> StateRef<'a, S> {
+    /// States in the caller's memory, S `[count, heads_kv, D, value_dim]` and z `[count, heads_kv, D]` contiguous.
+    pub fn new<T: Element>(plan: &Plan<T, S>, s: &'a [S], z: &'a [S], count: usize) -> Result<Self, Error> {
+        let dims = Dims::of(plan, count)?;
+        let (s_strides, z_strides) = dims.strides();
+        Self::with_strides(plan, s, z, count, s_strides, z_strides)
+    }
+
+    /// The same with gaps: strides of states and of kv heads, in elements.
+    pub fn with_strides<T: Element>(
+        plan: &Plan<T, S>,
+        s: &'a [S],
+        z: &'a [S],
+        count: usize,
+        s_strides: [usize; 2],
+        z_strides: [usize; 2],
+    ) -> Result<Self, Error> {
+        let dims = Dims::of(plan, count)?;
+        let strides = check_pool((s.len(), z.len()), &dims, s_strides, z_strides)?;
+        let raw = raw_pool(s.as_ptr() as *mut c_void, z.as_ptr() as *mut c_void, strides);
+        Ok(Self { raw, dims, device: Device::Cpu, marker: PhantomData })
+    }
+
     /// States in a device's memory, `[count, heads_kv, D, value_dim]` and `[count, heads_kv, D]` contiguous.
     ///
     /// # Safety
@@ -312,7 +375,29 @@ impl<S: StateElement> StateRef<'_, S> {
     }
 }
 
-impl<S: StateElement> StateMut<'_, S> {
+impl<'a, S: StateElement> StateMut<'a, S> {
+    /// States in the caller's memory, S `[count, heads_kv, D, value_dim]` and z `[count, heads_kv, D]` contiguous.
+    pub fn new<T: Element>(plan: &Plan<T, S>, s: &'a mut [S], z: &'a mut [S], count: usize) -> Result<Self, Error> {
+        let dims = Dims::of(plan, count)?;
+        let (s_strides, z_strides) = dims.strides();
+        Self::with_strides(plan, s, z, count, s_strides, z_strides)
+    }
+
+    /// The same with gaps: strides of states and of kv heads, in elements; overlaps are refused by the library.
+    pub fn with_strides<T: Element>(
+        plan: &Plan<T, S>,
+        s: &'a mut [S],
+        z: &'a mut [S],
+        count: usize,
+        s_strides: [usize; 2],
+        z_strides: [usize; 2],
+    ) -> Result<Self, Error> {
+        let dims = Dims::of(plan, count)?;
+        let strides = check_pool((s.len(), z.len()), &dims, s_strides, z_strides)?;
+        let raw = raw_pool(s.as_mut_ptr() as *mut c_void, z.as_mut_ptr() as *mut c_void, strides);
+        Ok(Self { raw, dims, device: Device::Cpu, marker: PhantomData })
+    }
+
     /// States in a device's memory, `[count, heads_kv, D, value_dim]` and `[count, heads_kv, D]` contiguous.
     ///
     /// # Safety
@@ -343,14 +428,6 @@ pub(crate) fn check_state<T: Element, S: StateElement>(
     }
     if device != plan.device() {
         return Err(shape_error(argument, format!("is on {device:?}; the plan is for {:?}", plan.device())));
-    }
-    Ok(())
-}
-
-/// Folding of segments into one state, used by [`crate::Compose`].
-pub(crate) fn check_slots(slots: Option<&Indices<'_>>, batch: usize, states: usize) -> Result<(), Error> {
-    if slots.is_none() && states < batch {
-        return Err(shape_error("state", format!("has {states} states for {batch} sequences; pass slots")));
     }
     Ok(())
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 use crate::element::{Element, StateElement};
-use crate::error::{check, Error};
+use crate::error::{check, shape as shape_error, Error};
 use crate::plan::Plan;
-use crate::state::{check_slots, check_state, StateMut};
+use crate::state::{check_state, StateMut};
 use crate::tensor::{check_optional, check_tensor, Indices, TensorMut, TensorRef};
 use crate::workspace::{Stream, Workspace};
 use powerattn_sys as sys;
@@ -73,7 +73,10 @@ impl<T: Element, S: StateElement> Plan<T, S> {
         let device = self.device();
         let batch = self.query_shape()[0];
         check_state(self, &state.dims, state.device, "state", None)?;
-        check_slots(input.slots.as_ref(), batch, state.dims.count)?;
+        if input.slots.is_none() && state.dims.count < batch {
+            let count = state.dims.count;
+            return Err(shape_error("state", format!("has {count} states for {batch} sequences; pass slots")));
+        }
         // SAFETY: a plain C struct for which zero is absent everywhere.
         let mut args: sys::powerattn_step_args = unsafe { zeroed() };
         args.struct_size = size_of::<sys::powerattn_step_args>() as u32;
@@ -87,9 +90,7 @@ impl<T: Element, S: StateElement> Plan<T, S> {
         args.slots = self.check_indices(input.slots, "slots", batch)?;
         args.lengths = self.check_indices(input.lengths, "lengths", batch)?;
         args.rope_offset = self.check_indices(input.rope_offset, "rope_offset", batch)?;
-        let (data, bytes) = workspace.get(self.info().workspace_step);
-        args.workspace = data;
-        args.workspace_bytes = bytes;
+        (args.workspace, args.workspace_bytes) = workspace.get(self.info().workspace_step, device)?;
         args.stream = stream.0;
         // SAFETY: every view was compared with the plan's shapes and device; they are borrowed through the call.
         check(unsafe { sys::powerattn_step(self.raw.as_ptr(), &args) })

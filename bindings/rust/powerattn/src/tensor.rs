@@ -37,11 +37,13 @@ pub(crate) struct Raw {
     pub device: Device,
 }
 
-// SAFETY: a TensorRef is a `&[T]` with strides, a TensorMut a `&mut [T]`; the pointers are only dereferenced by
-// the library during a call that borrows the view.
+// SAFETY: a `&[T]` with strides; the library only reads through it, during a call that borrows the view.
 unsafe impl<T: Sync> Send for TensorRef<'_, T> {}
+// SAFETY: as above.
 unsafe impl<T: Sync> Sync for TensorRef<'_, T> {}
+// SAFETY: a `&mut [T]` with strides; the library writes through it during a call that owns the view.
 unsafe impl<T: Send> Send for TensorMut<'_, T> {}
+// SAFETY: nothing can be reached through a shared TensorMut but its shape.
 unsafe impl<T: Sync> Sync for TensorMut<'_, T> {}
 
 impl Raw {
@@ -79,7 +81,7 @@ fn extent([b, t, h, d]: [usize; 4], strides: [usize; 3]) -> Result<usize, Error>
     last.checked_add(1).ok_or_else(|| shape_error("strides", "the offset of the last element overflows".into()))
 }
 
-fn check_extent(len: usize, shape: [usize; 4], strides: [usize; 3]) -> Result<[i64; 3], Error> {
+pub(crate) fn check_extent(len: usize, shape: [usize; 4], strides: [usize; 3]) -> Result<[i64; 3], Error> {
     let needed = extent(shape, strides)?;
     if needed > len {
         return Err(shape_error(
@@ -171,6 +173,7 @@ pub struct Indices<'a> {
 
 // SAFETY: a `&[i64]`.
 unsafe impl Send for Indices<'_> {}
+// SAFETY: as above.
 unsafe impl Sync for Indices<'_> {}
 
 impl<'a> From<&'a [i64]> for Indices<'a> {
@@ -198,6 +201,10 @@ impl Indices<'_> {
     /// `data` must point to `len` integers in memory of `device`, not written while a call uses them.
     pub unsafe fn from_raw_parts(data: *const i64, len: usize, device: Device) -> Self {
         Self { data, len, device, marker: PhantomData }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
     }
 
     /// The pointer, after comparing the length and the device with the plan's.
@@ -254,7 +261,7 @@ pub(crate) fn check_optional_out<T: Element>(
 #[cfg(feature = "ndarray")]
 mod from_ndarray {
     use super::{shape_error, Device, Error, PhantomData, Raw, TensorMut, TensorRef};
-    use ndarray::{ArrayView4, ArrayViewMut4};
+    use ndarray::{ArrayView3, ArrayView4, ArrayViewMut3, ArrayViewMut4};
     use std::ffi::c_void;
 
     fn strides(shape: &[usize], strides: &[isize]) -> Result<[i64; 3], Error> {
@@ -262,6 +269,28 @@ mod from_ndarray {
             return Err(shape_error("array", format!("the last dimension has stride {}, it needs 1", strides[3])));
         }
         Ok([strides[0] as i64, strides[1] as i64, strides[2] as i64])
+    }
+
+    /// Rows per token and head: log gates, row norms.
+    impl<'a, T> From<ArrayView3<'a, T>> for TensorRef<'a, T> {
+        fn from(view: ArrayView3<'a, T>) -> Self {
+            let (b, t, h) = view.dim();
+            let raw = raw_rows(view.as_ptr() as *mut c_void, [b, t, h], view.strides());
+            Self { raw, marker: PhantomData }
+        }
+    }
+
+    impl<'a, T> From<ArrayViewMut3<'a, T>> for TensorMut<'a, T> {
+        fn from(mut view: ArrayViewMut3<'a, T>) -> Self {
+            let (b, t, h) = view.dim();
+            let data = view.as_mut_ptr() as *mut c_void;
+            Self { raw: raw_rows(data, [b, t, h], view.strides()), marker: PhantomData }
+        }
+    }
+
+    fn raw_rows(data: *mut c_void, [b, t, h]: [usize; 3], strides: &[isize]) -> Raw {
+        let strides = [strides[0] as i64, strides[1] as i64, strides[2] as i64];
+        Raw { data, shape: [b, t, h, 1], strides, device: Device::Cpu }
     }
 
     impl<'a, T> TryFrom<ArrayView4<'a, T>> for TensorRef<'a, T> {
@@ -282,5 +311,69 @@ mod from_ndarray {
             let raw = Raw { data: view.as_mut_ptr() as *mut c_void, shape: [b, t, h, d], strides, device: Device::Cpu };
             Ok(Self { raw, marker: PhantomData })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn views_stay_inside_their_slice() {
+        let x: Vec<f32> = (0..32).map(|i| i as f32).collect();
+        let t = TensorRef::with_strides(&x, [2, 2, 1, 3], [16, 7, 0]).unwrap();
+        // The last element that the view promises is the last that may be read.
+        let at = |b: i64, n: i64, i: i64| {
+            // SAFETY: inside the shape, so inside the slice: that is what is tested (under Miri).
+            unsafe { *(t.raw.data as *const f32).offset((b * t.raw.strides[0] + n * t.raw.strides[1] + i) as isize) }
+        };
+        assert_eq!((at(0, 0, 0), at(1, 1, 2)), (0.0, 25.0));
+        assert!(TensorRef::with_strides(&x[..26], [2, 2, 1, 3], [16, 7, 0]).is_ok());
+        assert!(TensorRef::with_strides(&x[..25], [2, 2, 1, 3], [16, 7, 0]).is_err());
+        let mut y = x.clone();
+        let m = TensorMut::new(&mut y, [1, 4, 2, 4]).unwrap();
+        // SAFETY: element 31 of 32, and the view is the only way to them.
+        unsafe { *(m.raw.data as *mut f32).add(31) = 5.0 };
+        assert_eq!(y[31], 5.0);
+    }
+
+    #[test]
+    fn empty_views_reach_nothing() {
+        let none: [f32; 0] = [];
+        for shape in [[0, 4, 2, 4], [3, 0, 2, 4], [3, 4, 0, 4], [3, 4, 2, 0]] {
+            assert_eq!(TensorRef::new(&none, shape).unwrap().shape(), shape);
+            assert!(TensorMut::new(&mut [0f32; 0], shape).is_ok());
+        }
+        assert!(TensorRef::new(&none, [1, 1, 1, 1]).is_err());
+    }
+
+    #[test]
+    fn offsets_that_overflow_are_refused() {
+        let x = [0f32; 8];
+        for strides in [[usize::MAX, 1, 1], [usize::MAX / 2 + 1, 1, 1], [isize::MAX as usize, 1, 1]] {
+            assert!(TensorRef::with_strides(&x, [3, 1, 1, 1], strides).is_err());
+        }
+        assert!(TensorRef::new(&x, [1, 1, usize::MAX, 2]).is_err());
+        assert!(TensorRef::new(&x, [2, usize::MAX, 1, 1]).is_err());
+    }
+
+    #[cfg(feature = "ndarray")]
+    #[test]
+    fn ndarray_views_are_their_memory() {
+        use ndarray::{s, Array3, Array4};
+        let x = Array4::from_shape_fn((2, 3, 4, 5), |(b, t, h, i)| (b * 1000 + t * 100 + h * 10 + i) as f32);
+        let view = x.slice(s![..;-1, 1.., ..;2, 1..4]);
+        let t = TensorRef::try_from(view).unwrap();
+        assert_eq!(t.shape(), [2, 2, 2, 3]);
+        let at = |i: [i64; 4]| {
+            let offset: i64 = (0..3).map(|k| i[k] * t.raw.strides[k]).sum::<i64>() + i[3];
+            // SAFETY: inside the shape.
+            unsafe { *(t.raw.data as *const f32).offset(offset as isize) }
+        };
+        assert_eq!(at([0, 0, 0, 0]), 1101.0);
+        assert_eq!(at([1, 1, 1, 2]), 223.0);
+        let mut g = Array3::<f32>::zeros((2, 3, 4));
+        let rows = TensorMut::from(g.view_mut().permuted_axes([0, 2, 1]));
+        assert_eq!((rows.shape(), rows.raw.strides), ([2, 4, 3, 1], [12, 1, 4]));
     }
 }

@@ -1,4 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
+use crate::error::{shape as shape_error, Error};
+use crate::memory::zeros;
+use crate::plan::Device;
 use std::ffi::c_void;
 
 const ALIGNMENT: usize = 256;
@@ -7,7 +10,7 @@ const ALIGNMENT: usize = 256;
 #[derive(Debug, Default)]
 pub struct Workspace {
     memory: Vec<u8>,
-    device: Option<(*mut c_void, u64)>,
+    foreign: Option<(*mut c_void, u64, Device)>,
 }
 
 // SAFETY: the workspace owns its host memory; a device pointer was given by the caller of the unsafe constructor,
@@ -20,37 +23,47 @@ impl Workspace {
         Self::default()
     }
 
-    /// Memory of a device; it cannot grow, and a plan that needs more gets `WorkspaceTooSmall`.
+    /// Memory of `device`; it cannot grow, and a plan that needs more gets `WorkspaceTooSmall`.
     ///
     /// # Safety
-    /// `data` must be `bytes` bytes of the plan's device, aligned to 256, used by nothing else while calls with
-    /// this workspace are in flight on their stream.
-    pub unsafe fn from_raw_parts(data: *mut c_void, bytes: u64) -> Self {
-        Self { memory: Vec::new(), device: Some((data, bytes)) }
+    /// `data` must be `bytes` bytes of `device`, aligned to 256, used by nothing else while calls with this
+    /// workspace are in flight on their stream.
+    pub unsafe fn from_raw_parts(data: *mut c_void, bytes: u64, device: Device) -> Self {
+        Self { memory: Vec::new(), foreign: Some((data, bytes, device)) }
     }
 
-    /// A pointer aligned to 256 and the bytes behind it.
-    pub(crate) fn get(&mut self, bytes: u64) -> (*mut c_void, u64) {
-        if let Some((data, size)) = self.device {
-            return (data, size);
-        }
+    /// A pointer aligned to 256 and the bytes behind it, for a plan on `device`.
+    pub(crate) fn get(&mut self, bytes: u64, device: Device) -> Result<(*mut c_void, u64), Error> {
+        let own = self.foreign.map_or(Device::Cpu, |(_, _, device)| device);
         if bytes == 0 {
-            return (std::ptr::null_mut(), 0);
+            return Ok((std::ptr::null_mut(), 0));
+        }
+        if own != device {
+            return Err(shape_error("workspace", format!("is on {own:?}; the plan is for {device:?}")));
+        }
+        if let Some((data, size, _)) = self.foreign {
+            return Ok((data, size));
         }
         let needed = usize::try_from(bytes).unwrap_or(usize::MAX).saturating_add(ALIGNMENT - 1);
         if self.memory.len() < needed {
-            self.memory = vec![0; needed];
+            self.memory = Vec::new(); // freed before the larger one is asked for
+            self.memory = zeros(needed)?;
         }
-        let address = self.memory.as_mut_ptr();
-        let pad = address.align_offset(ALIGNMENT);
-        // SAFETY: pad < 256 and the memory has 255 bytes more than asked for.
-        (unsafe { address.add(pad) } as *mut c_void, bytes)
+        let pad = self.memory.as_ptr().align_offset(ALIGNMENT);
+        // In bounds: the memory has 255 bytes more than asked for.
+        let aligned = self.memory.get_mut(pad..).ok_or(Error::OutOfMemory { bytes })?;
+        Ok((aligned.as_mut_ptr() as *mut c_void, bytes))
     }
 }
 
 /// A device stream; the default is the CPU's, which has none.
 #[derive(Clone, Copy, Debug)]
 pub struct Stream(pub(crate) *mut c_void);
+
+// SAFETY: a handle that this crate never follows; CUDA takes a stream from any thread.
+unsafe impl Send for Stream {}
+// SAFETY: as above.
+unsafe impl Sync for Stream {}
 
 impl Default for Stream {
     fn default() -> Self {
@@ -65,5 +78,34 @@ impl Stream {
     /// `stream` must be a live stream of the plan's device for as long as calls use it.
     pub unsafe fn from_raw(stream: *mut c_void) -> Self {
         Stream(stream)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_memory_grows_and_is_aligned() {
+        let mut work = Workspace::new();
+        assert_eq!(work.get(0, Device::Cpu).unwrap(), (std::ptr::null_mut(), 0));
+        for bytes in [1, 100, 5000, 20] {
+            let (data, size) = work.get(bytes, Device::Cpu).unwrap();
+            assert_eq!((data as usize % ALIGNMENT, size), (0, bytes));
+            // SAFETY: `bytes` bytes of the workspace, which nothing else touches.
+            unsafe { std::ptr::write_bytes(data as *mut u8, 7, bytes as usize) };
+        }
+        assert!(matches!(work.get(u64::MAX, Device::Cpu), Err(Error::OutOfMemory { .. })));
+        assert!(work.get(1, Device::Cpu).is_ok());
+    }
+
+    #[test]
+    fn memory_of_another_device_is_refused() {
+        assert!(Workspace::new().get(1, Device::Cuda(0)).is_err());
+        // SAFETY: never followed.
+        let mut work = unsafe { Workspace::from_raw_parts(256 as *mut c_void, 64, Device::Cuda(1)) };
+        assert!(work.get(8, Device::Cpu).is_err());
+        assert!(work.get(8, Device::Cuda(0)).is_err());
+        assert_eq!(work.get(8, Device::Cuda(1)).unwrap(), (256 as *mut c_void, 64));
     }
 }

@@ -416,9 +416,14 @@ where
         cu_seqlens: lens.as_ref().map(Indices::from),
         rope_offset: offsets.as_ref().map(Indices::from),
     };
+    // With memory for backward where the plan has any, so that both ways of the backward pass run below.
+    let (saves, mut saved) = (case.op == "bwd" && info.saved_bytes > 0, Workspace::new());
     let mut out = ForwardOut::new(y.view_mut()).row_norm(norm.view_mut());
     if case.state {
         out = out.final_state(last.as_mut());
+    }
+    if saves {
+        out = out.saved(&mut saved);
     }
     plan.forward(&forward, out).unwrap();
 
@@ -456,6 +461,7 @@ where
     let raw_norm = Tensor::<T::Stat>::new([b, t, hq, 1], "");
     let raw_last = new_state(&mut random);
     let (_memory, work) = scratch(info.workspace_forward);
+    let (_saved_memory, raw_saved) = scratch(if saves { info.saved_bytes } else { 0 });
     unsafe {
         let mut args: sys::powerattn_forward_args = zeroed();
         args.struct_size = size_of::<sys::powerattn_forward_args>() as u32;
@@ -467,6 +473,7 @@ where
         }
         (args.cu_seqlens, args.rope_offset) = (indices(&lens), indices(&offsets));
         (args.workspace, args.workspace_bytes) = (work, info.workspace_forward);
+        (args.saved, args.saved_bytes) = (raw_saved, if saves { info.saved_bytes } else { 0 });
         ok(sys::powerattn_forward(raw.0, &args));
     }
     same("y", y.bits(), raw_y.bits());
@@ -480,52 +487,61 @@ where
 
     let d_y = Tensor::<T>::random([b, t, hq, e], own, &mut random, |x| x);
     let d_last = new_state(&mut random);
-    let new = |h, d| Tensor::<T>::new([b, t, h, d], own);
-    let (mut dq, mut dk, mut dv) = (new(hq, d), new(hkv, d), new(hkv, e));
-    let (raw_dq, raw_dk, raw_dv) = (new(hq, d), new(hkv, d), new(hkv, e));
-    let (mut dg, raw_dg) = (Tensor::<T::Stat>::new([b, t, hkv, 1], ""), Tensor::<T::Stat>::new([b, t, hkv, 1], ""));
-    let (mut d_initial, raw_d_initial) = (new_state(&mut random), new_state(&mut random));
-    plan.backward(
-        Backward {
-            forward,
-            y: Some(y.view()),
-            row_norm: Some(norm.view()),
-            d_y: d_y.view(),
-            d_final_state: case.state.then(|| d_last.as_ref()),
-            saved: None,
-        },
-        BackwardOut {
-            d_q: dq.view_mut(),
-            d_k: dk.view_mut(),
-            d_v: dv.view_mut(),
-            d_log_g: log_g.map(|_| dg.view_mut()),
-            d_initial_state: case.state.then(|| d_initial.as_mut()),
-        },
-    )
-    .unwrap();
-    let (_memory, work) = scratch(info.workspace_backward);
-    unsafe {
-        let mut args: sys::powerattn_backward_args = zeroed();
-        args.struct_size = size_of::<sys::powerattn_backward_args>() as u32;
-        (args.q, args.k, args.v, args.log_g, args.y) = (q.raw(), k.raw(), v.raw(), gate_raw, y.raw());
-        (args.row_norm, args.d_y) = (norm.raw(), d_y.raw());
-        (args.d_q, args.d_k, args.d_v) = (raw_dq.raw(), raw_dk.raw(), raw_dv.raw());
-        args.d_log_g = if case.gate.is_empty() { no_tensor } else { raw_dg.raw() };
-        if case.state {
-            args.initial_state = state_raw(&initial, hkv, e);
-            args.d_final_state = state_raw(&d_last, hkv, e);
-            args.d_initial_state = state_raw(&raw_d_initial, hkv, e);
+    for keep in [false, true] {
+        if keep && !saves {
+            continue;
         }
-        (args.cu_seqlens, args.rope_offset) = (indices(&lens), indices(&offsets));
-        (args.workspace, args.workspace_bytes) = (work, info.workspace_backward);
-        ok(sys::powerattn_backward(raw.0, &args));
-    }
-    same("d_q", dq.bits(), raw_dq.bits());
-    same("d_k", dk.bits(), raw_dk.bits());
-    same("d_v", dv.bits(), raw_dv.bits());
-    same("d_log_g", dg.bits(), raw_dg.bits());
-    if case.state {
-        same("d_initial_state", state_bits(&d_initial), state_bits(&raw_d_initial));
+        let new = |h, d| Tensor::<T>::new([b, t, h, d], own);
+        let (mut dq, mut dk, mut dv) = (new(hq, d), new(hkv, d), new(hkv, e));
+        let (raw_dq, raw_dk, raw_dv) = (new(hq, d), new(hkv, d), new(hkv, e));
+        let (mut dg, raw_dg) = (Tensor::<T::Stat>::new([b, t, hkv, 1], ""), Tensor::<T::Stat>::new([b, t, hkv, 1], ""));
+        let (mut d_initial, raw_d_initial) = (new_state(&mut random), new_state(&mut random));
+        plan.backward(
+            Backward {
+                forward,
+                y: Some(y.view()),
+                row_norm: Some(norm.view()),
+                d_y: d_y.view(),
+                d_final_state: case.state.then(|| d_last.as_ref()),
+                saved: keep.then_some(&mut saved),
+            },
+            BackwardOut {
+                d_q: dq.view_mut(),
+                d_k: dk.view_mut(),
+                d_v: dv.view_mut(),
+                d_log_g: log_g.map(|_| dg.view_mut()),
+                d_initial_state: case.state.then(|| d_initial.as_mut()),
+            },
+        )
+        .unwrap();
+        let needed = if keep { info.workspace_backward_saved } else { info.workspace_backward };
+        let (_memory, work) = scratch(needed);
+        unsafe {
+            let mut args: sys::powerattn_backward_args = zeroed();
+            args.struct_size = size_of::<sys::powerattn_backward_args>() as u32;
+            (args.q, args.k, args.v, args.log_g, args.y) = (q.raw(), k.raw(), v.raw(), gate_raw, y.raw());
+            (args.row_norm, args.d_y) = (norm.raw(), d_y.raw());
+            (args.d_q, args.d_k, args.d_v) = (raw_dq.raw(), raw_dk.raw(), raw_dv.raw());
+            args.d_log_g = if case.gate.is_empty() { no_tensor } else { raw_dg.raw() };
+            if case.state {
+                args.initial_state = state_raw(&initial, hkv, e);
+                args.d_final_state = state_raw(&d_last, hkv, e);
+                args.d_initial_state = state_raw(&raw_d_initial, hkv, e);
+            }
+            (args.cu_seqlens, args.rope_offset) = (indices(&lens), indices(&offsets));
+            (args.workspace, args.workspace_bytes) = (work, needed);
+            if keep {
+                (args.saved, args.saved_bytes) = (raw_saved, info.saved_bytes);
+            }
+            ok(sys::powerattn_backward(raw.0, &args));
+        }
+        same("d_q", dq.bits(), raw_dq.bits());
+        same("d_k", dk.bits(), raw_dk.bits());
+        same("d_v", dv.bits(), raw_dv.bits());
+        same("d_log_g", dg.bits(), raw_dg.bits());
+        if case.state {
+            same("d_initial_state", state_bits(&d_initial), state_bits(&raw_d_initial));
+        }
     }
 }
 
