@@ -4,8 +4,10 @@
 #![no_main]
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
+use half::bf16;
 use powerattn::{
-    Backward, BackwardOut, Form, Forward, ForwardOut, Plan, Rope, RopeStyle, State, Step, TensorMut, TensorRef,
+    state_monomial, state_rows, Backward, BackwardOut, Error, Form, Forward, ForwardOut, Plan, Rope, RopeStyle, Segments,
+    State, StateMut, StateRef, Step, Stream, Summary, SummaryReverse, TensorMut, TensorRef, Workspace,
 };
 
 #[derive(Arbitrary, Debug)]
@@ -29,6 +31,48 @@ struct Input {
     slots: Option<Vec<i64>>,
     fill: f32,
     bytes: Vec<u8>,
+    pool: Option<Pool>,
+}
+
+/// Pools of states: copies between slots, folding, strided memory.
+#[derive(Arbitrary, Debug)]
+struct Pool {
+    count: u8,
+    from: Vec<i64>,
+    to: Vec<i64>,
+    strides: ([u16; 2], [u16; 2]),
+    flags: u8,
+    row: u32,
+}
+
+fn pools(plan: &Plan<f32>, head_dim: usize, degree: i32, x: &Pool, numbers: &[f32]) -> Result<(), Error> {
+    let count = x.count as usize % 7;
+    let _ = state_monomial(head_dim, degree, x.row as usize % (state_rows(head_dim, degree)? + 1));
+    let mut a = State::<f32>::zeros(plan, count)?;
+    let mut b = State::<f32>::zeros(plan, count + 1)?;
+    let _ = b.copy_from(&a, &x.from, &x.to);
+    // Slices of one memory with any strides: refused, or inside it.
+    let (s_strides, z_strides) = (x.strides.0.map(usize::from), x.strides.1.map(usize::from));
+    if let Ok(view) = StateRef::with_strides(plan, numbers, numbers, count, s_strides, z_strides) {
+        let _ = plan.convert(view, a.as_mut(), &x.from, &x.to, Stream::default());
+    }
+    let (mut s, mut z) = (numbers.to_vec(), numbers.to_vec());
+    if let Ok(view) = StateMut::with_strides(plan, &mut s, &mut z, count, s_strides, z_strides) {
+        let _ = plan.convert(b.as_ref(), view, &x.from, &x.to, Stream::default());
+    }
+    let sequences = plan.info().sequences;
+    let pool = State::<f32>::zeros(plan, count * sequences)?;
+    let heads = pool.s().len().max(1) / (pool.rows() * (count * sequences).max(1)).max(1);
+    let log_g = TensorRef::with_strides(numbers, [count, sequences, heads.max(1), 1], [1, 2, 0]);
+    let segments = Segments {
+        states: pool.as_ref(),
+        log_g: if x.flags & 1 != 0 { log_g.ok() } else { None },
+        reversed: x.flags & 2 != 0,
+    };
+    let mut out = State::<f32>::zeros(plan, sequences)?;
+    let _ = plan.compose_into(&segments, out.as_mut(), None, Stream::default());
+    let packed = out.to_bytes_as::<bf16>()?;
+    out.read_bytes(&packed)
 }
 
 fn run(x: &Input) -> Result<(), powerattn::Error> {
@@ -97,6 +141,9 @@ fn run(x: &Input) -> Result<(), powerattn::Error> {
     };
     let (mut y, mut norm) = (vec![0.0; n * e], vec![0.0; n]);
     let out = ForwardOut::new(TensorMut::new(&mut y, shape(hq, e))?).row_norm(TensorMut::rows(&mut norm, [b, t, hq])?);
+    if let Some(pool) = &x.pool {
+        let _ = pools(&plan, d, x.degree as i32, pool, &q);
+    }
     if x.flags & 2 != 0 {
         let mut state = State::<f32>::zeros(&plan, info.sequences)?;
         let _ = state.read_bytes(&x.bytes);
@@ -114,8 +161,33 @@ fn run(x: &Input) -> Result<(), powerattn::Error> {
         let _ = plan.step(&step, state.as_mut(), TensorMut::new(&mut y2, shape(hq, e))?);
         let again = state.to_bytes()?;
         state.read_bytes(&again)?;
+        let summary = Summary {
+            k: forward.k,
+            v: forward.v,
+            log_g: forward.log_g,
+            cu_seqlens: forward.cu_seqlens,
+            rope_offset: forward.rope_offset,
+        };
+        let mut work = Workspace::new();
+        let _ = plan.summary(&summary, state.as_mut(), None, &mut work, Stream::default());
+        let reverse = SummaryReverse {
+            q: forward.q,
+            log_g: forward.log_g,
+            y: Some(TensorRef::new(&y, shape(hq, e))?),
+            row_norm: Some(TensorRef::rows(&norm, [b, t, hq])?),
+            d_y: TensorRef::new(&y, shape(hq, e))?,
+            cu_seqlens: forward.cu_seqlens,
+            rope_offset: forward.rope_offset,
+        };
+        let _ = plan.summary_reverse(&reverse, state.as_mut(), None, &mut work, Stream::default());
     } else {
         plan.forward(&forward, out)?;
+    }
+    // Half of the backward passes after a forward pass that saves.
+    let mut saved = Workspace::new();
+    let keep = x.flags & 32 != 0;
+    if keep {
+        plan.forward(&forward, ForwardOut::new(TensorMut::new(&mut y, shape(hq, e))?).saved(&mut saved))?;
     }
     let (mut dq, mut dk, mut dv) = (vec![0.0; n * d], vec![0.0; rows * d], vec![0.0; rows * e]);
     plan.backward(
@@ -125,7 +197,7 @@ fn run(x: &Input) -> Result<(), powerattn::Error> {
             row_norm: Some(TensorRef::rows(&norm, [b, t, hq])?),
             d_y: TensorRef::new(&y, shape(hq, e))?,
             d_final_state: None,
-            saved: None,
+            saved: if keep { Some(&mut saved) } else { None },
         },
         BackwardOut {
             d_q: TensorMut::new(&mut dq, shape(hq, d))?,
