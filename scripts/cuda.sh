@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-# The CUDA part. `cuda_test` needs no GPU: it compiles every kernel, reads what the compiler said about each, and runs
-# what a library with the backend must do on a machine without a device. `cuda_gpu_test` and `cuda_gpu_bench` need one.
+# The CUDA part. `cuda_test` needs no GPU: it compiles every kernel, reads what the compiler said about each, runs what a
+# library with the backend must do on a machine without a device, and runs the kernels on an emulated device.
+# `cuda_gpu_test` and `cuda_gpu_bench` need a real one.
 
 CUDA_BUILD=$BUILD/cuda
+EMULATION_BUILD=$BUILD/emulation
 
 cuda_setup() {
   need_build_tools
+  need_apt doctest-dev binutils
   need_toolkit
 }
 
@@ -75,6 +78,14 @@ cuda_test() {
   check "no kernel spills registers" cuda_no_spills
   check "the library loads without CUDA libraries" cuda_needs_no_library
   check "a CUDA plan without a device is refused with a message" cuda_without_device
+  cuda_emulated
+}
+
+# The kernels as C++ on the device of tests/emulation, against the float64 oracles.
+cuda_emulated() {
+  TARGETS="test_gpu_cases test_gpu_runtime" cmake_build "$EMULATION_BUILD" -DCMAKE_BUILD_TYPE=Release \
+    -DPOWERATTN_CUDA=EMULATED -DPOWERATTN_BUILD_EXAMPLES=OFF -DPOWERATTN_BUILD_BENCH=OFF
+  run_counted ctest ctest --test-dir "$EMULATION_BUILD" -L emulation -j "$JOBS" --output-on-failure
 }
 
 # The compiler's report on every kernel, into ptxas.txt: each .cu file once more with its own command of the build, through

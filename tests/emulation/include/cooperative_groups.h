@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// Clusters of blocks.
+#pragma once
+
+#include "cuda_runtime.h"
+
+namespace cooperative_groups {
+
+struct cluster_group {
+  void sync() const { emulation::cluster_barrier(); }
+  template <class T>
+  T *map_shared_rank(T *p, int rank) const {
+    return static_cast<T *>(emulation::cluster_map(p, rank));
+  }
+};
+inline cluster_group this_cluster() { return {}; }
+
+}  // namespace cooperative_groups
