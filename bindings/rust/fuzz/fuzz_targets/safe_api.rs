@@ -3,15 +3,17 @@
 //! `cargo fuzz run safe_api`, or ./dev test rust, which runs it for a minute.
 #![no_main]
 use arbitrary::Arbitrary;
-use libfuzzer_sys::fuzz_target;
 use half::bf16;
+use libfuzzer_sys::fuzz_target;
 use powerattn::{
-    state_monomial, state_rows, Backward, BackwardOut, Error, Form, Forward, ForwardOut, Plan, Rope, RopeStyle, Segments,
-    State, StateMut, StateRef, Step, Stream, Summary, SummaryReverse, TensorMut, TensorRef, Workspace,
+    state_monomial, state_rows, Backward, BackwardOut, Error, Form, Forward, ForwardOut, Plan, Rope, RopeStyle,
+    Segments, State, StateMut, StateRef, Step, Stream, Summary, SummaryReverse, TensorMut, TensorRef, Workspace,
 };
 
 #[derive(Arbitrary, Debug)]
 struct Input {
+    /// Which field may be anything; the others are kept where most plans are legal.
+    wild: u8,
     batch: u8,
     seq_len: u8,
     heads: (u8, u8),
@@ -76,41 +78,49 @@ fn pools(plan: &Plan<f32>, head_dim: usize, degree: i32, x: &Pool, numbers: &[f3
 }
 
 fn run(x: &Input) -> Result<(), powerattn::Error> {
+    let wild = |field: u8| x.wild % 16 == field;
     let (b, t) = (x.batch as usize % 4, x.seq_len as usize % 40);
+    let (b, t) = if wild(0) { (b, t) } else { (if x.sequences.is_some() { 1 } else { b.max(1) }, t) };
     let (hq, hkv) = (x.heads.0 as usize % 5, x.heads.1 as usize % 5);
+    let (hq, hkv) = if wild(1) { (hq, hkv) } else { (hkv.clamp(1, 2) * hq.clamp(1, 2), hkv.clamp(1, 2)) };
     let (d, e) = (x.dims.0 as usize % 10, x.dims.1 as usize % 10);
+    let d = if wild(2) { d } else { d.max(1) };
+    let degree = if wild(3) { x.degree as i32 } else { [2, 4, 6, 2, 2, 3, 1, 2][x.degree as usize % 8] };
+    let unnormalized = x.flags & 1 != 0 || (!wild(4) && degree % 2 != 0);
     let mut builder = Plan::<f32>::builder()
         .batch(b)
         .seq_len(t)
         .heads(hq, hkv)
         .head_dim(d)
         .value_dim(e)
-        .degree(x.degree as i32)
-        .chunk_size(x.chunk as usize)
-        .eps(x.eps)
-        .num_threads(x.threads as i32 % 4)
+        .degree(degree)
+        .chunk_size(if wild(5) { x.chunk as usize } else { x.chunk as usize % 48 })
+        .eps(if wild(6) { x.eps } else { 0.0 })
+        .num_threads(if wild(7) { x.threads as i32 } else { 1 + (x.threads as i32 & 1) })
         .form(match x.form % 3 {
             0 => Form::Auto,
             1 => Form::Attention,
             _ => Form::Chunked,
         });
-    if x.flags & 1 != 0 {
+    if unnormalized {
         builder = builder.unnormalized();
     }
     if x.flags & 2 != 0 {
         builder = builder.use_state();
     }
     if let Some(scale) = x.scale {
-        builder = builder.scale(scale);
+        builder = builder.scale(if wild(8) { scale } else { 0.5 });
     }
     if let Some((half, dim, base)) = x.rope {
+        let (dim, base) = if wild(9) { (dim as usize, base) } else { (dim as usize % (d + 1) & !1, 100.0) };
         let style = if half { RopeStyle::Half } else { RopeStyle::Interleaved };
-        builder = builder.rope(Rope { style, dim: dim as usize, base });
+        builder = builder.rope(Rope { style, dim, base });
     }
-    if let Some(n) = x.sequences {
-        builder = builder.sequences(n as usize);
+    let sequences = x.sequences.map(|n| if wild(10) { n as usize } else { 1 + n as usize % 4 });
+    if let Some(n) = sequences {
+        builder = builder.sequences(n);
     }
-    if let Some((batch, seq_len)) = x.huge {
+    if let (Some((batch, seq_len)), true) = (x.huge, wild(11)) {
         // Sizes that cannot be allocated: only planned and described, never run.
         let plan = builder.batch(batch).seq_len(seq_len).build()?;
         return plan.describe().map(drop);
@@ -126,9 +136,15 @@ fn run(x: &Input) -> Result<(), powerattn::Error> {
     let q = vec![x.fill; 4096];
     let shape = |h, d| [b, t, h, d];
     let view = |h: usize, d: usize| match x.strides {
-        Some(s) => TensorRef::with_strides(&q, shape(h, d), s.map(|s| s as usize % 64)),
-        None => TensorRef::with_strides(&q, shape(h, d), [7, 3, d]),
+        Some(s) if wild(12) => TensorRef::with_strides(&q, shape(h, d), s.map(|s| s as usize % 64)),
+        _ => TensorRef::with_strides(&q, shape(h, d), [7, 3, d]),
     };
+    // Offsets of packed sequences that are legal: sorted, from 0, inside the tokens.
+    let mut offsets: Vec<i64> = x.indices.iter().map(|i| i.rem_euclid(t as i64 + 1)).collect();
+    offsets.resize(info.sequences + 1, t as i64);
+    offsets[0] = 0;
+    offsets.sort_unstable();
+    let positions: Vec<i64> = (0..info.sequences as i64).map(|i| 3 * i).collect();
     let (n, rows) = (b * t * hq, b * t * hkv);
     let forward = Forward {
         q: view(hq, d)?,
@@ -136,13 +152,17 @@ fn run(x: &Input) -> Result<(), powerattn::Error> {
         v: view(hkv, e)?,
         log_g: if x.flags & 4 != 0 { Some(TensorRef::rows(&q, [b, t, hkv])?) } else { None },
         initial_state: None,
-        cu_seqlens: x.sequences.map(|_| (&x.indices).into()),
-        rope_offset: if x.flags & 8 != 0 { Some((&x.indices).into()) } else { None },
+        cu_seqlens: sequences.map(|_| (if wild(13) { &x.indices } else { &offsets }).into()),
+        rope_offset: if x.flags & 8 != 0 {
+            Some((if wild(14) { &x.indices } else { &positions }).into())
+        } else {
+            None
+        },
     };
     let (mut y, mut norm) = (vec![0.0; n * e], vec![0.0; n]);
     let out = ForwardOut::new(TensorMut::new(&mut y, shape(hq, e))?).row_norm(TensorMut::rows(&mut norm, [b, t, hq])?);
     if let Some(pool) = &x.pool {
-        let _ = pools(&plan, d, x.degree as i32, pool, &q);
+        let _ = pools(&plan, d, degree, pool, &q);
     }
     if x.flags & 2 != 0 {
         let mut state = State::<f32>::zeros(&plan, info.sequences)?;
@@ -153,8 +173,12 @@ fn run(x: &Input) -> Result<(), powerattn::Error> {
             k: forward.k,
             v: forward.v,
             log_g: forward.log_g,
-            slots: x.slots.as_ref().map(|s| s.into()),
-            lengths: if x.flags & 16 != 0 { Some((&x.indices).into()) } else { None },
+            slots: x.slots.as_ref().map(Into::into),
+            lengths: if x.flags & 16 != 0 {
+                Some((if wild(15) { &x.indices } else { &positions }).into())
+            } else {
+                None
+            },
             rope_offset: None,
         };
         let mut y2 = vec![0.0; n * e];
