@@ -66,10 +66,14 @@ pub(crate) struct Dims {
 impl Dims {
     pub(crate) fn of<T: Element, S: StateElement>(plan: &Plan<T, S>, count: usize) -> Result<Self, Error> {
         let desc = &plan.desc;
+        let rows = match plan.info().state_rows {
+            i64::MAX => state_rows(desc.head_dim as usize, desc.degree)?, // refused with the library's words
+            rows => rows as usize,
+        };
         Ok(Self {
             count,
             heads: desc.heads_kv as usize,
-            rows: state_rows(desc.head_dim as usize, desc.degree)?,
+            rows,
             value_dim: desc.value_dim as usize,
             head_dim: desc.head_dim as usize,
             degree: desc.degree,
