@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The fast kernels for one instruction set. Each isa_*.cpp defines POWERATTN_ISA, is compiled with its own
-// flags and includes this file: everything lives in a namespace of its own, nothing from the standard library
-// that has external linkage is used, so no instruction leaks into code that runs elsewhere.
+// The fast kernels for one instruction set. Each isa_*.cpp defines POWERATTN_ISA and the width of its vectors,
+// is compiled with its own flags and includes this file: everything lives in a namespace of its own, nothing
+// from the standard library that has external linkage is used, so no instruction leaks into code that runs
+// elsewhere.
 #include <cmath>
 #include <cstdint>
-#if defined(POWERATTN_AMX)
+#if defined(POWERATTN_AMX) && !defined(POWERATTN_EMULATE_ISA)
 #include <immintrin.h>
 #endif
 
@@ -25,6 +26,9 @@ using namespace fast;
 #include "kernels/cpu/phi.h"
 #include "kernels/cpu/scores.h"
 #if defined(POWERATTN_AMX)
+#if defined(POWERATTN_EMULATE_ISA)
+#include "kernels/cpu/amx_emulation.h"
+#endif
 #include "kernels/cpu/amx.h"
 #endif
 #include "kernels/cpu/tokens.h"

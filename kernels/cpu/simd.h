@@ -2,18 +2,13 @@
 // Vectors of the instruction set that this file is compiled for, and the one microkernel.
 // Included by isa.h only, once per instruction set, inside that set's namespace.
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
+constexpr int kVectorBytes = POWERATTN_VECTOR_BYTES;
+#if POWERATTN_VECTOR_BYTES == 64
 constexpr int kMr = 14;  // 28 accumulators + 2 of B + 1 broadcast in 32 registers
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-constexpr int kMr = 6;  // 12 accumulators + 2 of B + 1 broadcast in 16 registers
 #elif defined(__aarch64__)
-constexpr int kVectorBytes = 16;
 constexpr int kMr = 12;  // 24 accumulators + 2 of B + broadcasts in 32 registers
 #else
-constexpr int kVectorBytes = 16;
-constexpr int kMr = 6;  // as AVX2, with 128-bit registers
+constexpr int kMr = 6;  // 12 accumulators + 2 of B + 1 broadcast in 16 registers
 #endif
 
 #define POWERATTN_INLINE inline __attribute__((always_inline))

@@ -4,7 +4,7 @@
 // Included by isa.h only.
 
 // Vectors of y in registers; as many are left for v, the factors and the state.
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if POWERATTN_VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int kStepSums = 16;
 #else
 constexpr int kStepSums = 8;

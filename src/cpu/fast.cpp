@@ -22,6 +22,12 @@ namespace powerattn {
 namespace cpu {
 namespace {
 
+#if defined(POWERATTN_EMULATE_ISA)
+constexpr bool kEmulated = true;
+#elif defined(__x86_64__)
+constexpr bool kEmulated = false;
+#endif
+
 #if defined(POWERATTN_HAVE_AMX)
 // AMX needs the operating system twice: to save the tiles (XCR0) and to let this process use them.
 bool amx_allowed() {
@@ -50,20 +56,21 @@ bool has_avx512() {
 }
 #endif
 
-// The widest set that the processor has. POWERATTN_CPU_ISA may name a narrower one, for tests.
+// The widest set that the processor has. POWERATTN_CPU_ISA may name a narrower one, for tests; where the wide
+// ones are emulated, every processor has them, but they run when asked for only.
 const fast::Isa &detect() {
 #if defined(__x86_64__)
   const char *asked = std::getenv("POWERATTN_CPU_ISA");
   static const char *const names[] = {"baseline", "avx2", "avx512", "amx"};
-  int widest = 3;
+  int widest = kEmulated ? 1 : 3;
   for (int i = 0; i < 4; ++i) {
     if (asked != nullptr && std::strcmp(asked, names[i]) == 0) widest = i;
   }
   __builtin_cpu_init();
 #if defined(POWERATTN_HAVE_AMX)
-  if (widest >= 3 && has_avx512() && amx_allowed()) return amx::isa();
+  if (widest >= 3 && (kEmulated || (has_avx512() && amx_allowed()))) return amx::isa();
 #endif
-  if (widest >= 2 && has_avx512()) return avx512::isa();
+  if (widest >= 2 && (kEmulated || has_avx512())) return avx512::isa();
   // Every processor with AVX2 has F16C.
   if (widest >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::isa();
 #endif
