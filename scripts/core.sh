@@ -9,6 +9,7 @@ core_tools() {
 core_setup() {
   core_tools
   need_apt clang-16 libclang-rt-16-dev doxygen
+  if foreign_machines; then need_apt g++-aarch64-linux-gnu qemu-user; fi
   . scripts/lint.sh
   . scripts/docs.sh
   say "building: Release"
@@ -19,10 +20,11 @@ core_setup() {
   TARGETS="test_concurrency test_properties" core_sanitized tsan thread
 }
 
-# A sanitized build of the library and its tests: quick to compile, with line numbers.
+# A sanitized build of the library and its tests: quick to compile, with line numbers; the AVX-512 and AMX kernels
+# emulated, so that they are tested on every machine.
 core_sanitized() {
   cmake_build "$BUILD/$1" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
-    -DCMAKE_C_FLAGS_RELWITHDEBINFO="-O1 -g1" -DPOWERATTN_SANITIZE="$2" -DPOWERATTN_CUDA=OFF \
+    -DCMAKE_C_FLAGS_RELWITHDEBINFO="-O1 -g1" -DPOWERATTN_SANITIZE="$2" -DPOWERATTN_EMULATE_ISA=ON -DPOWERATTN_CUDA=OFF \
     -DPOWERATTN_BUILD_BENCH=OFF -DPOWERATTN_BUILD_EXAMPLES=OFF
 }
 
@@ -42,6 +44,10 @@ core_test() {
   TSAN_OPTIONS=halt_on_error=1 core_ctest "$BUILD/tsan" -L core -R '^concurrent|number of threads'
   if [ -f tests/fuzz/CMakeLists.txt ]; then
     check "fuzzing the descriptions and arguments, 60 s" core_fuzz
+  fi
+  if foreign_machines; then
+    check "a processor of x86-64-v2 runs the library" core_x86_64_v2
+    check "aarch64: builds, and runs under qemu" core_aarch64
   fi
   check "clang-format" check_format
   check "shell scripts parse" check_shell
@@ -65,6 +71,21 @@ core_fuzz() {
     echo
   done
   return 1
+}
+
+# On x86-64 the other machines that the library is for are emulated.
+foreign_machines() { [ "$(uname -m)" = x86_64 ]; }
+
+core_x86_64_v2() {
+  qemu-x86_64 -cpu Nehalem "$LIBRARY_BUILD/tests/numerics/test_cases" "--test-case=cases: smoke"
+}
+
+core_aarch64() {
+  TARGETS="powerattn_c99 test_cases" cmake_build "$BUILD/aarch64" -DCMAKE_BUILD_TYPE=Release -DPOWERATTN_WERROR=ON \
+    -DCMAKE_TOOLCHAIN_FILE="$ROOT/cmake/aarch64-linux-gnu.cmake" -DPOWERATTN_CUDA=OFF -DPOWERATTN_BUILD_BENCH=OFF \
+    -DPOWERATTN_BUILD_EXAMPLES=OFF
+  qemu-aarch64 -L /usr/aarch64-linux-gnu "$BUILD/aarch64/tests/validation/powerattn_c99"
+  qemu-aarch64 -L /usr/aarch64-linux-gnu "$BUILD/aarch64/tests/numerics/test_cases" "--test-case=cases: smoke,cases: wide"
 }
 
 core_doc_examples() {
