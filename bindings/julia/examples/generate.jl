@@ -29,6 +29,8 @@ function main(args)
     d, context = 128, 8
     key(history) = randn(MersenneTwister(crc32c(collect(history[end-context+1:end]))), Float32, d)
     n = length(text) - context
+    n > 0 || error("the text is too short")
+    tokens = min(tokens, n)
     keys = reshape(reduce(hcat, [key(view(text, i:i+context-1)) for i in 1:n]), d, 1, n, 1)
     values = zeros(Float32, 256, 1, n, 1)
     for i in 1:n
@@ -60,6 +62,8 @@ function main(args)
     end
     println("resumed from ", filesize(path), " bytes, ", round(1e6 * seconds / (tokens - first_half); digits = 1), " us per byte")
     println(String(map(b -> 0x20 <= b < 0x7f || b == 0x0a ? b : UInt8('?'), history)))
+    right = count(history .== text[1:length(history)])
+    println(right, " of ", length(history), " bytes recited")
     return nothing
 end
 

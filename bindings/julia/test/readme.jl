@@ -16,5 +16,5 @@ end
     script = joinpath(@__DIR__, "..", "examples", "generate.jl")
     command = `$(Base.julia_cmd()) --startup-file=no --project=$(ROOT) $script --tokens 60`
     out = withenv(() -> read(command, String), "POWERATTN_LIBRARY" => PA.library().path)
-    @test occursin("resumed", out)
+    @test occursin("resumed", out) && occursin("68 of 68 bytes recited", out)
 end
