@@ -21,7 +21,7 @@ import torch
 
 import power_attention as pa
 from power_attention._plan import Options, native
-from power_attention.torch import PowerAttentionState, _native, power_attention
+from power_attention.torch import PowerAttentionState, _native, power_attention, step
 
 
 class Tensor(ctypes.Structure):
@@ -64,7 +64,7 @@ def alternate(calls: dict[str, Callable[[], object]], repeats: int, inner: int =
 
 
 def step_overhead() -> dict[str, float]:
-    """A step through PowerAttentionState against the C function on a prepared struct."""
+    """A step through each Python entry against the C function on a prepared struct."""
     torch.set_num_threads(1)
     q, k, v = (torch.randn(1, 1, 1, 8) for _ in range(3))
     state = PowerAttentionState(1, 1, 8)
@@ -80,10 +80,14 @@ def step_overhead() -> dict[str, float]:
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     address = ctypes.addressof(args)
     with torch.no_grad():
-        state.step(q, k, v)
-        calls = {"c": lambda: function(plan.handle, address), "python": lambda: state.step(q, k, v)}
-        best = alternate(calls, 60, 200)
-    return {**best, "overhead_us": 1e6 * (best["python"] - best["c"])}
+        slots = torch.tensor([0])
+        calls = {
+            "c": lambda: function(plan.handle, address),
+            "pool": lambda: state.step(q, k, v),
+            "pool with slots": lambda: state.step(q, k, v, slots=slots),
+            "function": lambda: step(q, k, v, (state.s, state.z)),
+        }
+        return alternate(calls, 2000, 20)  # short turns: a busy machine leaves some of them alone
 
 
 def against_c(t: int, threads: int) -> dict[str, float]:
@@ -154,10 +158,9 @@ def main() -> None:
         "version": pa.__version__, "torch": torch.__version__, "machine": platform.machine(),
         "threads": options.threads, "load": os.getloadavg()[0],
     }  # fmt: skip
-    results["step"] = step = step_overhead()
-    print(
-        f"step: C {1e6 * step['c']:.2f} us, Python {1e6 * step['python']:.2f} us, over C {step['overhead_us']:.2f} us"
-    )
+    results["step"] = row = step_overhead()
+    over = ", ".join(f"{name} {1e6 * (row[name] - row['c']):.2f} us" for name in row if name != "c")
+    print(f"step: C {1e6 * row['c']:.2f} us; over C: {over}")
     for t in (4096, 16384):
         results[f"c_{t}"] = row = against_c(t, options.threads)
         print(f"t={t} p=2: C {1e3 * row['c']:.1f} ms, PyTorch front / C = {row['ratio']:.3f}")

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import itertools
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -23,6 +25,37 @@ def test_import_needs_no_framework():
         "assert pa.state_rows(64, 2) == 2080\n"
         "loaded = {'torch', 'jax', 'numpy', 'triton'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_wheel_serves_every_python_and_holds_what_it_needs():
+    dist = importlib.metadata.distribution("power-attention")
+    (tag,) = re.findall(r"^Tag: (.*)$", dist.read_text("WHEEL"), re.M)
+    python, abi, platform = tag.split("-")
+    assert (python, abi) == ("cp310", "abi3")
+    assert platform != "any"
+    files = {str(f) for f in dist.files}
+    kept = {f for f in files if not f.endswith((".py", ".pyc"))}
+    for needed in ("py.typed", "_power_attention.pyi", "_power_attention_c.abi3.so", "include/power_attention.h"):
+        assert f"power_attention/{needed}" in kept
+    assert [f for f in kept if f.endswith("licenses/LICENSE")]
+    libraries = [f for f in kept if "/libpowerattn" in f]
+    assert len(libraries) == 1, "one library, under its SONAME"
+    assert dist.requires is not None
+    assert [r for r in dist.requires if "extra" not in r] == ["numpy>=1.24"]
+
+
+def test_works_where_no_framework_is_installed():
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'jax', 'ml_dtypes'): sys.modules[name] = None\n"  # what an import of them then raises
+        "import numpy as np, power_attention as pa, power_attention.numpy as pn\n"
+        "x = np.ones((1, 5, 2, 4)); f = pn.forward(x, x, x)\n"
+        "assert np.allclose(pn.backward(f, x).v.sum(), x.sum())\n"
+        "try: pa.power_attention\n"
+        "except ImportError as error: assert 'torch' in str(error)\n"
+        "else: raise AssertionError\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

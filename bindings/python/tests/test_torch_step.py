@@ -99,8 +99,11 @@ def test_functional_twin_leaves_the_state_alone():
 
 def test_repeated_calls_take_the_short_way_and_agree():
     """The second of equal calls skips the checks; it must compute the same, also after the state is replaced."""
+    from power_attention.torch import _native
+
     q, k, v, g = tokens(t=1, dtype=torch.float32)
     a, b = pool(2, dtype=torch.float32), pool(2, dtype=torch.float32)
+    _native._steps.clear()
     for i in range(6):
         if i == 3:
             a.s, a.z = a.s.clone(), a.z.clone()
@@ -110,12 +113,41 @@ def test_repeated_calls_take_the_short_way_and_agree():
         yb, (b.s, b.z) = step(q, k, v, (b.s, b.z), log_g=g, inplace=False)
         assert torch.equal(ya, yb)
         assert torch.equal(a.s, b.s)
-    assert a._ready
-    with pytest.raises(TypeError):
-        a.step(q.double(), k, v, log_g=g)
+    assert len(_native._steps) == 1
+    odd = [k.transpose(2, 3).contiguous().transpose(2, 3), q[..., :5], q.double(), q.to("meta")]
+    y, expected = a.clone().step(q, odd[0], v, log_g=g), a.clone().step(q, k, v, log_g=g)
+    assert torch.equal(y, expected), "a last stride other than 1 is copied"
+    for x in odd[1:]:
+        with pytest.raises(pa.PowerAttentionError):
+            a.step(q, x[:, :, :2], v, log_g=g)
     with pytest.raises(ValueError, match="log_g"):
         a.step(q, k, v, log_g=g[:, :0])
+    with pytest.raises(pa.InvalidArgumentError, match="no gradient"), torch.enable_grad():
+        a.step(q.requires_grad_(), k, v, log_g=g)
     assert a.position.tolist() == [6, 6]
+    for i in range(300):  # the memory of the checks is bounded
+        step(
+            *tokens(b=1, t=1 + i, d=1, e=1, h=1, hk=1)[:3],
+            (torch.zeros(1, 1, 1, 1).double(), torch.zeros(1, 1, 1).double()),
+        )
+    assert len(_native._steps) <= 256
+
+
+def test_positions_are_counted_when_they_are_read():
+    """Whatever order of calls: some slots, all of them, lengths, and index tensors that are used again."""
+    q, k, v, _ = tokens(b=3, t=2)
+    state, expected = pool(4), [0, 0, 0, 0]
+    slots, lengths = torch.tensor([2, -1, 0]), torch.tensor([2, 2, 1])
+    for i in range(100):
+        state.step(q, k, v, slots=slots, lengths=lengths if i % 2 else None)
+        expected[int(slots[0])] += 2
+        expected[int(slots[2])] += 1 if i % 2 else 2
+        slots[0] = 3 if i % 3 else 2  # the caller's buffer
+        if i % 7 == 0:
+            state.step(q[:1].expand(4, 2, 4, 6), k[:1].expand(4, 2, 2, 6), v[:1].expand(4, 2, 2, 5))
+            expected = [n + 2 for n in expected]
+    copy = state.clone()
+    assert state.position.tolist() == copy.position.tolist() == expected
 
 
 def test_bfloat16_state():
@@ -147,6 +179,44 @@ def test_compile_fullgraph():
     for _ in range(3):
         torch.testing.assert_close(compiled(q, k, v, g, a.s, a.z), decode(q, k, v, g, b.s, b.z))
         torch.testing.assert_close(a.s, b.s)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_with_slots_dynamic(backend):
+    """One graph for any batch and any number of tokens: in place on the pool, and functional."""
+
+    def decode(q, k, v, g, s, z, slots, lengths):
+        y = step(q * 2, k, v, (s, z), log_g=g, slots=slots, lengths=lengths, rope="half", rope_offset=slots + 3)
+        again, new = step(q, k, v, (s, z), log_g=g, slots=slots, inplace=False)
+        return y + again, new.s.sum()
+
+    a, b = pool(6), pool(6)
+    torch._dynamo.reset()
+    compiled = torch.compile(decode, fullgraph=True, dynamic=True, backend=backend)
+    for batch, t in ((2, 3), (3, 2), (4, 5)):
+        q, k, v, g = tokens(b=batch, t=t, d=6)
+        slots, lengths = torch.arange(batch) * 2 - 2, torch.full((batch,), t - 1)  # the first is negative: skipped
+        for x, y in zip(
+            compiled(q, k, v, g, a.s, a.z, slots, lengths),
+            decode(q, k, v, g, b.s, b.z, slots, lengths),
+            strict=True,
+        ):
+            torch.testing.assert_close(x, y)
+        torch.testing.assert_close(a.s, b.s)
+    assert not torch.equal(a.s, torch.zeros_like(a.s))
+
+
+def test_export_of_a_step():
+    class Decode(torch.nn.Module):
+        def forward(self, q, k, v, s, z):
+            y, new = step(q, k, v, (s, z), inplace=False)
+            return y, new.s, new.z
+
+    q, k, v, _ = tokens(b=3, t=1)
+    state = pool(3)
+    program = torch.export.export(Decode(), (q, k, v, state.s, state.z))
+    for a, b in zip(program.module()(q, k, v, state.s, state.z), Decode()(q, k, v, state.s, state.z), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_bad_input_is_named():

@@ -6,8 +6,10 @@ Nothing here knows of autograd or of the dispatcher; :mod:`.ops` registers these
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,6 +92,9 @@ def check_state(name: str, s: MaybeTensor, z: MaybeTensor, q: Tensor, v: Tensor,
     _check.state(name, s.shape, z.shape, n, v.shape[2], state_rows(int(q.shape[3]), degree), v.shape[3])
 
 
+_cuda_available = cache(cuda_available)  # devices do not come and go while a process runs
+
+
 def check_device(q: Tensor) -> None:
     """Refuses a device that this build cannot run on, by name."""
     kind = q.device.type
@@ -97,7 +102,7 @@ def check_device(q: Tensor) -> None:
         return
     if kind != "cuda":
         raise NoDeviceError(f"q is on {q.device}; the library runs on cpu and cuda")
-    if not cuda_available():
+    if not _cuda_available():
         raise NoDeviceError(
             f"q is on {q.device}, and this build of libpowerattn finds no CUDA device it can use; "
             "move q, k and v to the CPU or install a build with the CUDA backend"
@@ -140,7 +145,7 @@ def workspace(nbytes: int, like: Tensor) -> tuple[int, MaybeTensor]:
 
 def stream_of(x: Tensor) -> int:
     """The current stream of x's device."""
-    return int(torch.cuda.current_stream(x.device).cuda_stream) if x.is_cuda else 0
+    return int(torch._C._cuda_getCurrentRawStream(x.get_device())) if x.is_cuda else 0
 
 
 def guard(x: Tensor) -> Any:
@@ -355,6 +360,47 @@ def check_step(
     _check.state("state", s.shape, z.shape, n, v.shape[2], rows, v.shape[3])
 
 
+class _Step(NamedTuple):
+    """What the checks of a step found, for all steps on tensors like these."""
+
+    plan: Plan
+    shape: tuple[int, ...]  # of y, and its strides
+    strides: tuple[int, int, int]
+    state_strides: tuple[int, ...]
+
+
+# The checks cost several times what a small step does. Steps whose tensors have the types, devices and sizes of an
+# earlier one need no more than addresses and the strides of q, k and v.
+_steps: dict[tuple[Any, ...], _Step] = {}
+
+
+def _like(x: Tensor) -> tuple[Any, ...]:
+    return (x.shape, x.dtype, x.device)
+
+
+def _new_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: MaybeTensor,
+    s: Tensor,
+    z: Tensor,
+    slots: MaybeTensor,
+    lengths: MaybeTensor,
+    rope_offset: MaybeTensor,
+    options: Options,
+) -> _Step:
+    check_device(q)
+    check_step(q, k, v, log_g, s, z, slots, lengths, rope_offset, options)
+    if (s.numel() and not s[0, 0].is_contiguous()) or z.stride(-1) != 1:
+        raise InvalidArgumentError(
+            f"state: [D, value_dim] blocks must be contiguous to be changed in place; strides are {s.stride()}"
+        )
+    plan = get_plan(q, v, 0, True, options, STATE_NUMBERS[s.dtype])
+    b, t, h, e = (*q.shape[:3], v.shape[3])
+    return _Step(plan, (b, t, h, e), (t * h * e, h * e, e), state_numbers(s, z)[2:])
+
+
 def step(
     q: Tensor,
     k: Tensor,
@@ -368,32 +414,75 @@ def step(
     *numbers: Any,
 ) -> Tensor:
     """Feeds tokens to the states s and z, in place; returns y."""
-    options = Options(*numbers)
-    check_device(q)
-    check_step(q, k, v, log_g, s, z, slots, lengths, rope_offset, options)
-    if (s.numel() and not s[0, 0].is_contiguous()) or z.stride(-1) != 1:
-        raise InvalidArgumentError(
-            f"state: [D, value_dim] blocks must be contiguous to be changed in place; strides are {s.stride()}"
-        )
-    q, k, v = unit(q), unit(k), unit(v)
     with guard(q):
-        plan = get_plan(q, v, 0, True, options, STATE_NUMBERS[s.dtype])
-        y = q.new_empty((*q.shape[:3], v.shape[3]))
-        work, _work = workspace(plan.workspace_step, q)
-        native.step(
-            plan.handle,
-            *tensor_numbers(q),
-            *tensor_numbers(k),
-            *tensor_numbers(v),
-            *tensor_numbers(log_g),
-            *tensor_numbers(y),
-            *state_numbers(s, z),
-            s.shape[0],
-            address(slots),
-            address(lengths),
-            address(rope_offset),
-            work,
-            plan.workspace_step,
-            stream_of(q),
-        )
+        return step_here(q, k, v, log_g, s, z, slots, lengths, rope_offset, Options(*numbers))
+
+
+def step_here(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: MaybeTensor,
+    s: Tensor,
+    z: Tensor,
+    slots: MaybeTensor,
+    lengths: MaybeTensor,
+    rope_offset: MaybeTensor,
+    options: Options,
+) -> Tensor:
+    """The same where q's device is the current one. Written out, since each call of a helper counts here."""
+    key = (
+        q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device,
+        s.shape, s.dtype, s.device, s.stride(), z.shape, z.dtype, z.device, z.stride(),
+        None if log_g is None else _like(log_g), None if slots is None else _like(slots),
+        None if lengths is None else _like(lengths), None if rope_offset is None else _like(rope_offset),
+        options, torch.get_num_threads(),
+    )  # fmt: skip
+    ready = _steps.get(key)
+    if ready is None:
+        ready = _new_step(q, k, v, log_g, s, z, slots, lengths, rope_offset, options)
+        if len(_steps) >= 256:
+            _steps.clear()
+        _steps[key] = ready
+    plan, shape, strides, state_strides = ready
+    q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+    if q_strides[3] != 1 or k_strides[3] != 1 or v_strides[3] != 1:
+        q, k, v = unit(q), unit(k), unit(v)
+        q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+    y = q.new_empty(shape)
+    nbytes, work, stream = plan.workspace_step, 0, 0
+    if q.is_cuda:  # torch's allocator knows when the stream is done with it
+        work, _work = workspace(nbytes, q)
+        stream = stream_of(q)
+    elif nbytes:
+        work = _scratch.address(nbytes)
+    native.step(
+        plan.handle,
+        q.data_ptr(), q_strides[0], q_strides[1], q_strides[2],
+        k.data_ptr(), k_strides[0], k_strides[1], k_strides[2],
+        v.data_ptr(), v_strides[0], v_strides[1], v_strides[2],
+        *(ABSENT if log_g is None else tensor_numbers(log_g)),
+        y.data_ptr(), *strides,
+        s.data_ptr(), z.data_ptr(), *state_strides, s.shape[0],
+        0 if slots is None else slots.data_ptr(),
+        0 if lengths is None else lengths.data_ptr(),
+        0 if rope_offset is None else rope_offset.data_ptr(),
+        work, nbytes, stream,
+    )  # fmt: skip
     return y
+
+
+class _Scratch(threading.local):
+    """Host scratch memory of a thread: calls on the CPU are over when they return, so it can be used again."""
+
+    buffer: MaybeTensor = None
+
+    def address(self, nbytes: int) -> int:
+        """Memory that is valid until the thread's next call."""
+        buffer = self.buffer
+        if buffer is None or buffer.shape[0] < nbytes + 256:
+            buffer = self.buffer = torch.empty(nbytes + 256, dtype=torch.uint8)
+        return (buffer.data_ptr() + 255) // 256 * 256
+
+
+_scratch = _Scratch()

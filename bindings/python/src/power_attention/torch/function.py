@@ -29,6 +29,8 @@ _CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """q, k and v in the type of an enclosing autocast region; log_g and states are never cast."""
+    if not torch._C._is_any_autocast_enabled():  # a step asks this often
+        return tensors
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -42,6 +44,8 @@ def index(x: Any, like: Tensor) -> Tensor | None:
         return None
     if not isinstance(x, Tensor):
         return torch.tensor(x, dtype=torch.int64, device=like.device)
+    if x.dtype is torch.int64 and x.is_contiguous():
+        return x
     if x.dtype not in (torch.int64, torch.int32):
         raise InvalidArgumentError(f"an index tensor is {x.dtype}; int64 or int32 is needed")
     return x.to(torch.int64).contiguous()

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._errors import DtypeError, InvalidArgumentError
-from .._plan import RopeLike, make_options, native, state_rows
+from .._plan import Options, RopeLike, make_options, native, state_rows
 from . import _native
 from .function import State, autocast, index
 
@@ -71,32 +71,52 @@ def step(
         rope_offset: position of the first token of each sequence.
         inplace: change ``state`` and return y; otherwise leave it alone and return ``(y, new_state)``.
     """
-    options = make_options(degree, normalize, scale=scale, eps=eps, rope=rope)
-    q, k, v = autocast(q, k, v)
+    options = _options(degree, normalize, scale, eps, rope)
     s, z = state
     rest = (index(slots, q), index(lengths, q), index(rope_offset, q))
     if not inplace:
+        q, k, v = autocast(q, k, v)
         y, s, z = torch.ops.powerattn.step(q, k, v, log_g, s, z, *rest, *options)
         return y, State(s, z)
-    _refuse_grad(q, k, v, s, z)
-    if _direct(q):
-        return _native.step(q, k, v, log_g, s, z, *rest, *options)
-    return torch.ops.powerattn.step_(q, k, v, log_g, s, z, *rest, *options)
+    return _step_(q, k, v, s, z, log_g, *rest, options)
 
 
-class _Scratch(threading.local):
-    """Host scratch memory of a thread: calls on the CPU are over when they return, so it can be used again."""
-
-    buffer: Tensor | None = None
-
-    def address(self, nbytes: int) -> int:
-        buffer = self.buffer
-        if buffer is None or buffer.shape[0] < nbytes + 256:
-            buffer = self.buffer = torch.empty(nbytes + 256, dtype=torch.uint8)
-        return (buffer.data_ptr() + 255) // 256 * 256
+@lru_cache(maxsize=64, typed=True)  # typed: 2.0 is not a degree
+def _cached_options(degree: int, normalize: bool, scale: float | None, eps: float, rope: RopeLike) -> Options:
+    return make_options(degree, normalize, scale=scale, eps=eps, rope=rope)
 
 
-_scratch = _Scratch()
+def _options(degree: int, normalize: bool, scale: float | None, eps: float, rope: RopeLike) -> Options:
+    if not _compiling():  # tracing would not see through the cache
+        try:
+            return _cached_options(degree, normalize, scale, eps, rope)
+        except TypeError:  # something that cannot be looked up, and is refused by name below
+            pass
+    return make_options(degree, normalize, scale=scale, eps=eps, rope=rope)
+
+
+def _step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    z: Tensor,
+    log_g: Tensor | None,
+    slots: Tensor | None,
+    lengths: Tensor | None,
+    rope_offset: Tensor | None,
+    options: Options,
+) -> Tensor:
+    if torch.is_grad_enabled():
+        _refuse_grad(q, k, v, s, z)
+    q, k, v = autocast(q, k, v)
+    if not _direct(q):
+        return torch.ops.powerattn.step_(  # type: ignore[no-any-return]
+            q, k, v, log_g, s, z, slots, lengths, rope_offset, *options
+        )
+    if not q.is_cuda or q.get_device() == torch.cuda.current_device():
+        return _native.step_here(q, k, v, log_g, s, z, slots, lengths, rope_offset, options)
+    return _native.step(q, k, v, log_g, s, z, slots, lengths, rope_offset, *options)
 
 
 class PowerAttentionState:
@@ -150,8 +170,7 @@ class PowerAttentionState:
         self._options = make_options(degree, normalize, scale=scale, eps=eps, rope=rope)
         self._position = torch.zeros((slots,), dtype=torch.int64, device=device)
         self._pending = 0  # tokens that every slot has seen and _position does not count yet
-        self._ready: dict[Any, Any] = {}  # calls that were checked, by the shapes and types of their tensors
-        self._ready_for: tuple[Tensor, Tensor] = (self.s, self.z)
+        self._pending_slots: list[tuple[Tensor, Tensor | int]] = []  # and those that some have
 
     @property
     def slots(self) -> int:
@@ -174,97 +193,14 @@ class PowerAttentionState:
         lengths: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
         """Feeds tokens to the slots, in place, and returns y. See :func:`step`."""
-        if slots is None and lengths is None and _direct(q):
-            y = self._step_again(q, k, v, log_g)
-            if y is not None:
-                return y
         slots, lengths = index(slots, q), index(lengths, q)
         position = None
         b, t = q.shape[0], q.shape[1]
         if self.rope is not None:
             now = self.position
-            position = now[:b] if slots is None else now[slots.clamp(min=0)]
-        y = step(
-            q,
-            k,
-            v,
-            (self.s, self.z),
-            log_g=log_g,
-            degree=self.degree,
-            scale=self.scale,
-            normalize=self.normalize,
-            eps=self.eps,
-            slots=slots,
-            lengths=lengths,
-            rope=self.rope,
-            rope_offset=position,
-        )
+            position = now[:b] if slots is None else now[slots.clamp(0, max(self.slots - 1, 0))]
+        y = _step_(q, k, v, self.s, self.z, log_g, slots, lengths, position, self._options)
         self._advance(b, t, slots, lengths)
-        if slots is None and lengths is None and not q.is_cuda and _direct(q):
-            self._remember(q, k, v, log_g)
-        return y
-
-    # The general path checks everything, at several times the cost of a small step. A call like one that was
-    # checked before needs no more than the addresses and strides of its tensors.
-
-    @staticmethod
-    def _signature(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> tuple[Any, ...]:
-        gate = None if log_g is None else (log_g.shape, log_g.dtype, log_g.is_cpu)
-        return (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.is_cpu, k.is_cpu, v.is_cpu, gate)
-
-    def _remember(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> None:
-        if torch.is_autocast_enabled("cpu") or _native.unit(self.z) is not self.z:
-            return
-        if self._ready_for[0] is not self.s or self._ready_for[1] is not self.z or len(self._ready) > 64:
-            self._ready, self._ready_for = {}, (self.s, self.z)
-        plan = _native.get_plan(q, v, 0, True, self._options, _native.STATE_NUMBERS[self.s.dtype])
-        shape = (*q.shape[:3], v.shape[3])
-        y_strides = (shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3])
-        strides = _native.state_numbers(self.s, self.z)[2:]
-        self._ready[self._signature(q, k, v, log_g)] = (
-            plan,
-            plan.handle,
-            shape,
-            y_strides,
-            strides,
-            plan.workspace_step,
-        )
-
-    def _step_again(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> Tensor | None:
-        """A step like an earlier one, on the CPU; None if there was none."""
-        s, z = self.s, self.z
-        ready = self._ready.get(self._signature(q, k, v, log_g))
-        if ready is None or self._ready_for[0] is not s or self._ready_for[1] is not z:
-            return None
-        if torch.is_autocast_enabled("cpu"):
-            return None
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            return None
-        _plan, handle, shape, y_strides, state_strides, nbytes = ready
-        q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
-        if q_strides[3] != 1 or k_strides[3] != 1 or v_strides[3] != 1:
-            return None
-        t = shape[1]
-        offset = 0
-        if self.rope is not None:
-            position = self.position
-            offset = position.data_ptr()
-        y = q.new_empty(shape)
-        native.step(
-            handle,
-            q.data_ptr(), q_strides[0], q_strides[1], q_strides[2],
-            k.data_ptr(), k_strides[0], k_strides[1], k_strides[2],
-            v.data_ptr(), v_strides[0], v_strides[1], v_strides[2],
-            *((0, 0, 0, 0) if log_g is None else (log_g.data_ptr(), *log_g.stride())),
-            y.data_ptr(), *y_strides,
-            s.data_ptr(), z.data_ptr(), *state_strides,
-            s.shape[0], 0, 0, offset,
-            _scratch.address(nbytes) if nbytes else 0, nbytes, 0,
-        )  # fmt: skip
-        if shape[0] == s.shape[0]:
-            self._pending += t
-        else:
-            self._advance(shape[0], t, None, None)
         return y
 
     @property
@@ -273,20 +209,36 @@ class PowerAttentionState:
         if self._pending:
             self._position += self._pending
             self._pending = 0
+        if self._pending_slots:
+            for slots, amount in self._pending_slots:
+                self._add(slots, amount)
+            self._pending_slots = []
         return self._position
 
     @position.setter
     def position(self, value: Tensor) -> None:
-        self._position, self._pending = value, 0
+        self._position, self._pending, self._pending_slots = value, 0, []
 
     def _advance(self, b: int, t: int, slots: Tensor | None, lengths: Tensor | None) -> None:
-        now = self.position
+        # On the CPU positions are counted when they are next read. On a device the counting is work in the
+        # stream like the rest, so that a captured graph repeats it.
+        later = not self._position.is_cuda and not _compiling()
         if slots is None:
-            now[:b] += t if lengths is None else lengths
+            if later and lengths is None and b == self.slots:
+                self._pending += t
+            else:
+                self.position[:b] += t if lengths is None else lengths
             return
+        amount = t if lengths is None else lengths
+        if later and len(self._pending_slots) < 64:
+            self._pending_slots.append((slots.clone(), amount if isinstance(amount, int) else amount.clone()))
+        else:
+            self.position  # noqa: B018  counts what is pending
+            self._add(slots, amount)
+
+    def _add(self, slots: Tensor, amount: Tensor | int) -> None:
         valid = (slots >= 0) & (slots < self.slots)  # the others were skipped
-        amount = torch.full_like(slots, t) if lengths is None else lengths
-        now.index_add_(0, torch.where(valid, slots, 0), torch.where(valid, amount, 0))
+        self._position.index_add_(0, torch.where(valid, slots, 0), valid * amount)
 
     def write(self, slots: Tensor | Sequence[int], state: State | tuple[Tensor, Tensor], position: Any) -> None:
         """Puts states, such as a prefill's final ones, into slots.
@@ -326,7 +278,6 @@ class PowerAttentionState:
         new = object.__new__(PowerAttentionState)
         new.__dict__.update(self.__dict__)
         new.s, new.z, new.position = self.s.clone(), self.z.clone(), self.position.clone()
-        new._ready, new._ready_for = {}, (new.s, new.z)
         return new
 
     def to_bytes(self, dtype: torch.dtype | None = None) -> bytes:
