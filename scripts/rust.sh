@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The Rust crates: formats, clippy, tests, Miri, shipped bindings, minimum Rust version, packages, a minute of fuzzing.
 . "$ROOT/scripts/debian_prefix.sh"
+. "$ROOT/scripts/emulation.sh"
 
 RUST_MINIMUM=1.63 # rust-version in both Cargo.toml; Debian 12's own compiler
 
@@ -9,6 +10,7 @@ rust_setup() {
   # Debian's cargo of today, where there is none; its 1.63 is too old for the test-only dependencies.
   command -v cargo >/dev/null || need_apt cargo-web rustc-web
   build_library
+  emulated_library
   debian_prefix rust bookworm rustc cargo gcc
   RUST_MINIMUM_PREFIX=$PREFIX
   export CARGO_TARGET_DIR=$BUILD/rust
@@ -162,6 +164,7 @@ rust_test() {
   check "shipped bindings are bindgen's of today" rust_bindings
   check "documentation without a library" rust_docs
   check "the example recites its paragraph" rust_example
+  LD_LIBRARY_PATH=$EMULATED_PATH run_counted cargo cargo test -p powerattn --features ndarray --test device
   check "refusals under valgrind" rust_valgrind
   if rust_has_miri; then
     check "unit tests under Miri" rust_miri

@@ -106,11 +106,12 @@ end
 
 """
     power_attention!(y, q, k, v; log_g = nothing, row_norm = nothing, initial_state = nothing,
-                     final_state = nothing, saved = nothing, cu_seqlens = nothing, rope_offset = nothing,
+                     final_state = nothing, cu_seqlens = nothing, rope_offset = nothing,
                      layout = :dhtb, degree = 2, options...)
 
 Forward pass into `y`; see [`power_attention`](@ref). `row_norm` (Float32, Float64 with Float64; `(heads_q,
-tokens, batch)`) receives the denominators, `final_state` a [`State`](@ref) the final states.
+tokens, batch)`) receives the denominators, `final_state` a [`State`](@ref) the final states; it may be the
+`initial_state` itself, which is then replaced.
 """
 function power_attention!(
     y::AbstractArray,

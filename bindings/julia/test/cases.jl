@@ -23,16 +23,6 @@ function parse_case(line)
     return case
 end
 
-# One (d, h, t) block for every batch entry: a stride of 0, as only a custom array has it in Julia.
-struct Shared{T} <: AbstractArray{T,4}
-    base::Array{T,3}
-    batch::Int
-end
-Base.size(x::Shared) = (size(x.base)..., x.batch)
-Base.getindex(x::Shared, i::Int, h::Int, t::Int, b::Int) = x.base[i, h, t]
-Base.strides(x::Shared) = (strides(x.base)..., 0)
-Base.pointer(x::Shared) = pointer(x.base)
-
 # An array in a layout, its storage, and its C form by hand.
 struct Strided
     array::AbstractArray

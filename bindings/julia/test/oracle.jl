@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The definition in float64, straight from the header, for one batch of (d, h, t, b) arrays.
+# The definition in float64, straight from the header, for one batch of (d, h, t, b) arrays; inputs and comparisons.
 
 function oracle(q, k, v; log_g = nothing, degree = 2, scale = nothing, normalize = true, eps = 0.0)
     d, hq, t, b = size(q)
@@ -37,3 +37,13 @@ function inputs(T, d, hq, hkv, t, b; e = d, seed = 1)
     log_g = PA.stat_type(T).(-0.1 .* rand(rng, hkv, t, b))
     return draw(d, hq, t, b), draw(d, hkv, t, b), draw(e, hkv, t, b), log_g
 end
+
+# One (d, h, t) block for every batch entry: a stride of 0, as only a custom array has it in Julia.
+struct Shared{T} <: AbstractArray{T,4}
+    base::Array{T,3}
+    batch::Int
+end
+Base.size(x::Shared) = (size(x.base)..., x.batch)
+Base.getindex(x::Shared, i::Int, h::Int, t::Int, b::Int) = x.base[i, h, t]
+Base.strides(x::Shared) = (strides(x.base)..., 0)
+Base.pointer(x::Shared) = pointer(x.base)

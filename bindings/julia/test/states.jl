@@ -83,6 +83,16 @@ end
           power_attention(PA.BFloat16.(q), PA.BFloat16.(k), PA.BFloat16.(v))
 end
 
+@testset "a state in place" begin
+    q, k, v, log_g = inputs(Float32, 8, 2, 2, 20, 2)
+    carried, expected = State(Float32, 8, 8, 2, 2, 2), State(Float32, 8, 8, 2, 2, 2)
+    for _ in 1:3
+        y = power_attention!(similar(q), q, k, v; log_g = log_g, initial_state = carried, final_state = carried)
+        y2, expected = power_attention(q, k, v; log_g = log_g, initial_state = expected, return_final_state = true)
+        @test y == y2 && carried.S == expected.S && carried.z == expected.z
+    end
+end
+
 @testset "segments" begin
     q, k, v, log_g = inputs(Float64, 6, 2, 2, 24, 2)
     y, last = power_attention(q, k, v; log_g = log_g, return_final_state = true)
