@@ -6,16 +6,18 @@ module PowerAttentionChainRulesCoreExt
 using ChainRulesCore
 using PowerAttention
 
-plain(x::AbstractArray, ::Type{T}) where {T} = eltype(x) === T ? x : convert(AbstractArray{T}, x)
+# A gradient as an array like `like`: what comes from other rules may be lazy (the gradient of sum is a Fill) or wider.
+plain(::AbstractZero, like::AbstractArray) = fill!(similar(like), PowerAttention.zero_of(eltype(like)))
+plain(x::AbstractArray, like::AbstractArray) =
+    eltype(x) === eltype(like) && PowerAttention.readable(x) ? x : (similar(like) .= x)
 
 # Tangent of a State -> State, with zeros for what the loss does not use.
-state_gradient(::Any, ::Union{Nothing,AbstractZero}) = nothing
+state_gradient(::State, ::Union{Nothing,AbstractZero}) = nothing
 function state_gradient(like::State, tangent)
     S = unthunk(tangent.S)
     z = unthunk(tangent.z)
     S isa AbstractZero && z isa AbstractZero && return nothing
-    fill_in(x, y) = x isa AbstractZero ? fill!(similar(y), zero(eltype(y))) : plain(x, eltype(y))
-    return State(fill_in(S, like.S), fill_in(z, like.z), like.degree, like.head_dim)
+    return State(plain(S, like.S), plain(z, like.z), like.degree, like.head_dim)
 end
 
 tangent_of(::Nothing, ::Any) = NoTangent()
@@ -34,8 +36,7 @@ function pullback(q, k, v, log_g, initial_state; return_final_state = false, opt
     )
     function gradients(change)
         delta = unthunk(change)
-        d_y = return_final_state ? unthunk(delta[1]) : delta
-        d_y = d_y isa AbstractZero ? fill!(similar(y), zero(eltype(y))) : plain(d_y, eltype(y))
+        d_y = plain(return_final_state ? unthunk(delta[1]) : delta, y)
         d_state = return_final_state ? state_gradient(final_state, unthunk(delta[2])) : nothing
         return back(d_y; d_final_state = d_state)
     end

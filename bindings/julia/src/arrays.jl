@@ -33,6 +33,10 @@ function dtype_of(::Type{T}) where {T}
     throw(ArgumentError("element type must be Float32, Float64, Float16 or BFloat16, got $(T)"))
 end
 
+# Zero, also of Core.BFloat16, whose arithmetic is BFloat16s.jl's.
+zero_of(::Type{T}) where {T} =
+    isprimitivetype(T) && nameof(T) === :BFloat16 ? reinterpret(T, 0x0000) : zero(T)
+
 # Type of log_g, row_norm and total_log_g, and the default type of states.
 stat_type(::Type{Float64}) = Float64
 stat_type(::Type) = Float32
@@ -57,6 +61,15 @@ function strides_of(x::AbstractArray, name::AbstractString)
         throw(ArgumentError("$(name) must be a strided array, got $(typeof(x))"))
     end
     return st
+end
+
+# Whether the library can read an array where it is: strides in memory, the first dimension contiguous.
+function readable(x::AbstractArray)
+    try
+        return size(x, 1) <= 1 || strides(x)[1] == 1
+    catch
+        return false
+    end
 end
 
 function check_layout(layout::Symbol)

@@ -93,15 +93,15 @@ function State(
     count::Integer = 1,
 ) where {T}
     rows = state_rows(head_dim, degree)
-    S = fill(zero(T), value_dim, rows, heads_kv, count)
-    return State(S, fill(zero(T), rows, heads_kv, count), degree, head_dim)
+    S = fill(zero_of(T), value_dim, rows, heads_kv, count)
+    return State(S, fill(zero_of(T), rows, heads_kv, count), degree, head_dim)
 end
 
 # Zero states in the array type of `like`.
 function zero_state(like::AbstractArray, ::Type{T}, head_dim, value_dim, degree, heads_kv, count) where {T}
     rows = state_rows(head_dim, degree)
-    S = fill!(allocate(like, T, value_dim, rows, heads_kv, count), zero(T))
-    return State(S, fill!(allocate(like, T, rows, heads_kv, count), zero(T)), degree, head_dim)
+    S = fill!(allocate(like, T, value_dim, rows, heads_kv, count), zero_of(T))
+    return State(S, fill!(allocate(like, T, rows, heads_kv, count), zero_of(T)), degree, head_dim)
 end
 
 Base.eltype(state::State) = eltype(state.S)

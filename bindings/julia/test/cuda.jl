@@ -18,6 +18,7 @@ include("cuda_standin.jl")
     @test PA.allocate(swapped, Float32, 3, 4) isa CUDA.CuArray{Float32,2}
     w = PA.make_workspace(x, 1000)
     @test w.memory isa CUDA.CuArray{UInt8,1} && UInt(PA.aligned_pointer(w)) % 256 == 0
+    @test isempty(detect_ambiguities(PowerAttentionCUDAExt))
     # Arrays of two devices are told apart before anything is read.
     host = zeros(Float32, 8, 2, 10, 1)
     @test_throws ArgumentError power_attention(x, host, x)

@@ -31,6 +31,14 @@ const EXTENSION = let path = joinpath(@__DIR__, "..", "ext", "PowerAttentionChai
 end
 const CRC = RULES === nothing ? ChainRulesCore : RULES
 
+# Like a Fill: no memory, no strides.
+struct Lazy <: AbstractArray{Float64,4}
+    value::Float64
+    dims::NTuple{4,Int}
+end
+Base.size(x::Lazy) = x.dims
+Base.getindex(x::Lazy, ::Int...) = x.value
+
 @testset "rrule" begin
     q, k, v, log_g = inputs(Float64, 4, 2, 1, 12, 1)
     _, state = power_attention(q, k, v; return_final_state = true)
@@ -48,4 +56,19 @@ const CRC = RULES === nothing ? ChainRulesCore : RULES
     g = back(dy; d_final_state = last)
     @test d[2:5] == (g.q, g.k, g.v, g.log_g)
     @test d[6].S == g.initial_state.S && d[6].z == g.initial_state.z
+    RULES === nothing && @test isempty(detect_ambiguities(PowerAttentionChainRulesCoreExt))
+    # Gradients that are missing, in part or whole, lazy, wider, or in another order in memory.
+    zero_y, none = zeros(size(dy)), CRC.NoTangent()
+    zeros_of(s) = State(zero(s.S), zero(s.z), s.degree, s.head_dim)
+    expect(d, dy, d_last) = begin
+        g = back(dy; d_final_state = d_last)
+        @test d[2:5] == (g.q, g.k, g.v, g.log_g) && d[6].S == g.initial_state.S
+    end
+    expect(pull((none, d_last)), zero_y, last)
+    expect(pull((dy, none)), dy, zeros_of(last))
+    only_z = State(zero(last.S), last.z, last.degree, last.head_dim)
+    expect(pull((dy, CRC.Tangent{typeof(last)}(; S = none, z = last.z))), dy, only_z)
+    expect(pull((Lazy(2.0, size(dy)), none)), fill(2.0, size(dy)), zeros_of(last))
+    expect(pull((Float32.(dy), none)), Float64.(Float32.(dy)), zeros_of(last))
+    expect(pull((PermutedDimsArray(permutedims(dy, (3, 2, 1, 4)), (3, 2, 1, 4)), none)), dy, zeros_of(last))
 end

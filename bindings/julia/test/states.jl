@@ -60,6 +60,10 @@ end
     @test pool.S[:, :, :, 2:5] == before.S[:, :, :, 2:5] && pool.S[:, :, :, 1] != before.S[:, :, :, 1]
 end
 
+module Bare
+primitive type BFloat16 <: AbstractFloat 16 end
+end
+
 @testset "element types of states" begin
     q, k, v, log_g = inputs(Float32, 8, 2, 2, 20, 2)
     _, state = power_attention(q, k, v; return_final_state = true)
@@ -77,6 +81,10 @@ end
     _, _, back = power_attention_pullback(q, k, v; initial_state = state, return_final_state = true)
     @test_throws ArgumentError back(ones(Float32, size(y)); d_final_state = half)
     @test_throws ArgumentError State(Int32, 8, 8, 2, 2, 2) |> PA.pack
+    # A primitive type of that name without arithmetic, as Core.BFloat16 is.
+    @test eltype(State(Bare.BFloat16, 8, 8, 2, 2, 2)) === Bare.BFloat16
+    bare = PA.convert_states!(State(Bare.BFloat16, 8, 8, 2, 2, 2), half)
+    @test reinterpret(UInt16, vec(bare.S)) == reinterpret(UInt16, vec(half.S))
     # bfloat16 as plain 16-bit numbers.
     bits_of(x) = reinterpret(PA.BFloat16, reinterpret(UInt16, PA.BFloat16.(x)))
     @test power_attention(bits_of(q), bits_of(k), bits_of(v)) ==
