@@ -132,10 +132,13 @@ rust_example() {
   cargo run -p powerattn --example generate | tee /dev/stderr | grep -q '^400 of 400 bytes recited'
 }
 
-rust_format() { (cd "$ROOT/bindings/rust" && cargo fmt --all); }
+# rust_fmt [--check]: the workspace, and what is not a member of it.
+rust_fmt() { cargo fmt --all "$@" && rustfmt --edition 2021 --config-path . "$@" fuzz/fuzz_targets/*.rs consumer/build.rs; }
+
+rust_format() { (cd "$ROOT/bindings/rust" && rust_fmt); }
 
 rust_lint() {
-  (cd "$ROOT/bindings/rust" && cargo fmt --all --check &&
+  (cd "$ROOT/bindings/rust" && rust_fmt --check &&
     cargo clippy --workspace --all-targets --features powerattn/ndarray -- -D warnings)
 }
 
@@ -157,7 +160,7 @@ rust_test() {
   export POWERATTN_LIB_DIR=$LIBRARY_PREFIX/lib POWERATTN_INCLUDE_DIR=$ROOT/include
   export LD_LIBRARY_PATH=$POWERATTN_LIB_DIR${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
   say "$(rustc --version)"
-  rust_tool fmt check "rustfmt" cargo fmt --all --check
+  rust_tool fmt check "rustfmt" rust_fmt --check
   rust_tool clippy check "clippy, warnings are errors" \
     cargo clippy --workspace --all-targets --features powerattn/ndarray -- -D warnings
   run_counted cargo cargo test --workspace --features powerattn/ndarray
