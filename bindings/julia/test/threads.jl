@@ -29,4 +29,15 @@ end
     end
     @test all(same)
     @test power_attention(q, k, v; log_g = log_g, num_threads = 1) == y
+    # Each thread reads the message of its own call.
+    own = zeros(Bool, 200)
+    Threads.@threads for i in 1:200
+        own[i] = try
+            Plan(Float32; batch = 1, seq_len = 1, heads_q = 1, head_dim = 1000 + i)
+            false
+        catch e
+            e isa PowerAttentionError && occursin(string(1000 + i), e.message)
+        end
+    end
+    @test all(own)
 end

@@ -396,6 +396,21 @@ fn plans_are_shared_between_threads() {
     });
 }
 
+#[test]
+fn each_thread_reads_its_own_message() {
+    std::thread::scope(|scope| {
+        for n in 0..4 {
+            scope.spawn(move || {
+                for i in 0..200 {
+                    let dim = 1000 * (n + 1) + i;
+                    let error = small().head_dim(dim).build().unwrap_err().to_string();
+                    assert!(error.contains(&dim.to_string()), "thread {n}: {error}");
+                }
+            });
+        }
+    });
+}
+
 #[cfg(feature = "ndarray")]
 #[test]
 fn ndarray_views_keep_their_strides() {
