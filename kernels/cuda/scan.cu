@@ -87,26 +87,23 @@ cudaError_t launch_scan(const ScanArgs &a, cudaStream_t stream) {
   });
 }
 
-// <state[n+1], grad[n]> of one (chunk, head): thread-strided sums in double, then the threads in order.
+// One (chunk, head) per block: thread-strided sums in double, then the threads in order.
 __global__ void __launch_bounds__(kThreads) boundary_kernel(BoundaryArgs a) {
   __shared__ double partial[kThreads];
   const int64_t n = blockIdx.x / a.heads, head = blockIdx.x % a.heads;
   const Chunk c = a.table.chunks[n];
   if (c.length == 0) return;
-  const bool last = c.index == c.count - 1;
+  const int64_t row = (batch_of(a.packed, c.sequence) * a.heads + head) * a.seq_len + c.start;
   double sum = 0;
-  if (last) {
-    if (a.final && a.d_final) {
-      const float *x = a.final + c.sequence * a.final_stride_n + head * a.final_stride_h;
-      const float *y = a.d_final + c.sequence * a.d_final_stride_n + head * a.d_final_stride_h;
-      for (int64_t i = threadIdx.x; i < a.elements; i += kThreads) sum += double(x[i]) * double(y[i]);
-    }
-  } else {
-    const int64_t x = ((n + 1) * a.heads + head) * a.elements, y = (n * a.heads + head) * a.elements;
+  if (a.state) {
+    const int64_t at = (n * a.heads + head) * a.elements;
     for (int64_t i = threadIdx.x; i < a.elements; i += kThreads)
-      sum += double(load_as_float(a.state, a.state_dtype, x + i)) *
-             double(load_as_float(a.grad, a.grad_dtype, y + i));
+      sum += double(a.state[at + i]) * double(a.grad[at + i]);
+    if (a.g) sum *= exp(a.g[row + c.length - 1]);
   }
+  if (a.own)
+    for (int64_t t = threadIdx.x; t < c.length; t += kThreads)
+      sum += double(a.own_scale) * double(a.own[row + t]);
   partial[threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.x < 32) {

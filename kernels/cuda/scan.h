@@ -36,23 +36,23 @@ struct ScanArgs {
 // with carry = initial before and final = carry after. Empty sequences copy initial to final.
 cudaError_t scan(const ScanArgs &args, cudaStream_t stream);
 
-// out[chunk, head] = <prefix state after the chunk, gradient of that state>, the boundary term of the gate
-// gradient:  sum over elements of  state[n + 1] * grad[n], for the last chunk of a sequence final * d_final.
-// Any of (final, d_final) null: 0 there. Ordered sums in float64. Pairs (S, z) add up when `accumulate`.
+// The boundary term of the gate gradient, <state after the chunk, gradient of that state>, whose part from the
+// chunk's own keys is already there: what the state gave to k . dk / p, summed over the chunk. Taken from there
+// it cancels against the sums of k . dk without an error, and only what passes through the chunk is a product
+// of states:
+//   out[chunk, head] = e^{g_end} sum over elements of state[n] * grad[n]  +  own_scale * sum over tokens of own
+// Ordered sums in float64. Pairs (S, z) add up when `accumulate`.
 struct BoundaryArgs {
   ChunkTable table;
+  bool packed = false;
   int64_t heads = 0;
+  int64_t seq_len = 0;
   int64_t elements = 0;
-  const void *state = nullptr;  // [num_chunks, heads, elements]: before each chunk
-  Dtype state_dtype = Dtype::kFloat32;
-  const void *grad = nullptr;  // [num_chunks, heads, elements]: after each chunk
-  Dtype grad_dtype = Dtype::kFloat32;
-  const float *final = nullptr;
-  int64_t final_stride_n = 0;
-  int64_t final_stride_h = 0;
-  const float *d_final = nullptr;
-  int64_t d_final_stride_n = 0;
-  int64_t d_final_stride_h = 0;
+  const float *state = nullptr;  // [num_chunks, heads, elements]: before each chunk; null: 0
+  const float *grad = nullptr;   // [num_chunks, heads, elements]: after each chunk
+  const double *g = nullptr;     // [b, heads, t], cumulative in the chunk; null: 0
+  const float *own = nullptr;    // [b, heads, t]; null: 0
+  float own_scale = 0;
   float *out = nullptr;  // [num_chunks, heads]
   bool accumulate = false;
 };

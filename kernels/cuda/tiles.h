@@ -66,6 +66,11 @@ POWERATTN_HD constexpr void tile_pair(int nb, int tile, int *ib, int *jb) {
   *jb = i + tile;
 }
 
+// The canonical row of features i <= j, degree 2.
+POWERATTN_HD constexpr int64_t canonical_row(int d, int i, int j) {
+  return static_cast<int64_t>(i) * d - static_cast<int64_t>(i) * (i - 1) / 2 + (j - i);
+}
+
 // Byte offset of (row, 16-byte piece) in a shared- or global-memory tile of `rows` rows and `cols` 2-byte
 // columns.
 template <int kCols>

@@ -221,7 +221,7 @@ size_t carve(const Problem &p, int64_t chunk, bool states, Pass pass, void *base
     if (pass != Pass::kSummary)
       b->state.prefix = apart ? carver.bytes(slots * per_state * size_of(p.dtype)) : b->state.s;
     const bool convert_states = p.state_dtype != Dtype::kFloat32;
-    if (convert_states || pass == Pass::kBackward) {
+    if (convert_states && pass != Pass::kBackward) {
       b->final_s = carver.take<float>(ends * per_state);
       b->final_z = carver.take<float>(ends * one);
     }
@@ -567,25 +567,22 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
   const bool initial = args.initial_state.s != nullptr, d_final = args.d_final_state.s != nullptr,
              d_initial = args.d_initial_state.s != nullptr, gate = args.d_log_g.data != nullptr;
   const bool chunked = t.form == Form::kChunked;
-  const bool forward_states = chunked || initial || (d_final && gate);  // S is read
-  const bool grad_states = chunked || d_final || d_initial;             // dS is read or returned
+  const bool query_state = chunked || initial;               // S is read
+  const bool key_state = chunked || d_final;                 // dS is read
+  const bool grad_states = chunked || d_final || d_initial;  // and returned
   FloatState from, d_from;
   POWERATTN_TRY(read_state(*c, args.initial_state, 0, &from));
   POWERATTN_TRY(read_state(*c, args.d_final_state, 1, &d_from));
-  FloatState last;  // S_T, for the gate gradient
-  if (d_final && gate) last = contiguous_state(p, b.final_s, b.final_z);
-  if (forward_states || grad_states) POWERATTN_TRY(monomials(p, b.monomials, stream));
-  if (forward_states) {
+  if (query_state || grad_states) POWERATTN_TRY(monomials(p, b.monomials, stream));
+  if (query_state) {
     POWERATTN_TRY(key_sums(*c, k, v));
-    POWERATTN_TRY(scan_states(*c, b.state, false, from, last, true));
+    POWERATTN_TRY(scan_states(*c, b.state, false, from, FloatState(), true));
   }
-  const bool query_state = chunked || initial, key_state = chunked || d_final;
 
   if (grad_states) {
     POWERATTN_TRY(query_sums(*c, q, dy, b.grad));
     FloatState to;
     if (d_initial) {
-      // S_T sits in final_s until the boundary term below has read it.
       if (p.state_dtype == Dtype::kFloat32) {
         to = direct_state(args.d_initial_state);
       } else {
@@ -595,39 +592,6 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
     POWERATTN_TRY(scan_states(*c, b.grad, true, d_from, to, true));
     if (d_initial && p.state_dtype != Dtype::kFloat32)
       POWERATTN_TRY(convert_state(*c, args.d_initial_state, to, true));
-  }
-
-  // The gradient of what leaves a chunk in its state, for the gates.
-  const float *edge = nullptr;
-  if (gate && (chunked || d_final)) {
-    BoundaryArgs x;
-    x.table = table;
-    x.heads = p.heads_kv;
-    x.elements = p.state_rows * p.value_dim;
-    x.state = b.state.prefix;
-    x.grad = b.grad.prefix;
-    x.state_dtype = x.grad_dtype = operand_dtype(c->state_math);
-    x.final = last.s;
-    x.final_stride_n = last.s_n;
-    x.final_stride_h = last.s_h;
-    x.d_final = d_from.s;
-    x.d_final_stride_n = d_from.s_n;
-    x.d_final_stride_h = d_from.s_h;
-    x.out = b.boundary;
-    POWERATTN_TRY(boundary(x, stream));
-    x.elements = p.state_rows;
-    x.state = b.state.z;
-    x.grad = b.grad.z;
-    x.state_dtype = x.grad_dtype = Dtype::kFloat32;
-    x.final = last.z;
-    x.final_stride_n = last.z_n;
-    x.final_stride_h = last.z_h;
-    x.d_final = d_from.z;
-    x.d_final_stride_n = d_from.z_n;
-    x.d_final_stride_h = d_from.z_h;
-    x.accumulate = true;
-    POWERATTN_TRY(boundary(x, stream));
-    edge = b.boundary;
   }
 
   // Padding rows have no products; their terms are read all the same.
@@ -672,6 +636,32 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
     values.s = b.grad.prefix;
     values.out = b.dv;
     POWERATTN_TRY(query(c->state_math, values, stream));
+  }
+  // The gradient of what leaves a chunk in its state, for the gates; k_dots holds the state's part alone here.
+  const float *edge = nullptr;
+  if (gate && key_state) {
+    BoundaryArgs x;
+    x.table = table;
+    x.packed = p.packed;
+    x.heads = p.heads_kv;
+    x.seq_len = p.seq_len;
+    x.elements = p.state_rows * p.value_dim;
+    x.state = query_state ? b.state.s : nullptr;
+    x.grad = b.grad.s;
+    x.g = c->shape.gated ? c->shape.g : nullptr;
+    x.own = b.k_dots;
+    x.own_scale = 1.0f / float(p.degree);
+    x.out = b.boundary;
+    POWERATTN_TRY(boundary(x, stream));
+    if (query_state) {
+      x.elements = p.state_rows;
+      x.state = b.state.z;
+      x.grad = b.grad.z;
+      x.own = nullptr;
+      x.accumulate = true;
+      POWERATTN_TRY(boundary(x, stream));
+    }
+    edge = b.boundary;
   }
   AttentionGradArgs a;
   a.shape = c->shape;

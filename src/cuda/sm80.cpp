@@ -134,21 +134,15 @@ bool with_z(const Problem &p) { return p.degree == 2 && (p.normalize || p.use_st
 
 // The states that a backward needs again: what `saved` holds.
 struct States {
-  uint16_t *tiles = nullptr, *z = nullptr, *last = nullptr;
-  float *z_last = nullptr;
+  uint16_t *tiles = nullptr, *z = nullptr;
 };
 States carve_states(const Problem &p, const Tiling &t, Carver *c) {
   States s;
   if (!chunked(t)) return s;
   const int d = static_cast<int>(p.head_dim);
-  const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv, pairs = p.sequences * p.heads_kv;
-  const int64_t tile = cuda::slot_elements(p.degree, d, d);
-  s.tiles = c->take<uint16_t>(slots * tile);
+  const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
+  s.tiles = c->take<uint16_t>(slots * cuda::slot_elements(p.degree, d, d));
   if (with_z(p)) s.z = c->take<uint16_t>(slots * 2 * d * d);
-  if (p.use_state) {
-    s.last = c->take<uint16_t>(pairs * tile);
-    if (with_z(p)) s.z_last = c->take<float>(pairs * d * d);
-  }
   return s;
 }
 
@@ -158,6 +152,7 @@ struct Common {
   void *tables = nullptr;
   float *g = nullptr;
   float *z_local = nullptr;
+  float *end_local = nullptr;           // the last sum of each sequence
   uint16_t *q = nullptr, *k = nullptr;  // rotated, [b, heads, t, head_dim]
 };
 Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
@@ -166,6 +161,10 @@ Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
   m.g = c->take<float>(p.batch * p.heads_kv * p.seq_len);
   if (chunked(t) && with_z(p))
     m.z_local = c->take<float>(cuda::chunk_bound(p, t.chunk) * p.heads_kv * p.head_dim * p.head_dim);
+  if (chunked(t) && p.use_state) {
+    const int d = static_cast<int>(p.head_dim);
+    m.end_local = c->take<float>(p.sequences * p.heads_kv * cuda::slot_elements(p.degree, d, d));
+  }
   if (with_rope(p)) {
     m.q = c->take<uint16_t>(p.batch * p.heads_q * p.seq_len * p.head_dim);
     m.k = c->take<uint16_t>(p.batch * p.heads_kv * p.seq_len * p.head_dim);
@@ -174,7 +173,8 @@ Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
 }
 
 struct Gradients {
-  float *r = nullptr, *delta = nullptr, *q_dot = nullptr, *k_dot = nullptr, *boundary = nullptr;
+  float *r = nullptr, *delta = nullptr, *q_dot = nullptr, *k_dot = nullptr;
+  float *k_state_dot = nullptr, *boundary = nullptr;
   float *d_q = nullptr, *d_k = nullptr;  // of the rotated q, k
   uint16_t *tiles = nullptr, *z = nullptr;
 };
@@ -196,6 +196,7 @@ Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
     const int d = static_cast<int>(p.head_dim);
     const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
     g.boundary = c->take<float>(slots);
+    g.k_state_dot = c->take<float>(rows_kv);
     g.tiles = c->take<uint16_t>(slots * cuda::slot_elements(p.degree, d, d));
     if (with_z(p)) g.z = c->take<uint16_t>(slots * 2 * d * d);
   }
@@ -226,11 +227,12 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
       d == 128 ? "8 warps of 16: registers" : "4 warps of 32");
   text->append(line);
   if (chunked(t)) {
-    std::snprintf(
-        line, sizeof(line),
-        "  states: %d tiles of 64 x %d bfloat16 per chunk and head (%d padded rows), %" PRId64
-        " chunks; local sums in bfloat16, scan in float32, row sums through Z in two bfloat16 parts\n",
-        cuda::tile_count(p.degree, d), d, cuda::tile_rows(p.degree, d), cuda::chunk_bound(p, t.chunk));
+    std::snprintf(line, sizeof(line),
+                  "  states: %d tiles of 64 x %d bfloat16 per chunk and head (%d padded rows), %" PRId64
+                  " chunks; local sums in bfloat16 (float32 into a final state), scan in float32, row sums "
+                  "through Z in two bfloat16 parts\n",
+                  cuda::tile_count(p.degree, d), d, cuda::tile_rows(p.degree, d),
+                  cuda::chunk_bound(p, t.chunk));
     text->append(line);
   }
   if (p.max_seq_len > 0 && p.degree <= 2 && p.dtype == Dtype::kBfloat16) {
@@ -318,15 +320,17 @@ struct Call {
 
   // S and Z before every chunk, from keys and values.
   void states(const powerattn_tensor &k, const powerattn_tensor &v, const powerattn_state &initial,
-              const powerattn_state &final, const States &s, bool keep_last) {
+              const powerattn_state &final, const States &s) {
     k80::UpdateArgs u;
     u.shape = shape;
     u.x = k;
     u.u = v;
     u.g = g;
     u.local = s.tiles;
+    u.end_local = final.s != nullptr ? common.end_local : nullptr;
     if (ok()) run(k80::update(u, stream));
     if (with_z(p)) {
+      u.end_local = nullptr;
       u.as_z = true;
       u.u = k;
       u.local = common.z_local;
@@ -340,10 +344,7 @@ struct Call {
     a.z_tiles = s.z;
     a.initial = initial;
     a.final = final;
-    if (keep_last) {
-      a.last = s.last;
-      a.z_last = s.z_last;
-    }
+    a.end_local = final.s != nullptr ? common.end_local : nullptr;
     if (ok()) run(k80::scan(a, stream));
   }
 
@@ -364,7 +365,7 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   call.begin(common, args.cu_seqlens, args.log_g);
   const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
   const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
-  if (chunked(plan.tiling)) call.states(tk, args.v, args.initial_state, args.final_state, states, p.use_state);
+  if (chunked(plan.tiling)) call.states(tk, args.v, args.initial_state, args.final_state, states);
 
   k80::OutputArgs o;
   o.shape = call.shape;
@@ -409,7 +410,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   }
   const bool in_chunks = chunked(plan.tiling), z = in_chunks && with_z(p);
   if (in_chunks && args.saved == nullptr)
-    call.states(tk, args.v, args.initial_state, powerattn_state{}, states, p.use_state);
+    call.states(tk, args.v, args.initial_state, powerattn_state{}, states);
 
   // dq first: it corrects delta, which everything else reads.
   k80::GradientArgs q;
@@ -441,9 +442,11 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     u.r = own.r;
     u.scale = call.weight_scale();
     u.local = own.tiles;
+    u.end_local = args.d_initial_state.s != nullptr ? common.end_local : nullptr;
     if (call.ok()) call.run(k80::update(u, call.stream));
     if (z && p.normalize) {
       u.as_z = true;
+      u.end_local = nullptr;
       u.u = tq;
       u.delta = own.delta;
       u.local = common.z_local;
@@ -463,6 +466,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     a.z_tiles = own.z;
     a.initial = args.d_final_state;
     a.final = args.d_initial_state;
+    a.end_local = args.d_initial_state.s != nullptr ? common.end_local : nullptr;
     if (call.ok()) call.run(k80::scan(a, call.stream));
   }
 
@@ -475,6 +479,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   k.state = own.tiles;
   k.z_state = own.z;
   k.dot = args.d_log_g.data != nullptr ? own.k_dot : nullptr;
+  k.state_dot = args.d_log_g.data != nullptr && in_chunks ? own.k_state_dot : nullptr;
   k.out_float = own.d_k;
   if (call.ok()) call.run(k80::gradient(k, call.stream));
   call.rotate_back(own.d_q, args.d_q, p.heads_q, args.rope_offset);
@@ -506,9 +511,10 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
       w.ds_tiles = own.tiles;
       w.z_tiles = states.z;
       w.dz_tiles = own.z;
-      const bool ends = args.d_final_state.s != nullptr || args.d_final_state.z != nullptr;
-      w.last = ends ? states.last : nullptr;
-      w.z_last = states.z_last;
+      w.g = call.g;
+      w.k_state_dot = own.k_state_dot;
+      w.initial = args.initial_state;
+      w.d_final = args.d_final_state;
       w.boundary = own.boundary;
     }
     w.d_log_g = args.d_log_g;

@@ -133,21 +133,15 @@ bool with_z(const Problem &p) { return p.degree == 2; }
 
 // The states that a backward needs again: what `saved` holds.
 struct States {
-  uint16_t *tiles = nullptr, *z = nullptr, *last = nullptr;
-  float *z_last = nullptr;
+  uint16_t *tiles = nullptr, *z = nullptr;
 };
 States carve_states(const Problem &p, const Tiling &t, Carver *c) {
   States s;
   if (!chunked(t)) return s;
   const int d = static_cast<int>(p.head_dim);
-  const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv, pairs = p.sequences * p.heads_kv;
-  const int64_t tile = cuda::slot_elements(p.degree, d, d);
-  s.tiles = c->take<uint16_t>(slots * tile);
+  const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
+  s.tiles = c->take<uint16_t>(slots * cuda::slot_elements(p.degree, d, d));
   if (with_z(p)) s.z = c->take<uint16_t>(slots * 2 * d * d);
-  if (p.use_state) {
-    s.last = c->take<uint16_t>(pairs * tile);
-    if (with_z(p)) s.z_last = c->take<float>(pairs * d * d);
-  }
   return s;
 }
 
@@ -325,7 +319,7 @@ struct Call {
 
   // S and Z before every chunk, from keys and values.
   void states(const powerattn_tensor &k, const powerattn_tensor &v, const powerattn_state &initial,
-              const powerattn_state &final, const States &s, bool keep_last) {
+              const powerattn_state &final, const States &s) {
     k90::UpdateArgs u;
     u.p = shape;
     u.a = view(k);
@@ -339,10 +333,9 @@ struct Call {
       run([&] { return k90::key_weights({shape, gate, common.weight, common.decay}, stream); });
     }
     run([&] { return k90::update64(u, sms, stream); });
-    scan(s.tiles, s.z, initial, final, false, keep_last ? s.last : nullptr, keep_last ? s.z_last : nullptr);
+    scan(s.tiles, s.z, initial, final, false);
   }
-  void scan(void *tiles, void *z, const powerattn_state &first, const powerattn_state &last, bool reverse,
-            void *last_tiles, float *last_z) {
+  void scan(void *tiles, void *z, const powerattn_state &first, const powerattn_state &last, bool reverse) {
     k80::ScanArgs a;
     a.shape = shape80;
     a.reverse = reverse;
@@ -352,8 +345,6 @@ struct Call {
     a.z_tiles = z;
     a.initial = first;
     a.final = last;
-    a.last = last_tiles;
-    a.z_last = last_z;
     run([&] { return k80::scan(a, stream); });
   }
 
@@ -372,8 +363,7 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   const Common common = carve_common(p, plan.tiling, &workspace);
   const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
   call.begin(common, args.cu_seqlens, args.log_g);
-  if (chunked(plan.tiling))
-    call.states(args.k, args.v, args.initial_state, args.final_state, states, p.use_state);
+  if (chunked(plan.tiling)) call.states(args.k, args.v, args.initial_state, args.final_state, states);
 
   k90::OutputArgs o;
   o.p = call.shape;
@@ -418,8 +408,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   rows.norm_weight = own.z_weight;
   call.run([&] { return k90::rows(rows, call.stream); });
   if (in_chunks) {
-    if (args.saved == nullptr)
-      call.states(args.k, args.v, args.initial_state, powerattn_state{}, states, p.use_state);
+    if (args.saved == nullptr) call.states(args.k, args.v, args.initial_state, powerattn_state{}, states);
     k90::UpdateArgs u;
     u.p = call.shape;
     u.a = view(args.q);
@@ -431,7 +420,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     u.norm = z ? common.z_local : nullptr;
     u.ticket = call.tickets();
     call.run([&] { return k90::update64(u, call.sms, call.stream); });
-    call.scan(own.tiles, own.z, args.d_final_state, args.d_initial_state, true, nullptr, nullptr);
+    call.scan(own.tiles, own.z, args.d_final_state, args.d_initial_state, true);
   }
 
   k90::GradientArgs q;
@@ -476,8 +465,6 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
       w.ds_tiles = own.tiles;
       w.z_tiles = states.z;
       w.dz_tiles = own.z;
-      w.last = ends ? states.last : nullptr;
-      w.z_last = states.z_last;
       w.boundary = own.boundary;
     }
     w.d_log_g = args.d_log_g;

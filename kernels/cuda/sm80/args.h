@@ -71,7 +71,8 @@ struct GradientArgs {
   // sum_j w_ij (m_ij - delta_i) r_i is that error: delta_i = x . dx / p + delta_i (1 - eps r_i).
   float *delta_out = nullptr;
   float eps = 0.f;
-  float *dot = nullptr;  // optional out: x_r . dx_r in float, [b, heads of x, t]
+  float *dot = nullptr;        // optional out: x_r . dx_r in float, [b, heads of x, t]
+  float *state_dot = nullptr;  // optional out: the part of it that the state gave
 };
 cudaError_t gradient(const GradientArgs &a, cudaStream_t stream);
 
@@ -88,6 +89,10 @@ struct UpdateArgs {
   const float *delta = nullptr;
   float scale = 1.f;
   void *local = nullptr;  // bfloat16 tiles, or float when as_z
+  // Optional: the sum that enters nothing but the final state, of each sequence's last chunk (reverse: first),
+  // goes here instead, not rounded: float [sequences * heads_kv][rows of all tiles][d], rows and columns in
+  // order.
+  float *end_local = nullptr;
 };
 cudaError_t update(const UpdateArgs &a, cudaStream_t stream);
 
@@ -100,10 +105,9 @@ struct ScanArgs {
   void *tiles = nullptr;           // bfloat16, in place
   const float *z_local = nullptr;  // or null: no normaliser
   void *z_tiles = nullptr;
-  powerattn_state initial{};  // canonical float32, or s = null
-  powerattn_state final{};    // canonical float32 out, or s = null
-  void *last = nullptr;       // optional: the last carry in tiles [sequences * heads_kv]
-  float *z_last = nullptr;    // optional: [sequences * heads_kv][d][d]
+  powerattn_state initial{};         // canonical float32, or s = null
+  powerattn_state final{};           // canonical float32 out, or s = null
+  const float *end_local = nullptr;  // as update wrote it, or null
 };
 cudaError_t scan(const ScanArgs &a, cudaStream_t stream);
 
@@ -118,6 +122,9 @@ cudaError_t rows(const RowsArgs &a, cudaStream_t stream);
 
 // dlog_g_t = X + sum over tokens i >= t of the chunk (q_i . dq_i - k_i . dk_i) / p, where X = <state after the
 // chunk, its gradient>. Normalised, q_i . dq_i / p = eps r_i delta_i, with the delta that gradient() gave back.
+// The chunk's own part of X is the sum of what the state gave to k_i . dk_i / p: taken from there it cancels
+// without an error. What is left, X = e^{g_end} <state before, gradient after> + that sum, reads float32 states
+// at both ends.
 struct GateArgs {
   Shape shape;
   const float *q_dot = nullptr;  // [b, heads_q, t], unnormalised; null: r, delta, eps
@@ -129,8 +136,11 @@ struct GateArgs {
   const void *ds_tiles = nullptr;
   const void *z_tiles = nullptr;  // or null
   const void *dz_tiles = nullptr;
-  const void *last = nullptr;  // S at the end of each sequence, or null: its gradient is zero
-  const float *z_last = nullptr;
+  const float *g = nullptr;
+  const float *k_state_dot =
+      nullptr;                // [b, heads_kv, t]; null: X whole, from the rounded states (no final gradient)
+  powerattn_state initial{};  // canonical float32, or s, z = null: zero
+  powerattn_state d_final{};
   float *boundary = nullptr;  // scratch [slots]
   powerattn_tensor d_log_g{};
 };

@@ -281,6 +281,18 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
               *reinterpret_cast<const uint32_t *>(shared + (xs.at(row_of(m, h), i) - base) + 4 * quad);
           dot[m][h] += dx[m][i][2 * h] * Pair<T>::lo(x2) + dx[m][i][2 * h + 1] * Pair<T>::hi(x2);
         }
+    if (a.state_dot != nullptr) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = row_of(m, h);
+          const float sum = quad_sum(dot[m][h]);
+          if (quad == 0 && row < tile.length)
+            a.state_dot[(batch * heads_x + head_x) * shape.seq_len + tile.start + row] =
+                g != nullptr ? sum * __expf(g_ref - g[tile.offset + row]) : sum;
+        }
+    }
   }
 
   // ---- 2., 3. Blocks of columns, double-buffered. The factor of a column is p c e^{...} (r_i for keys).

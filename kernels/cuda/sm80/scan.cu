@@ -12,11 +12,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kAhead = 4;  // loads in flight per thread; the carry depends on none of them
 
-// The canonical row of features i <= j, degree 2.
-__device__ __forceinline__ int64_t canonical_row(int d, int i, int j) {
-  return static_cast<int64_t>(i) * d - static_cast<int64_t>(i) * (i - 1) / 2 + (j - i);
-}
-
 __device__ __forceinline__ const float *gates_of(const ScanArgs &a, const Sequence &seq, int sequence,
                                                  int head) {
   if (!a.g) return nullptr;
@@ -53,19 +48,17 @@ __global__ void __launch_bounds__(kThreads)
     piece = at / (8 * kTileRows) * 8 + ((at & 7) ^ (row & 7));
   }
   int i, j;
-  int64_t canonical, state_rows;
+  int64_t canonical;
   float in_scale = 1.f, out_scale = 1.f;
   if (s.degree == 1) {
     i = j = tile * kTileRows + row;
     canonical = i;
-    state_rows = d;
   } else {
     int ib, jb;
     tile_pair(d / 8, tile, &ib, &jb);
     i = 8 * ib + row / 8;
     j = 8 * jb + row % 8;
     canonical = canonical_row(d, min(i, j), max(i, j));
-    state_rows = static_cast<int64_t>(d) * (d + 1) / 2;
     in_scale = tile_scale(ib == jb, i == j);
     out_scale = tile_unscale(ib == jb, i == j);
   }
@@ -83,13 +76,18 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t stride = s.heads_kv * slot_vectors;
   const float *const g = gates_of(a, seq, sequence, head);
   using B = Pair<__nv_bfloat16>;
-  for (int n0 = 0; n0 < seq.chunks; n0 += kAhead) {
+  const auto packed = [&] {
+    return make_uint4(B::pack(carry[0], carry[1]), B::pack(carry[2], carry[3]), B::pack(carry[4], carry[5]),
+                      B::pack(carry[6], carry[7]));
+  };
+  const int inner = seq.chunks - (a.end_local != nullptr && seq.chunks > 0);  // sums that stand in `tiles`
+  for (int n0 = 0; n0 < inner; n0 += kAhead) {
     uint4 in[kAhead];
     float f[kAhead];
 #pragma unroll
     for (int q = 0; q < kAhead; ++q) {
       const int n = a.reverse ? seq.chunks - 1 - (n0 + q) : n0 + q;
-      if (n0 + q < seq.chunks) {
+      if (n0 + q < inner) {
         in[q] = local[n * stride];
         f[q] = decay(g, seq, s.table.chunk, n);
       }
@@ -97,9 +95,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int q = 0; q < kAhead; ++q) {
       const int n = a.reverse ? seq.chunks - 1 - (n0 + q) : n0 + q;
-      if (n0 + q < seq.chunks) {
-        local[n * stride] = make_uint4(B::pack(carry[0], carry[1]), B::pack(carry[2], carry[3]),
-                                       B::pack(carry[4], carry[5]), B::pack(carry[6], carry[7]));
+      if (n0 + q < inner) {
+        local[n * stride] = packed();
         const uint32_t w[4] = {in[q].x, in[q].y, in[q].z, in[q].w};
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -109,10 +106,15 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  if (a.last)
-    static_cast<uint4 *>(a.last)[pair * slot_vectors + v] =
-        make_uint4(B::pack(carry[0], carry[1]), B::pack(carry[2], carry[3]), B::pack(carry[4], carry[5]),
-                   B::pack(carry[6], carry[7]));
+  if (inner < seq.chunks) {
+    const int n = a.reverse ? 0 : seq.chunks - 1;
+    const float f = decay(g, seq, s.table.chunk, n);
+    local[n * stride] = packed();
+    const float *const end =
+        a.end_local + (pair * tile_rows(s.degree, d) + tile * kTileRows + row) * d + piece * 8;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) carry[e] = carry[e] * f + end[e];
+  }
   if (a.final.s && i <= j) {
     float *p = static_cast<float *>(a.final.s) + sequence * a.final.s_stride_n + head * a.final.s_stride_h +
                canonical * d + piece * 8;
@@ -164,7 +166,6 @@ __global__ void __launch_bounds__(kThreads) z_kernel(const __grid_constant__ Sca
       }
     }
   }
-  if (a.z_last) a.z_last[pair * d * d + v] = carry;
   if (a.final.z && i <= j)
     static_cast<float *>(a.final.z)[sequence * a.final.z_stride_n + head * a.final.z_stride_h + canonical] =
         carry * (i == j ? 1.f : 1.41421356237309505f);

@@ -133,6 +133,8 @@ __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>
   }
   if (unit >= S::kUnits) return;
 
+  const bool end = a.end_local != nullptr && (a.reverse ? chunk.index == 0 : chunk.index + 1 == chunk.count);
+  const int64_t pair = static_cast<int64_t>(chunk.sequence) * shape.heads_kv + head_kv;
   const float weight = P == 2 && ib < jb ? 2.f : 1.f;
   const int row0 = P == 1 ? 16 * index : 0;  // degree 1: feature; degree 2: row of the tile
 #pragma unroll
@@ -145,6 +147,13 @@ __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>
 #pragma unroll
         for (int c = 0; c < S::kCols / 8; ++c)
           *reinterpret_cast<float2 *>(out + 8 * c) = make_float2(acc[m][c][2 * h], acc[m][c][2 * h + 1]);
+      } else if (end) {
+        const int64_t tiles_row = int64_t(P == 1 ? 0 : index * kTileRows) + row;
+        float *const out = a.end_local + (pair * tile_rows(P, D) + tiles_row) * D + half * S::kCols + 2 * quad;
+#pragma unroll
+        for (int c = 0; c < S::kCols / 8; ++c)
+          *reinterpret_cast<float2 *>(out + 8 * c) =
+              make_float2(weight * acc[m][c][2 * h], weight * acc[m][c][2 * h + 1]);
       } else {
         const int tile = P == 1 ? row / kTileRows : index;
         unsigned char *const out = static_cast<unsigned char *>(a.local) +
