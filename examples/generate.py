@@ -63,6 +63,35 @@ def at_context(model: LanguageModel, length: int, repeats: int) -> tuple[float, 
     return statistics.median(times), max(times), sum(cache.nbytes for cache in caches)
 
 
+def plot(rows: list[dict], path: pathlib.Path) -> None:
+    """Latency and memory against context."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
+    for kind in dict.fromkeys(r["kind"] for r in rows):
+        mine = [r for r in rows if r["kind"] == kind]
+        x = [r["context"] for r in mine]
+        label = "softmax, key/value cache" if kind == "softmax" else f"power p = {kind[1:]}, state"
+        left.plot(x, [1e3 * r["seconds"] for r in mine], marker="o", label=label)
+        right.plot(x, [r["bytes"] / 1e6 for r in mine], marker="o", label=label)
+    contexts = sorted({r["context"] for r in rows})
+    for axes, title, unit in ((left, "time per token", "ms"), (right, "memory carried along", "MB")):
+        axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel=unit, title=title)
+        axes.set_xticks(contexts, [str(n) for n in contexts])
+        axes.xaxis.set_minor_locator(plt.NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
+    left.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def measure(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     rows = []
@@ -76,24 +105,7 @@ def measure(options: argparse.Namespace) -> None:
             print(f"{kind:<10} {length:8d} {1e3 * median:13.3f} {human(size):>10}", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "generate.json").write_text(json.dumps(rows))
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
-    for kind in options.kinds:
-        mine = [r for r in rows if r["kind"] == kind]
-        x = [r["context"] for r in mine]
-        label = "softmax, key/value cache" if kind == "softmax" else f"power p = {kind[1:]}, state"
-        left.plot(x, [1e3 * r["seconds"] for r in mine], marker="o", label=label)
-        right.plot(x, [r["bytes"] / 1e6 for r in mine], marker="o", label=label)
-    for axes, title, unit in ((left, "time per token", "ms"), (right, "memory carried along", "MB")):
-        axes.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel=unit, title=title)
-        axes.grid(alpha=0.3)
-    left.legend()
-    figure.tight_layout()
-    figure.savefig(options.out / "generate.png", dpi=120)
+    plot(rows, options.out / "generate.png")
     print(f"plot in {options.out / 'generate.png'}, numbers in {options.out / 'generate.json'}")
 
 

@@ -212,23 +212,36 @@ def human(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-def plot(results: list[dict], path: pathlib.Path) -> None:
+def plot(results: list[dict], settings: dict, path: pathlib.Path) -> None:
+    """Training curves, and test losses of all seeds over the states that the models carry."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for i, kind in enumerate(dict.fromkeys(r["kind"] for r in results)):
-        curves = [r["curve"] for r in results if r["kind"] == kind]
-        steps = [s for s, _ in curves[0]]
-        values = [[c[j][1] for c in curves] for j in range(len(steps))]
-        label = "softmax" if kind == "softmax" else f"power, p = {kind[1:]}"
-        axes.plot(steps, [statistics.fmean(v) for v in values], color=f"C{i}", label=label)
-        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=f"C{i}", alpha=0.15)
-    axes.set(xlabel="step", ylabel="training loss (nats per byte)", title="Mean and range over seeds")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, (curves, ends) = plt.subplots(1, 2, figsize=(10, 4.2))
+    kinds = list(dict.fromkeys(r["kind"] for r in results))
+    labels = []
+    for i, kind in enumerate(kinds):
+        mine = [r for r in results if r["kind"] == kind]
+        steps = [s for s, _ in mine[0]["curve"]]
+        values = [[r["curve"][j][1] for r in mine] for j in range(len(steps))]
+        name = "softmax" if kind == "softmax" else f"p = {kind[1:]}"
+        curves.plot(steps, [statistics.fmean(v) for v in values], color=f"C{i}", label=name)
+        curves.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=f"C{i}", alpha=0.15)
+        losses = [r["test"] for r in mine]
+        ends.plot([i] * len(losses), losses, "o", color=f"C{i}", alpha=0.6)
+        ends.plot([i - 0.2, i + 0.2], [statistics.fmean(losses)] * 2, color=f"C{i}", lw=2)
+        labels.append(f"{name}\n{human(state_size(kind, argparse.Namespace(**settings)))}")
+    curves.set(xlabel="step", ylabel="nats per byte", title="training loss: mean and range over seeds")
+    low = min(min(v for _, v in r["curve"]) for r in results)
+    curves.set_ylim(low - 0.05, low + 1.0)  # where the curves differ; all start near ln 256
+    curves.legend()
+    size = "state of a sequence" + (f", cache at context {settings['context']}" if "softmax" in kinds else "")
+    ends.set(xticks=range(len(kinds)), xticklabels=labels, title="test loss of each seed, and mean", xlabel=size)
+    ends.set_xlim(-0.5, len(kinds) - 0.5)
+    for axes in (curves, ends):
+        axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -280,7 +293,7 @@ def main() -> None:
         else:
             paper = human(pa.state_bytes(64, int(kind[1:]), count=144, dtype="bfloat16"))
         print(f"{kind:<10} {statistics.fmean(losses):9.4f} {spread:6.4f}   {here:>18}  {paper:>29}")
-    plot(results, options.out / "losses.png")
+    plot(results, vars(options), options.out / "losses.png")
     print(f"\ncurves in {options.out / 'losses.png'}, numbers in {options.out / 'losses.json'}")
 
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-# The Python package: built as a user installs it, then pytest, ruff and mypy. Needs no GPU.
+# The Python package: built as a user installs it, then pytest, ruff and mypy. `python_test` needs no GPU;
+# `python_gpu_test` builds with the CUDA backend and needs one.
 
 python_setup() {
   need_build_tools
   need_venv python bindings/python/requirements-test.txt
   # The build environment is the pinned one; the C++ objects come from the compiler cache of earlier builds.
   quietly python-install env PATH="$VENV/bin:$PATH" "$VENV/bin/python" -m pip install --no-build-isolation \
-    --no-deps --force-reinstall -C build-dir="$BUILD/python" -C cmake.define.POWERATTN_CUDA=OFF \
+    --no-deps --force-reinstall -C build-dir="$BUILD/python" -C cmake.define.POWERATTN_CUDA="${POWERATTN_CUDA:-OFF}" \
     -C cmake.define.CMAKE_C_COMPILER_LAUNCHER=ccache -C cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=ccache \
     ./bindings/python
 }
@@ -38,5 +39,13 @@ python_test() {
   # Outside the source tree, so that the installed package is what is tested.
   run_counted pytest env -C "$BUILD" POWERATTN_CACHE="$CACHE" "$VENV/bin/python" -m pytest -q \
     -p no:cacheprovider -c "$ROOT/bindings/python/pyproject.toml" --rootdir "$ROOT/bindings/python" \
-    "$ROOT/bindings/python/tests"
+    --ignore "$ROOT/bindings/python/tests/gpu" "$ROOT/bindings/python/tests"
+}
+
+python_gpu_test() {
+  need_toolkit
+  POWERATTN_CUDA=ON python_setup
+  run_counted pytest env -C "$BUILD" POWERATTN_CACHE="$CACHE" "$VENV/bin/python" -m pytest -q \
+    -p no:cacheprovider -c "$ROOT/bindings/python/pyproject.toml" --rootdir "$ROOT/bindings/python" \
+    "$ROOT/bindings/python/tests/gpu"
 }

@@ -53,7 +53,8 @@ def step(
 ) -> Any:
     """Feeds one or a few tokens of each sequence to its state.
 
-    Has no gradient. Costs the same at every position. In place it may be captured in a CUDA graph.
+    Has no gradient. Costs the same at every position. In place it may be captured in a CUDA graph, with slots, lengths
+    and offsets as tensors on the device.
 
     Args:
         q: queries ``[b, t, h, d]``, t tokens of this step.
