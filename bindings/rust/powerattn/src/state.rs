@@ -435,3 +435,42 @@ pub(crate) fn check_state<T: Element, S: StateElement>(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIMS: Dims = Dims { count: 2, heads: 3, rows: 10, value_dim: 4, head_dim: 4, degree: 2 };
+
+    #[test]
+    fn pools_stay_inside_their_slices() {
+        let (s_strides, z_strides) = DIMS.strides();
+        assert_eq!((s_strides, z_strides), ([120, 40], [30, 10]));
+        assert_eq!(DIMS.elements().unwrap(), (240, 60));
+        assert_eq!(check_pool((240, 60), &DIMS, s_strides, z_strides).unwrap(), [120, 40, 30, 10]);
+        assert!(check_pool((239, 60), &DIMS, s_strides, z_strides).is_err());
+        assert!(check_pool((240, 59), &DIMS, s_strides, z_strides).is_err());
+        assert!(check_pool((240, 60), &DIMS, [usize::MAX, 40], z_strides).is_err());
+        assert!(check_pool((0, 0), &Dims { count: 0, ..DIMS }, s_strides, z_strides).is_ok());
+        for dims in [Dims { count: usize::MAX, ..DIMS }, Dims { rows: usize::MAX / 2, ..DIMS }] {
+            assert!(dims.elements().is_err());
+            assert!(State::<f32>::with_dims(dims).is_err());
+        }
+    }
+
+    #[test]
+    fn views_of_a_state_are_its_memory() {
+        let mut state = State::<f64>::with_dims(DIMS).unwrap();
+        let view = state.as_mut();
+        let last = |n: i64, h: i64, strides: (i64, i64), run: i64| (n * strides.0 + h * strides.1 + run - 1) as usize;
+        let (s_strides, z_strides) =
+            ((view.raw.s_stride_n, view.raw.s_stride_h), (view.raw.z_stride_n, view.raw.z_stride_h));
+        // SAFETY: the last elements of the last state, written as the library would (under Miri).
+        unsafe {
+            *(view.raw.s as *mut f64).add(last(1, 2, s_strides, 40)) = 5.0;
+            *(view.raw.z as *mut f64).add(last(1, 2, z_strides, 10)) = 7.0;
+        }
+        assert_eq!((state.s()[239], state.z()[59]), (5.0, 7.0));
+        assert_eq!(state.clone().as_ref().dims, DIMS);
+    }
+}
