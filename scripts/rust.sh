@@ -41,8 +41,8 @@ rust_bare() {
   mkdir -p "$BARE/.cargo"
   cp -R powerattn powerattn-sys "$BARE/"
   cp minimum.lock "$BARE/Cargo.lock"
-  printf '[workspace]\nmembers = ["powerattn-sys", "powerattn"]\n' >"$BARE/Cargo.toml"
-  sed -i '/^\[dev-dependencies\]/,/^$/d; /^\[\[bench\]\]/,/^$/d' "$BARE/powerattn/Cargo.toml"
+  printf '[workspace]\nmembers = ["powerattn-sys", "powerattn"]\nresolver = "2"\n' >"$BARE/Cargo.toml"
+  sed -i '/^\[dev-dependencies\]/,/^$/d; /^\[\[bench\]\]/,/^$/d; /^\[\[test\]\]/,/^$/d' "$BARE/powerattn/Cargo.toml"
   rm -rf "$BARE"/powerattn/{benches,tests,examples}
   (cd "$BARE" && CARGO_TARGET_DIR=$BARE/target cargo vendor --locked vendor >.cargo/config.toml)
   touch "$BARE/complete"
