@@ -1,17 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU backend against this machine's own matrix multiply and copy bandwidth, through the C API only.
 //
-//   bench_cpu [--threads N] [--only rate,forms,scaling,length,step] [--seconds S] [--csv FILE] [--clock
-//   wall|cpu]
+//   bench_cpu [--threads N] [--only rate,amx,types,forms,scaling,length,step] [--seconds S] [--csv FILE]
+//             [--clock wall|cpu]
 //
 // Every ratio is taken in one run, the two sides alternating, so that other load hits both. Operations are the
 // useful ones: exact D, causal halves, no padding, no recomputation:
 //   forward   4 D (e+1) + (c+1)(d+e)      per token and head, chunked; attention form (t+1)(d+e)
 //   backward  8 D (e+1) + (c+1)(3d+2e)      the state terms less the one chunk in t / c that has none
-// c is the plan's chunk. The multiply is OpenBLAS sgemm (found at run time) on 1024 x 1024 x 1024.
-#include <dlfcn.h>
-#include <time.h>
-
+// c is the plan's chunk. A line with a target says whether it was met; what a machine cannot run has a line
+// too.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -27,20 +25,11 @@
 #include <vector>
 
 #include "power_attention.h"
+#include "yardsticks.h"
+
+using bench::now;
 
 namespace {
-
-// With --clock cpu: processor time of the process, for one thread on a machine that others use too.
-bool cpu_clock = false;
-
-double now() {
-  if (cpu_clock) {
-    timespec t;
-    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
-    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
-  }
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 double median(std::vector<double> x) {
   std::nth_element(x.begin(), x.begin() + static_cast<long>(x.size() / 2), x.end());
@@ -53,58 +42,6 @@ double median(std::vector<double> x) {
 }
 void ok(powerattn_status status, const char *what) {
   if (status != POWERATTN_OK) die(what);
-}
-
-// ---- The yardsticks ------------------------------------------------------------------------------------
-
-class Sgemm {
- public:
-  Sgemm() {
-    for (const char *name : {"libopenblas.so.0", "libopenblas.so"}) {
-      if ((library_ = dlopen(name, RTLD_NOW | RTLD_LOCAL)) != nullptr) break;
-    }
-    if (library_ == nullptr) return;
-    multiply_ = reinterpret_cast<Multiply>(dlsym(library_, "sgemm_"));
-    set_threads_ = reinterpret_cast<SetThreads>(dlsym(library_, "openblas_set_num_threads"));
-    a_.assign(kSize * kSize, 0.5f);
-    b_.assign(kSize * kSize, 0.25f);
-    c_.assign(kSize * kSize, 0.0f);
-  }
-  bool found() const { return multiply_ != nullptr && set_threads_ != nullptr; }
-
-  // One multiply; FLOP/s.
-  double rate(int threads) {
-    if (!found()) return 0;
-    set_threads_(threads);
-    const int n = kSize;
-    const float one = 1, zero = 0;
-    const double start = now();
-    multiply_("N", "N", &n, &n, &n, &one, a_.data(), &n, b_.data(), &n, &zero, c_.data(), &n);
-    return 2.0 * n * n * n / (now() - start);
-  }
-
- private:
-  using Multiply = void (*)(const char *, const char *, const int *, const int *, const int *, const float *,
-                            const float *, const int *, const float *, const int *, const float *, float *,
-                            const int *);
-  using SetThreads = void (*)(int);
-  static constexpr int kSize = 1024;
-  void *library_ = nullptr;
-  Multiply multiply_ = nullptr;
-  SetThreads set_threads_ = nullptr;
-  std::vector<float> a_, b_, c_;
-};
-
-// Copies `bytes` with `threads` threads, each its own part; bytes read and written per second.
-double copy_rate(int threads, std::vector<char> *from, std::vector<char> *to) {
-  const size_t part = from->size() / static_cast<size_t>(threads);
-  const double start = now();
-  std::vector<std::thread> workers;
-  for (int i = 0; i < threads; ++i) {
-    workers.emplace_back([=] { std::memcpy(to->data() + part * i, from->data() + part * i, part); });
-  }
-  for (std::thread &w : workers) w.join();
-  return 2.0 * static_cast<double>(part) * threads / (now() - start);
 }
 
 // ---- One problem ---------------------------------------------------------------------------------------
@@ -298,21 +235,37 @@ class Report {
   explicit Report(const std::string &csv) {
     if (csv.empty()) return;
     file_.open(csv);
-    file_ << "machine,part,case,threads,seconds,value,unit,yardstick,ratio\n";
+    file_ << "machine,part,case,threads,seconds,value,unit,yardstick,ratio,target\n";
   }
   void machine(const std::string &text) {
     machine_ = text;
     std::replace(machine_.begin(), machine_.end(), ',', ';');
     std::printf("machine: %s\n", text.c_str());
   }
+  // `target` is the least ratio that is wanted, negative the greatest; 0: none.
   void line(const char *part, const std::string &name, int threads, double seconds, double value,
-            const char *unit, double yardstick, double ratio) {
-    std::printf("%-8s %-44s %2d thr %10.3f ms %9.2f %-9s of %8.2f = %5.3f\n", part, name.c_str(), threads,
+            const char *unit, double yardstick, double ratio, double target = 0) {
+    std::printf("%-8s %-52s %2d thr %10.3f ms %9.2f %-9s of %8.2f = %5.3f", part, name.c_str(), threads,
                 seconds * 1e3, value, unit, yardstick, ratio);
+    if (target != 0) {
+      const bool met = target > 0 ? ratio >= target : ratio <= -target;
+      std::printf("  target %s %.2f %s", target > 0 ? ">=" : "<=", std::fabs(target), met ? "met" : "MISSED");
+    }
+    std::printf("\n");
     std::fflush(stdout);
     if (file_.is_open()) {
       file_ << machine_ << ',' << part << ',' << name << ',' << threads << ',' << seconds << ',' << value << ','
-            << unit << ',' << yardstick << ',' << ratio << std::endl;
+            << unit << ',' << yardstick << ',' << ratio << ',' << target << std::endl;
+    }
+  }
+  void not_available(const char *part, const std::string &name, int threads, const std::string &why) {
+    std::printf("%-8s %-52s %2d thr not available: %s\n", part, name.c_str(), threads, why.c_str());
+    std::fflush(stdout);
+    if (file_.is_open()) {
+      std::string reason = why;
+      std::replace(reason.begin(), reason.end(), ',', ';');
+      file_ << machine_ << ',' << part << ',' << name << ',' << threads << ",,,not available: " << reason
+            << ",,," << std::endl;
     }
   }
 
@@ -340,34 +293,65 @@ Sample alternate(double limit, const std::function<double()> &yardstick, const s
   return {median(seconds), work / median(seconds), median(yards), median(ratios)};
 }
 
-void rate(const Options &o, Report *report, Sgemm *sgemm, const char *part, const Shape &shape, bool backward) {
-  Problem problem(shape, o.threads, backward);
+// forward_target, backward_target: of the ratio to sgemm, 0 where none is set.
+void rate(const Options &o, Report *report, bench::Sgemm *sgemm, const char *part, const Shape &shape,
+          double forward_target = 0, double backward_target = 0) {
+  Problem problem(shape, o.threads, true);
   const auto yard = [&] { return std::max(sgemm->rate(o.threads), 1.0); };
   Sample s = alternate(
       o.seconds, yard, [&] { return problem.forward(false); }, problem.forward_flops());
   report->line(part, "fwd " + problem.name(), o.threads, s.seconds, s.value * 1e-9, "GFLOP/s",
-               s.yardstick * 1e-9, s.ratio);
-  if (!backward) return;
+               s.yardstick * 1e-9, s.ratio, forward_target);
   problem.forward(true);
   if (problem.info().saved_bytes > 0) {
     s = alternate(
         o.seconds, yard, [&] { return problem.backward(true); }, problem.backward_flops());
     report->line(part, "bwd " + problem.name() + " saved", o.threads, s.seconds, s.value * 1e-9, "GFLOP/s",
-                 s.yardstick * 1e-9, s.ratio);
+                 s.yardstick * 1e-9, s.ratio, backward_target);
   }
   s = alternate(
       o.seconds, yard, [&] { return problem.backward(false); }, problem.backward_flops());
   report->line(part, "bwd " + problem.name(), o.threads, s.seconds, s.value * 1e-9, "GFLOP/s",
+               s.yardstick * 1e-9, s.ratio, backward_target);
+}
+
+// bfloat16 on AMX against float32 by the same library, and against oneDNN's bfloat16 multiply.
+void amx(const Options &o, Report *report, const Shape &shape) {
+  Shape low = shape;
+  low.dtype = POWERATTN_BFLOAT16;
+  Problem single(shape, o.threads, false), brain(low, o.threads, false);
+  const std::string name = "fwd " + brain.name(), kernels = brain.kernels();
+  if (kernels != "cpu.amx") {
+    report->not_available("amx", name + " against f32", o.threads, "no AMX here (kernels " + kernels + ")");
+  } else {
+    const Sample s = alternate(
+        o.seconds, [&] { return single.forward_flops() / single.forward(false); },
+        [&] { return brain.forward(false); }, brain.forward_flops());
+    report->line("amx", name + " against f32", o.threads, s.seconds, s.value * 1e-9, "GFLOP/s",
+                 s.yardstick * 1e-9, s.ratio, 3.0);
+  }
+  bench::Bfloat16Multiply multiply(o.threads);
+  if (!multiply.found()) {
+    report->not_available("amx", name + " against bf16 multiply", o.threads, multiply.why());
+    return;
+  }
+  const Sample s = alternate(
+      o.seconds, [&] { return multiply.rate(); }, [&] { return brain.forward(false); }, brain.forward_flops());
+  report->line("amx", name + " against bf16 multiply", o.threads, s.seconds, s.value * 1e-9, "GFLOP/s",
                s.yardstick * 1e-9, s.ratio);
 }
 
-// One thread against all: the ratio is the speed-up.
-void scaling(const Options &o, Report *report, const Shape &shape) {
-  Problem one(shape, 1, false), all(shape, o.threads, false);
+// One thread against more: the ratio is the speed-up.
+void scaling(const Options &o, Report *report, const Shape &shape, int threads, double target) {
+  Problem one(shape, 1, false), more(shape, threads, false);
+  const std::string name = "fwd " + more.name() + " against 1 thread";
+  if (static_cast<int>(std::thread::hardware_concurrency()) < threads) {
+    report->not_available("scaling", name, threads, "fewer cores");
+    return;
+  }
   const Sample s = alternate(
-      o.seconds * 2, [&] { return 1 / one.forward(false); }, [&] { return all.forward(false); }, 1.0);
-  report->line("scaling", "fwd " + all.name() + " against 1 thread", o.threads, s.seconds, s.value, "calls/s",
-               s.yardstick, s.ratio);
+      o.seconds * 2, [&] { return 1 / one.forward(false); }, [&] { return more.forward(false); }, 1.0);
+  report->line("scaling", name, threads, s.seconds, s.value, "calls/s", s.yardstick, s.ratio, target);
 }
 
 // Nanoseconds per token and head against those at the shortest length.
@@ -385,7 +369,7 @@ void lengths(const Options &o, Report *report) {
         o.seconds / 2, [&] { return base_tokens / base.forward(false); },
         [&] { return problem.forward(false); }, tokens);
     report->line("length", "fwd " + problem.name(), o.threads, s.seconds, 1e9 / s.value, "ns/token",
-                 1e9 / s.yardstick, 1 / s.ratio);
+                 1e9 / s.yardstick, 1 / s.ratio, -1.1);
   }
 }
 
@@ -428,7 +412,7 @@ void step(const Options &o, Report *report, int64_t batch, int64_t heads, int64_
   const double bytes = 2.0 * static_cast<double>(info.state_bytes);
   std::vector<char> from(info.state_bytes, 1), to(info.state_bytes, 2);
   const Sample sample = alternate(
-      o.seconds, [&] { return copy_rate(o.threads, &from, &to); },
+      o.seconds, [&] { return bench::copy_rate(o.threads, &from, &to); },
       [&] {
         const double start = now();
         ok(powerattn_step(plan, &a), "powerattn_step");
@@ -439,7 +423,7 @@ void step(const Options &o, Report *report, int64_t batch, int64_t heads, int64_
   std::snprintf(name, sizeof name, "step f32 b%ld h%ld d%ld p2 (states %.0f MB)", static_cast<long>(batch),
                 static_cast<long>(heads), static_cast<long>(dim), static_cast<double>(info.state_bytes) * 1e-6);
   report->line("step", name, o.threads, sample.seconds, sample.value * 1e-9, "GB/s", sample.yardstick * 1e-9,
-               sample.ratio);
+               sample.ratio, 0.8);
   powerattn_plan_destroy(plan);
 }
 
@@ -461,10 +445,10 @@ int main(int argc, char **argv) {
     if (key == "--only") o.only = argv[i + 1];
     if (key == "--seconds") o.seconds = std::atof(argv[i + 1]);
     if (key == "--csv") o.csv = argv[i + 1];
-    if (key == "--clock") cpu_clock = std::strcmp(argv[i + 1], "cpu") == 0;
+    if (key == "--clock") bench::cpu_clock = std::strcmp(argv[i + 1], "cpu") == 0;
   }
   if (o.threads <= 0) o.threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  Sgemm sgemm;
+  bench::Sgemm sgemm;
   if (!sgemm.found()) std::printf("no OpenBLAS found: ratios against it are meaningless\n");
   Report report(o.csv);
   Shape shape;
@@ -474,13 +458,17 @@ int main(int argc, char **argv) {
 
   if (o.wants("rate")) {
     shape.t = 16384;
-    rate(o, &report, &sgemm, "rate", shape, true);
+    rate(o, &report, &sgemm, "rate", shape, 0.80, 0.65);
+  }
+  if (o.wants("amx")) {
+    shape.t = 16384;
+    amx(o, &report, shape);
   }
   if (o.wants("types")) {
     shape.t = 8192;
     for (const int32_t dtype : {POWERATTN_BFLOAT16, POWERATTN_FLOAT16, POWERATTN_FLOAT64}) {
       shape.dtype = dtype;
-      rate(o, &report, &sgemm, "types", shape, true);
+      rate(o, &report, &sgemm, "types", shape);
     }
     shape.dtype = POWERATTN_FLOAT32;
   }
@@ -497,12 +485,13 @@ int main(int argc, char **argv) {
       x.d = f.d;
       x.p = f.p;
       x.form = f.form;
-      rate(o, &report, &sgemm, "forms", x, true);
+      rate(o, &report, &sgemm, "forms", x);
     }
   }
   if (o.wants("scaling")) {
     shape.t = 8192;
-    scaling(o, &report, shape);
+    scaling(o, &report, shape, 2, 1.8);
+    if (o.threads > 2) scaling(o, &report, shape, o.threads, 0);
   }
   if (o.wants("length")) lengths(o, &report);
   if (o.wants("step")) {
