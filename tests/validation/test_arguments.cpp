@@ -181,6 +181,38 @@ TEST_CASE("backward: one wrong argument at a time") {
   run<A>(fixture::description(), &Calls::backward, powerattn_backward,
          {
              {[](A &a, Calls &) {
+               a.q.data = nullptr;
+               return "q.data is NULL; float32 [2, 5, 4, 8] is required here";
+             }},
+             {[](A &a, Calls &) {
+               a.k.data = nullptr;
+               return "k.data is NULL; float32 [2, 5, 2, 8] is required here";
+             }},
+             {[](A &a, Calls &) {
+               a.v.data = nullptr;
+               return "v.data is NULL; float32 [2, 5, 2, 6] is required here";
+             }},
+             {[](A &a, Calls &) {
+               a.d_q.data = shifted(a.d_q.data, 1);
+               return "d_q is " + address(a.d_q.data) + "; it must be aligned to 4 bytes";
+             }},
+             {[](A &a, Calls &) {
+               a.d_log_g.data = shifted(a.d_log_g.data, 2);
+               return "d_log_g is " + address(a.d_log_g.data) + "; it must be aligned to 4 bytes";
+             }},
+             {[](A &a, Calls &) {
+               a.cu_seqlens = a.rope_offset;
+               return "cu_seqlens is given; the plan has no packed sequences";
+             }},
+             {[](A &a, Calls &) {
+               a.stream = reinterpret_cast<void *>(8);
+               return "stream is 0x8; it must be NULL on the CPU";
+             }},
+             {[](A &a, Calls &c) {
+               a.workspace = nullptr;
+               return "workspace is NULL; " + text(c.info.workspace_backward) + " bytes are required here";
+             }},
+             {[](A &a, Calls &) {
                a.reserved = 7;
                return "reserved is 7; it must be 0";
              }},
@@ -239,6 +271,52 @@ TEST_CASE("backward: one wrong argument at a time") {
               },
               kSmall},
          });
+}
+
+TEST_CASE("saved: its size, alignment and overlap, in both directions") {
+  powerattn_desc d = fixture::description();
+  d.form = POWERATTN_FORM_CHUNKED;
+  d.chunk_size = 2;
+  Calls c(d);
+  const uint64_t needed = c.info.saved_bytes;
+  REQUIRE(needed > 256);
+  const auto refused = [&](powerattn_status status, powerattn_status expected, const std::string &message) {
+    CHECK(std::string(powerattn_last_error()) == message);
+    CHECK(status == expected);
+    CHECK(c.untouched());
+  };
+  const powerattn_plan *plan = c.plan.get();
+
+  powerattn_forward_args f = c.forward;
+  f.saved_bytes = needed - 1;
+  refused(powerattn_forward(plan, &f), kSmall,
+          "saved_bytes is " + text(needed - 1) + "; this plan needs " + text(needed));
+  f = c.forward;
+  f.saved = shifted(f.saved, 64);
+  refused(powerattn_forward(plan, &f), kInvalid,
+          "saved is " + address(f.saved) + "; it must be aligned to 256 bytes");
+  f.saved = f.workspace;
+  refused(powerattn_forward(plan, &f), kInvalid, std::string("workspace overlaps saved") + kShared);
+
+  powerattn_backward_args b = c.backward;
+  b.saved = c.forward.saved;
+  b.saved_bytes = needed - 1;
+  refused(powerattn_backward(plan, &b), kSmall,
+          "saved_bytes is " + text(needed - 1) + "; this plan needs " + text(needed));
+  b.saved_bytes = needed;
+  b.workspace_bytes = c.info.workspace_backward_saved - 1;
+  refused(powerattn_backward(plan, &b), kSmall,
+          "workspace_bytes is " + text(b.workspace_bytes) + "; this plan needs " +
+              text(c.info.workspace_backward_saved));
+  b.workspace_bytes = c.info.workspace_backward;
+  b.workspace = const_cast<void *>(b.saved);
+  refused(powerattn_backward(plan, &b), kInvalid, std::string("workspace overlaps saved") + kShared);
+
+  CHECK(powerattn_forward(plan, &c.forward) == POWERATTN_OK);
+  b.workspace = c.backward.workspace;
+  b.workspace_bytes = c.info.workspace_backward_saved;
+  CHECK(powerattn_backward(plan, &b) == POWERATTN_OK);
+  CHECK(std::string(powerattn_last_error()) == "");
 }
 
 TEST_CASE("backward: slices of a packed d_qkv are legal outputs") {

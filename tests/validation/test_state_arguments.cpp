@@ -21,6 +21,46 @@ TEST_CASE("step: one wrong argument at a time") {
   run<A>(fixture::description(), &Calls::step, powerattn_step,
          {
              {[](A &a, Calls &) {
+               a.q.data = nullptr;
+               return "q.data is NULL; float32 [2, 5, 4, 8] is required here";
+             }},
+             {[](A &a, Calls &) {
+               a.k.data = nullptr;
+               return "k.data is NULL; float32 [2, 5, 2, 8] is required here";
+             }},
+             {[](A &a, Calls &) {
+               a.v.data = nullptr;
+               return "v.data is NULL; float32 [2, 5, 2, 6] is required here";
+             }},
+             {[](A &a, Calls &) {
+               a.y.data = nullptr;
+               return "y.data is NULL; float32 [2, 5, 4, 6] is required here";
+             }},
+             {[](A &a, Calls &) {
+               a.y.stride_t = 1;
+               return "y overlaps itself: its strides put two elements at one address";
+             }},
+             {[](A &a, Calls &) {
+               a.state.s = shifted(a.state.s, 2);
+               return "state.s is " + address(a.state.s) + "; it must be aligned to 4 bytes";
+             }},
+             {[](A &a, Calls &) {
+               a.slots = shifted(a.slots, 4);
+               return "slots is " + address(a.slots) + "; it must be aligned to 8 bytes";
+             }},
+             {[](A &a, Calls &) {
+               a.rope_offset = shifted(a.rope_offset, 1);
+               return "rope_offset is " + address(a.rope_offset) + "; it must be aligned to 8 bytes";
+             }},
+             {[](A &a, Calls &) {
+               a.stream = reinterpret_cast<void *>(8);
+               return "stream is 0x8; it must be NULL on the CPU";
+             }},
+             {[](A &a, Calls &c) {
+               a.workspace = nullptr;
+               return "workspace is NULL; " + text(c.info.workspace_step) + " bytes are required here";
+             }},
+             {[](A &a, Calls &) {
                a.reserved = 1;
                return "reserved is 1; it must be 0";
              }},
