@@ -182,6 +182,7 @@ POWERATTN_API powerattn_status powerattn_plan_create(const powerattn_desc *desc,
 /* Frees a plan; NULL is allowed. No call may be executing it. */
 POWERATTN_API void powerattn_plan_destroy(powerattn_plan *plan);
 
+/* Fills *info, whose struct_size the caller has set: the choice, and the bytes to allocate for the calls. */
 POWERATTN_API powerattn_status powerattn_plan_query(const powerattn_plan *plan, powerattn_plan_info *info);
 
 /* Writes the plan as text: problem, form, chunk, kernels, tiling with reasons, costs of the alternatives,

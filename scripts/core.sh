@@ -15,17 +15,17 @@ core_setup() {
   say "building: Release"
   build_library ON
   say "building: address and undefined-behaviour sanitizers"
-  core_sanitized asan "address;undefined"
+  core_sanitized asan "address;undefined" -DPOWERATTN_EMULATE_ISA=ON
   say "building: thread sanitizer"
   TARGETS="test_concurrency test_properties" core_sanitized tsan thread
 }
 
-# A sanitized build of the library and its tests: quick to compile, with line numbers; the AVX-512 and AMX kernels
-# emulated, so that they are tested on every machine.
+# core_sanitized folder sanitizers option...: a sanitized build of the library and its tests, quick to compile, with
+# line numbers. One of them emulates the AVX-512 and AMX kernels, so that they are tested on every machine.
 core_sanitized() {
   cmake_build "$BUILD/$1" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
-    -DCMAKE_C_FLAGS_RELWITHDEBINFO="-O1 -g1" -DPOWERATTN_SANITIZE="$2" -DPOWERATTN_EMULATE_ISA=ON -DPOWERATTN_CUDA=OFF \
-    -DPOWERATTN_BUILD_BENCH=OFF -DPOWERATTN_BUILD_EXAMPLES=OFF
+    -DCMAKE_C_FLAGS_RELWITHDEBINFO="-O1 -g1" -DPOWERATTN_SANITIZE="$2" -DPOWERATTN_CUDA=OFF \
+    -DPOWERATTN_BUILD_BENCH=OFF -DPOWERATTN_BUILD_EXAMPLES=OFF "${@:3}"
 }
 
 core_ctest() {
