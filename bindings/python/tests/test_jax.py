@@ -77,6 +77,13 @@ def test_vmap(rng):
     for i in range(3):
         np.testing.assert_allclose(y[i], pn.power_attention(*(x[i] for x in many)), rtol=1e-12)
 
+    def gradient(q, k, v):
+        return jax.grad(lambda q: power_attention(q, k, v).sum())(q)
+
+    grads = jax.jit(jax.vmap(gradient))(*many)
+    for i in range(3):
+        np.testing.assert_allclose(grads[i], gradient(*(x[i] for x in many)), rtol=1e-12)
+
 
 def test_split_and_resume(rng):
     q, k, v, g = make_inputs(rng)

@@ -106,6 +106,20 @@ def test_read_only_arrays_are_read(rng):
         pn.power_attention(q, Old(k), v)  # the old protocol cannot say "read only", so NumPy refuses
 
 
+@pytest.mark.parametrize(("device", "words"), [((2, 1), "q is on cuda:1"), ((10, 0), "q is on DLPack device type 10")])
+def test_arrays_on_other_devices_are_refused_untouched(rng, device, words):
+    class Far(Wrapped):
+        def __dlpack__(self, **options):
+            raise AssertionError("an export may wait for the device")
+
+        def __dlpack_device__(self):
+            return device
+
+    q, k, v, _ = make_inputs(rng)
+    with pytest.raises(ValueError, match=words):
+        pn.power_attention(Far(q), k, v)
+
+
 def test_arrays_of_other_packages(rng):
     """torch tensors and JAX arrays as they are, bfloat16 included, which NumPy's own DLPack lacks."""
     torch = pytest.importorskip("torch")

@@ -154,6 +154,24 @@ def test_inductor_hands_over_any_strides():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+def test_compile_packed_sequences(as_list):
+    q, k, v, g = inputs(b=1, t=17, d=6)
+    cu = [0, 5, 5, 14] if as_list else torch.tensor([0, 5, 5, 14])
+
+    def run(q, k, v, g):
+        return power_attention(q, k, v, log_g=g, cu_seqlens=cu, rope="half", rope_offset=[3, 0, 1])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected = run(q, k, v, g)
+    y = compiled(q, k, v, g)
+    torch.testing.assert_close(y, expected)
+    args = (q, k, v, g)
+    for a, b in zip(torch.autograd.grad(y.sum(), args), torch.autograd.grad(expected.sum(), args), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_dynamic_lengths_compile_once():
     from torch._dynamo import testing
 

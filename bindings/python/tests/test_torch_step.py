@@ -264,6 +264,20 @@ def test_module_trains_under_autocast_and_compile():
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_module_in_other_types(dtype):
+    """Parameters in 16 bits keep states and gates in float32; generation follows the whole as closely as they allow."""
+    torch.manual_seed(0)
+    layer = PowerAttention(32, 4, num_kv_heads=2, rope="half", dtype=dtype)
+    x = torch.randn(1, 12, 32, dtype=dtype)
+    cache = layer.make_cache(1)
+    assert cache.state.s.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    parts = torch.cat([layer(p, cache=cache) for p in x.split([9, 1, 2], 1)], 1)
+    assert parts.dtype is dtype
+    # Three roundings each: of y, of the projection, and of the values that both read.
+    torch.testing.assert_close(parts, layer(x), rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
 def test_module_packed():
     torch.manual_seed(0)
     layer = PowerAttention(24, 4, rope="half")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of arrays: any object that speaks DLPack, and NumPy arrays, as address, shape and strides."""
+"""Host memory of arrays: NumPy's, and any object's that speaks DLPack, as address, shape and strides."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _DLManagedTensorVersioned(ctypes.Structure):
 
 _LITTLE = sys.byteorder == "little"
 _KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
-_DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}  # host, CUDA, pinned host, CUDA managed
+_HOST, _CUDA = (1, 3), (2, 13)  # plain and pinned; device and managed
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype = ctypes.c_void_p
@@ -60,8 +60,6 @@ class View(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: str
-    device: str
-    device_index: int
     owner: Any
 
     def bth(self) -> tuple[int, int, int, int]:
@@ -101,7 +99,7 @@ def view(array: Any, name: str) -> View:
     """The memory of ``array``, without a copy.
 
     Args:
-        array: a NumPy array or an object with ``__dlpack__``.
+        array: a NumPy array or an object with ``__dlpack__``, on the host.
         name: the argument's name, for messages.
     """
     interface = getattr(array, "__array_interface__", None)
@@ -117,16 +115,14 @@ def view(array: Any, name: str) -> View:
             array.shape,
             tuple(s // size for s in array.strides),
             dtype.name,
-            "cpu",
-            0,
             array,
         )
     if not hasattr(array, "__dlpack__"):
         raise DtypeError(f"{name} is a {type(array).__name__}; a NumPy array or an array with __dlpack__ is needed")
     kind, index = array.__dlpack_device__()
-    device = _DEVICES.get(int(kind))
-    if device is None:
-        raise InvalidArgumentError(f"{name} is on DLPack device type {int(kind)}; allowed are the CPU and CUDA")
+    if int(kind) not in _HOST:
+        where = f"cuda:{int(index)}" if int(kind) in _CUDA else f"DLPack device type {int(kind)}"
+        raise InvalidArgumentError(f"{name} is on {where}; host memory is needed (for tensors: power_attention.torch)")
     capsule, tensor = _export(array, name)
     if tensor.dtype.lanes != 1:
         raise DtypeError(f"{name} has elements of {tensor.dtype.lanes} lanes; plain numbers are needed")
@@ -139,7 +135,5 @@ def view(array: Any, name: str) -> View:
         shape,
         strides,
         f"{code}{tensor.dtype.bits}",
-        device,
-        int(index) if device == "cuda" else 0,
         (capsule, array),
     )

@@ -33,10 +33,6 @@ def wide(dtype: str) -> str:
 def host(array: Array, name: str, dtype: str | None = None, unit_last: bool = True) -> View:
     """The memory of an input, checked to be readable as it is."""
     v = view(array, name)
-    if v.device != "cpu":
-        raise InvalidArgumentError(
-            f"{name} is on {v.device}:{v.device_index}; the NumPy front takes host memory (use power_attention.torch)"
-        )
     if dtype is not None and v.dtype != dtype:
         raise DtypeError(f"{name} is {v.dtype}; {dtype} is needed")
     if unit_last and v.shape and v.shape[-1] > 1 and v.strides[-1] != 1 and 0 not in v.shape:
