@@ -75,6 +75,9 @@ def test_fork_write_reset_and_bytes():
     other = pool(4)
     other.from_bytes(block)
     assert torch.equal(other.s[2], final.s[0])
+    assert not other.position.any()
+    other.from_bytes(block, position=[10, 0, 10, 10])
+    assert other.position.tolist() == [10, 0, 10, 10]
     state.reset()
     assert not state.s.any()
     assert not state.position.any()

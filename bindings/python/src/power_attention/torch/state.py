@@ -282,7 +282,7 @@ class PowerAttentionState:
         return new
 
     def to_bytes(self, dtype: torch.dtype | None = None) -> bytes:
-        """The states, without positions, as a versioned block that any machine and device can read.
+        """The states as a versioned block that any machine and device can read. Keep ``position`` beside it.
 
         Args:
             dtype: of the packed numbers; ``None`` keeps the type.
@@ -303,8 +303,14 @@ class PowerAttentionState:
             )
         return block.numpy().tobytes() if size else b""
 
-    def from_bytes(self, block: bytes) -> None:
-        """Reads what :meth:`to_bytes` of a pool with the same shape made; positions stay as they are."""
+    def from_bytes(self, block: bytes, position: Any = None) -> None:
+        """Reads what :meth:`to_bytes` made.
+
+        Args:
+            block: of a pool with the same shape.
+            position: tokens that the slots have seen, one number or one for each; needed to go on with ``rope``.
+                ``None`` leaves the positions as they are.
+        """
         plan = _native.get_states_plan(self.s, self.head_dim, self.degree)
         raw = torch.frombuffer(bytearray(block) or bytearray(1), dtype=torch.uint8)
         with _native.guard(self.s):
@@ -316,3 +322,5 @@ class PowerAttentionState:
                 len(block),
                 _native.stream_of(self.s),
             )
+        if position is not None:
+            self.position[:] = torch.as_tensor(position, dtype=torch.int64)
