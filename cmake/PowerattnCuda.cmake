@@ -26,6 +26,7 @@ elseif(powerattn_cuda STREQUAL "OFF")
 elseif(powerattn_cuda STREQUAL "EMULATED")
   set(POWERATTN_HAVE_CUDA ON)
   set(POWERATTN_CUDA_EMULATED ON)
+  set(POWERATTN_INSTALL OFF)  # a library for tests; the emulated runtime is in no export set
   set(POWERATTN_CUDA_LIBRARIES powerattn_emulation)
   set(CUDAToolkit_INCLUDE_DIRS "${PROJECT_SOURCE_DIR}/tests/emulation/include")
   add_subdirectory("${PROJECT_SOURCE_DIR}/tests/emulation" "${PROJECT_BINARY_DIR}/tests/emulation")
