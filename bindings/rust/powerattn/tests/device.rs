@@ -179,7 +179,7 @@ fn run(device: Device) -> Vec<(&'static str, Vec<f32>)> {
     results.extend([("d_q", dq.get()), ("d_k", dk.get()), ("d_v", dv.get()), ("d_log_g", dg.get())]);
 
     // Summaries of the two halves of the tokens, without gates, folded; then packed, read back, swapped.
-    let mut pool = Pool::zeros(&whole, 2 * B);
+    let pool = Pool::zeros(&whole, 2 * B);
     let per = (pool.s.host.len() / 2, pool.z.host.len() / 2);
     for m in 0..2 {
         let part =
