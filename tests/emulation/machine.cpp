@@ -43,11 +43,14 @@ void run_thread(Thread *t) {
   self = nullptr;
 }
 
-void release(NamedBarrier &barrier) {
+// Lets everyone at the barrier go on; `last` is the thread that came last and did not wait.
+void release(NamedBarrier &barrier, Thread *last) {
   barrier.expected = 0;
-  std::vector<Thread *> waiting;
-  waiting.swap(barrier.waiting);
-  for (Thread *t : waiting) wake(t);
+  std::vector<Thread *> threads;
+  threads.swap(barrier.waiting);
+  for (Thread *t : threads) wake(t);
+  if (last != nullptr) threads.push_back(last);
+  synchronise(threads);
 }
 
 // All lanes are there: does what they came for and lets them go on.
@@ -73,7 +76,7 @@ void thread_main() {
   if (--block.alive == 0) {
     check_exit(block);
   } else if (!block.barriers[0].waiting.empty() && int(block.barriers[0].waiting.size()) == block.alive) {
-    release(block.barriers[0]);  // __syncthreads is among the threads that are left
+    release(block.barriers[0], nullptr);  // __syncthreads is among the threads that are left
   }
   back_to_scheduler();
   std::abort();
@@ -145,6 +148,7 @@ void start_block(Block &block, int rank, int64_t number) {
     block.threads[size_t(i)] = t;
     wake(t);
   }
+  begin_races(block);
 }
 
 Thread *next_ready() {
@@ -259,6 +263,7 @@ bool run(const Launch &launch) {
   machine.order = order_of(draws());
   machine.timing = timing_of(draws());
   machine.random.seed(draws());
+  machine.races = std::getenv("EMULATION_RACES") != nullptr && launch.cluster == 1;
   machine.failed = false;
   const int64_t blocks = int64_t(launch.grid.x) * launch.grid.y * launch.grid.z,
                 clusters = blocks / launch.cluster;
@@ -326,7 +331,16 @@ void meet_all(const char *what, void *argument, void (*perform)(void *const *)) 
   meet(what, 0xffffffffu, argument, perform);
 }
 
-void warp_barrier(uint32_t mask) { meet("__syncwarp", mask, nullptr, nullptr); }
+void warp_barrier(uint32_t mask) {
+  meet("__syncwarp", mask, nullptr, [](void *const *) {
+    std::vector<Thread *> lanes;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (self->warp->meeting.arrived >> lane & 1)
+        lanes.push_back(self->owner->threads[size_t(self->warp->index * kLanes + lane)]);
+    }
+    synchronise(lanes);
+  });
+}
 
 uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane) {
   struct Exchange {
@@ -350,7 +364,7 @@ void block_barrier() {
   b.waiting.push_back(self);
   if (int(b.waiting.size()) < self->owner->alive) return sleep({"__syncthreads", 0, 0});
   b.waiting.pop_back();
-  release(b);
+  release(b, self);
 }
 
 void named_barrier(int id, int threads) {
@@ -368,7 +382,7 @@ void named_barrier(int id, int threads) {
       fail("bar.sync %d: %d lanes of warp %d are missing", id, kLanes - w.second, w.first->index);
   }
   b.waiting.pop_back();
-  release(b);
+  release(b, self);
 }
 
 void cluster_barrier() {
@@ -378,7 +392,8 @@ void cluster_barrier() {
   for (Block *block : machine.blocks) alive += block->alive;
   if (int(b.waiting.size()) < alive) return sleep({"cluster.sync", 0, 0});
   b.waiting.pop_back();
-  release(b);
+  for (Thread *t : b.waiting) wake(t);
+  b.waiting.clear();
 }
 
 void *cluster_map(const void *shared, int rank) {

@@ -23,7 +23,8 @@ constexpr uint32_t kSharedBase = 1024;  // shared address of the first byte of d
 // One asynchronous copy, or (barrier without bytes) an arrival that waits for the copies before it.
 struct Copy {
   uint32_t dst = 0, bytes = 0, barrier = 0;
-  const void *src = nullptr;  // null: zeros
+  const void *src = nullptr;    // null: zeros
+  std::vector<uint32_t> clock;  // bulk loads: of the thread that issued it (races.cpp)
 };
 struct BulkStore {
   void *dst;
@@ -49,6 +50,7 @@ struct Thread {
   std::vector<std::vector<Copy>> copies;
   std::vector<BulkStore> stores;  // one a group
   uint64_t fenced = 0;            // clock of the last fence.proxy.async
+  std::vector<uint32_t> clock;    // races.cpp
 
   int lane() const { return index % kLanes; }
 };
@@ -99,8 +101,15 @@ struct Mbarrier {
   int expected = 0, pending = 0;
   int64_t bytes = 0;
   uint32_t phase = 0;
-  std::vector<Thread *> waiting;   // for this phase
-  std::vector<Thread *> released;  // woken, but have not looked yet
+  std::vector<Thread *> waiting;                // for this phase
+  std::vector<Thread *> released;               // woken, but have not looked yet
+  std::vector<uint32_t> clock, complete_clock;  // races.cpp
+};
+
+// Two bytes of shared memory, for races.cpp: thread + 1 and its time.
+struct Word {
+  uint32_t writer = 0, write_clock = 0, reader = 0, read_clock = 0;
+  int readers = -1;  // in Block::readers, where several threads read
 };
 
 struct Block {
@@ -123,6 +132,8 @@ struct Block {
     Copy copy;
   };
   std::vector<Load> loads;  // bulk loads under way
+  std::vector<Word> words;  // races.cpp
+  std::vector<std::vector<uint32_t>> readers;
 };
 
 // The orders in which threads run, and the times at which what is asynchronous happens. Results must not depend
@@ -141,6 +152,7 @@ struct Machine {
   NamedBarrier cluster_barrier;
   uint64_t clock = 1;
   int64_t under_way = 0;  // copies that are not complete
+  bool races = false;     // look for races
   bool failed = false;
   bool tracing = false;  // a woken thread only tells where it is
 };
@@ -170,6 +182,17 @@ std::string where();
 
 // Global memory that the device may touch.
 bool is_global(const void *p, size_t bytes);
+
+// races.cpp: an access is checked where it begins and noted where it is complete.
+void begin_races(Block &block);
+void check_race(Block &block, const Thread &t, uint32_t address, uint32_t bytes, bool write, const char *what);
+void note_access(Block &block, uint32_t thread, uint32_t now, uint32_t address, uint32_t bytes, bool write);
+void access(Block &block, const Thread &t, uint32_t address, uint32_t bytes, bool write, const char *what);
+uint32_t now(const Thread &t);
+void synchronise(const std::vector<Thread *> &threads);
+void leave_clock(Mbarrier &b, Thread &t);
+void leave_clock(Mbarrier &b, const std::vector<uint32_t> &clock);
+void take_clock(const Mbarrier &b, Thread &t);
 
 void arrive(Block &block, uint32_t address, int count, int64_t bytes_expected, int64_t bytes_done);
 // Completes one copy that is under way somewhere; false when there is none.

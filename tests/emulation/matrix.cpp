@@ -14,16 +14,17 @@ struct Matrices {
   int count;
   bool transposed;
 };
-unsigned char *row_of(void *const *lanes, int lane, const char *what) {
+unsigned char *row_of(void *const *lanes, int lane, bool write, const char *what) {
   const uint32_t at = static_cast<Matrices *>(lanes[lane])->address;
   if (at % 16) fail("%s: lane %d gives the address 0x%x", what, lane, at);
+  access(*self->owner, *self->owner->threads[size_t(self->warp->index * kLanes + lane)], at, 16, write, what);
   return shared_pointer(*self->owner, at, 16, what);
 }
 void load(void *const *lanes) {
   const Matrices &first = *static_cast<Matrices *>(lanes[0]);
   for (int i = 0; i < first.count; ++i) {
     uint16_t m[8][8];
-    for (int row = 0; row < 8; ++row) std::memcpy(m[row], row_of(lanes, 8 * i + row, "ldmatrix"), 16);
+    for (int row = 0; row < 8; ++row) std::memcpy(m[row], row_of(lanes, 8 * i + row, false, "ldmatrix"), 16);
     for (int lane = 0; lane < kLanes; ++lane) {
       const int g = lane / 4, t = 2 * (lane % 4);
       const uint32_t low = first.transposed ? m[t][g] : m[g][t],
@@ -35,7 +36,7 @@ void load(void *const *lanes) {
 void store(void *const *lanes) {
   for (int i = 0; i < static_cast<Matrices *>(lanes[0])->count; ++i) {
     for (int row = 0; row < 8; ++row) {
-      unsigned char *to = row_of(lanes, 8 * i + row, "stmatrix");
+      unsigned char *to = row_of(lanes, 8 * i + row, true, "stmatrix");
       for (int t = 0; t < 4; ++t)
         std::memcpy(to + 4 * t, static_cast<Matrices *>(lanes[4 * row + t])->stored + i, 4);
       const Thread &writer = *self->owner->threads[size_t(self->warp->index * kLanes + 8 * i + row)];

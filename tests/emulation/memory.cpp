@@ -47,11 +47,13 @@ void proxy_fence() { self->fenced = ++machine.clock; }
 void shared_store(uint32_t address, const void *from, uint32_t bytes) {
   if (address % bytes) fail("st.shared of %u bytes at 0x%x", bytes, address);
   std::memcpy(shared_pointer(*self->owner, address, bytes, "st.shared"), from, bytes);
+  access(*self->owner, *self, address, bytes, true, "st.shared");
   note_write(*self->owner, *self, address, bytes);
 }
 void shared_load(void *to, uint32_t address, uint32_t bytes) {
   if (address % bytes) fail("ld.shared of %u bytes at 0x%x", bytes, address);
   std::memcpy(to, shared_pointer(*self->owner, address, bytes, "ld.shared"), bytes);
+  access(*self->owner, *self, address, bytes, false, "ld.shared");
 }
 
 // ---- cp.async ---------------------------------------------------------------------------------------------
@@ -59,12 +61,16 @@ void shared_load(void *to, uint32_t address, uint32_t bytes) {
 namespace {
 
 void perform(Thread &t, const Copy &c) {
-  if (c.bytes == 0) return arrive(*t.owner, c.barrier, 1, 0, 0);
+  if (c.bytes == 0) {
+    leave_clock(t.owner->mbarriers[c.barrier], t);
+    return arrive(*t.owner, c.barrier, 1, 0, 0);
+  }
   unsigned char *to = shared_pointer(*t.owner, c.dst, c.bytes, "cp.async");
   if (c.src != nullptr)
     std::memcpy(to, c.src, c.bytes);
   else
     std::memset(to, 0, c.bytes);
+  note_access(*t.owner, uint32_t(t.index), now(t), c.dst, c.bytes, true);
   note_write(*t.owner, t, c.dst, c.bytes);
 }
 void begin(const Copy &c) {
@@ -85,7 +91,8 @@ void copy16(uint32_t dst, const void *src, bool valid) {
   if (reinterpret_cast<uintptr_t>(src) % 16) fail("cp.async of 16 bytes from %p", src);
   if (valid && !is_global(src, 16)) fail("cp.async reads %p, which no allocation holds", src);
   shared_pointer(*self->owner, dst, 16, "cp.async");
-  const Copy c{dst, 16, 0, valid ? src : nullptr};
+  check_race(*self->owner, *self, dst, 16, true, "cp.async");
+  const Copy c{dst, 16, 0, valid ? src : nullptr, {}};
   if (machine.timing == Timing::kEarly)
     perform(*self, c);
   else
@@ -101,7 +108,7 @@ void copy_wait(int pending) {
 }
 void barrier_arrive_copies(uint32_t barrier) {
   // Behind the copies that are under way. The count is the barrier's own: no increment.
-  const Copy c{0, 0, barrier, nullptr};
+  const Copy c{0, 0, barrier, nullptr, {}};
   bool pending = false;
   for (const auto &group : self->copies) pending = pending || !group.empty();
   if (pending)
@@ -122,11 +129,15 @@ void perform(Block &block, size_t n) {
   std::memcpy(shared_pointer(block, c.dst, c.bytes, "cp.async.bulk"), c.src, c.bytes);
   for (uint32_t a = (c.dst - kSharedBase) / 16; a < (c.dst - kSharedBase + c.bytes) / 16; ++a)
     block.writes[a] = {};
+  const auto thread = size_t(load.thread->index);
+  note_access(block, uint32_t(thread), machine.races ? c.clock[thread] : 0, c.dst, c.bytes, true);
+  leave_clock(block.mbarriers[c.barrier], c.clock);
   arrive(block, c.barrier, 0, 0, c.bytes);
 }
 
 void perform(Thread &t, const BulkStore &s) {
   check_proxy(*t.owner, t, s.src, s.bytes, "cp.async.bulk");
+  note_access(*t.owner, uint32_t(t.index), now(t), s.src, s.bytes, false);
   std::memcpy(s.dst, shared_pointer(*t.owner, s.src, s.bytes, "cp.async.bulk"), s.bytes);
 }
 
@@ -137,7 +148,9 @@ void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t barrier) 
     fail("cp.async.bulk of %u bytes from %p to 0x%x: multiples of 16", bytes, src, dst);
   if (!is_global(src, bytes)) fail("cp.async.bulk reads %u bytes at %p, which no allocation holds", bytes, src);
   shared_pointer(*self->owner, dst, bytes, "cp.async.bulk");
-  self->owner->loads.push_back({self, {dst, bytes, barrier, src}});
+  check_race(*self->owner, *self, dst, bytes, true, "cp.async.bulk");
+  self->owner->loads.push_back({self, {dst, bytes, barrier, src, self->clock}});
+  if (machine.races) ++self->clock[size_t(self->index)];
   ++machine.under_way;
   if (machine.timing == Timing::kEarly) perform(*self->owner, self->owner->loads.size() - 1);
 }
@@ -148,6 +161,7 @@ void bulk_store(void *dst, uint32_t src, uint32_t bytes) {
   if (!is_global(dst, bytes))
     fail("cp.async.bulk writes %u bytes at %p, which no allocation holds", bytes, dst);
   shared_pointer(*self->owner, src, bytes, "cp.async.bulk");
+  check_race(*self->owner, *self, src, bytes, false, "cp.async.bulk");
   self->stores.push_back({dst, src, bytes});
   if (machine.timing == Timing::kEarly) bulk_store_wait(0);
 }
@@ -198,7 +212,8 @@ Mbarrier &barrier_at(Block &block, uint32_t address) {
 void barrier_init(uint32_t address, int arrivals) {
   if (address % 8 || arrivals < 1) fail("mbarrier.init(0x%x, %d)", address, arrivals);
   shared_pointer(*self->owner, address, 8, "mbarrier.init");
-  const bool fresh = self->owner->mbarriers.emplace(address, Mbarrier{arrivals, arrivals, 0, 0, {}, {}}).second;
+  const bool fresh =
+      self->owner->mbarriers.emplace(address, Mbarrier{arrivals, arrivals, 0, 0, {}, {}, {}, {}}).second;
   if (!fresh) fail("mbarrier 0x%x is initialised twice", address);
 }
 
@@ -215,6 +230,7 @@ void arrive(Block &block, uint32_t address, int count, int64_t bytes_expected, i
   if (!b.released.empty())
     fail("mbarrier 0x%x: phase %u completes before thread %d has seen that phase %u did", address, b.phase,
          b.released.front()->index, b.phase - 1);
+  b.complete_clock = b.clock;
   ++b.phase;
   b.pending = b.expected;
   b.released.swap(b.waiting);
@@ -222,16 +238,19 @@ void arrive(Block &block, uint32_t address, int count, int64_t bytes_expected, i
 }
 
 void barrier_arrive(uint32_t address, int count, uint32_t expected_bytes) {
+  leave_clock(barrier_at(*self->owner, address), *self);
   arrive(*self->owner, address, count, expected_bytes, 0);
 }
 
 void barrier_wait(uint32_t address, uint32_t parity) {
   Mbarrier &b = barrier_at(*self->owner, address);
   if (parity > 1) fail("mbarrier.try_wait.parity with parity %u", parity);
-  if ((b.phase & 1) != parity) return;
-  b.waiting.push_back(self);
-  sleep({"mbarrier.try_wait.parity", address, parity});
-  b.released.erase(std::find(b.released.begin(), b.released.end(), self));
+  if ((b.phase & 1) == parity) {
+    b.waiting.push_back(self);
+    sleep({"mbarrier.try_wait.parity", address, parity});
+    b.released.erase(std::find(b.released.begin(), b.released.end(), self));
+  }
+  take_clock(b, *self);
 }
 
 // ---- Ends -------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA runtime's calls over the emulated device. Environment:
 //   EMULATION_DEVICE   compute capability, "9.0" (the default) or "8.0"
-//   EMULATION_ORDER    forward, reverse, random: the order of threads and blocks (default: another one every
-//   launch) EMULATION_TIMING   late, early, random: when asynchronous copies and products happen (likewise)
+//   EMULATION_ORDER    forward, reverse, random: of threads and blocks (default: each launch draws)
+//   EMULATION_TIMING   late, early, random: of asynchronous copies and products (default: each launch draws)
+//   EMULATION_RACES    set: look for races on shared memory (slower)
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
 

@@ -33,29 +33,43 @@ struct Descriptor {
   }
 };
 
-// Reads 8 neighbouring elements (16 bytes) at a time: the swizzle moves no smaller piece. to(x, k) receives
-// each.
+// The 16-byte pieces of an operand, the smallest that the swizzle moves: f(address, first x, first k).
 template <class F>
-void read_operand(const Warp &warp, uint64_t bits, Element element, int first, int count, bool transposed,
-                  F to) {
+void walk_operand(uint64_t bits, int first, int count, bool transposed, F f) {
   const Descriptor d(bits);
-  const Thread &reader = *warp.block->threads[size_t(warp.index * kLanes)];
   const int outer = transposed ? 16 : count, inner = transposed ? count : 16;
   for (int o = 0; o < outer; ++o) {
     for (int i = 0; i < inner; i += 8) {
       const uint32_t at = transposed ? d.address(first + i, o, true) : d.address(first + o, i, false);
       if (at % 16) fail("wgmma descriptor: start address 0x%x is not a multiple of 16", d.start);
-      uint16_t e[8];
-      std::memcpy(e, shared_pointer(*warp.block, at, 16, "wgmma"), 16);
-      check_proxy(*warp.block, reader, at, 16, "wgmma");
-      for (int n = 0; n < 8; ++n) {
-        if (transposed)
-          to(i + n, o, value(element, e[n]));
-        else
-          to(o, i + n, value(element, e[n]));
-      }
+      f(at, transposed ? i : o, transposed ? o : i);
     }
   }
+}
+
+// to(x, k, value) of every element.
+template <class F>
+void read_operand(const Warp &warp, uint64_t bits, Element element, int first, int count, bool transposed,
+                  F to) {
+  const Thread &reader = *warp.block->threads[size_t(warp.index * kLanes)];
+  walk_operand(bits, first, count, transposed, [&](uint32_t at, int x, int k) {
+    uint16_t e[8];
+    std::memcpy(e, shared_pointer(*warp.block, at, 16, "wgmma"), 16);
+    check_proxy(*warp.block, reader, at, 16, "wgmma");
+    for (int n = 0; n < 8; ++n) to(x + (transposed ? n : 0), k + (transposed ? 0 : n), value(element, e[n]));
+  });
+}
+
+// For races.cpp: the operands are read at some time between the issue and the wait.
+template <class F>
+void walk_operands(const Warp &warp, const Product &p, F f) {
+  if (!machine.races) return;
+  const auto piece = [&](uint32_t at, int, int) {
+    shared_pointer(*warp.block, at, 16, "wgmma");
+    f(at);
+  };
+  if (!p.registers) walk_operand(p.a_descriptor, warp.index % 4 * 16, 16, p.shape.transposed_a, piece);
+  walk_operand(p.b_descriptor, 0, p.shape.columns, p.shape.transposed_b, piece);
 }
 
 void execute(Warp &warp, Product &p) {
@@ -140,6 +154,7 @@ void issue(void *const *lanes) {
       fail("wgmma: descriptors differ between lanes");
     if (p.registers) std::memcpy(p.a[lane], x.a, sizeof(p.a[lane]));
   }
+  walk_operands(warp, p, [&](uint32_t at) { check_race(*warp.block, *self, at, 16, false, "wgmma"); });
   ++warp.accumulators[size_t(p.accumulator)].in_flight;
   ++warp.issued;
   if (machine.timing == Timing::kEarly) execute(warp, p);
@@ -150,6 +165,9 @@ void issue(void *const *lanes) {
 void finish(Warp &warp, std::vector<Product> &group) {
   for (Product &p : group) {
     if (!p.done) execute(warp, p);
+    walk_operands(warp, p, [&](uint32_t at) {
+      note_access(*warp.block, uint32_t(self->index), now(*self), at, 16, false);
+    });
     Accumulator &acc = warp.accumulators[size_t(p.accumulator)];
     if (--acc.in_flight > 0) continue;
     const int columns = acc.count * 2;

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+// The emulated device itself: small kernels that keep the rules give the right numbers, and each of those that
+// break one is caught.
+#include <doctest/doctest.h>
+
+#include <cstdlib>
+#include <vector>
+
+#include "kernels/cuda/ptx/sm90.cuh"
+#include "kernels/cuda/ptx/wgmma.cuh"
+#include "machine.h"
+
+using namespace powerattn::cuda::ptx;
+
+namespace {
+
+constexpr int kShared = 8192;
+
+// True when the kernel ran to its end; every order and timing in turn, with the check for races.
+bool runs(int threads, std::function<void()> kernel) {
+  setenv("EMULATION_RACES", "1", 1);
+  bool all = true;
+  for (const char *order : {"forward", "reverse", "random"}) {
+    for (const char *timing : {"late", "early", "random"}) {
+      setenv("EMULATION_ORDER", order, 1);
+      setenv("EMULATION_TIMING", timing, 1);
+      emulation::Launch l;
+      l.block = dim3(unsigned(threads));
+      l.shared = kShared;
+      l.thread = kernel;
+      all = emulation::run(l) && all;
+    }
+  }
+  return all;
+}
+
+template <class T>
+struct Memory {
+  T *p = nullptr;
+  explicit Memory(size_t n) {
+    REQUIRE(cudaMalloc(&p, n * sizeof(T)) == cudaSuccess);
+    REQUIRE(cudaMemset(p, 0, n * sizeof(T)) == cudaSuccess);
+  }
+  ~Memory() { cudaFree(p); }
+  T &operator[](size_t i) { return p[i]; }
+};
+
+uint16_t bf16(float x) { return __float2bfloat16_rn(x).bits; }
+
+// One warp loads a row with a bulk copy, another reads it; `wait`, `release`: the steps that a mistake leaves
+// out.
+void hand_over(const float *from, float *to, bool wait, bool syncwarp) {
+  const uint32_t data = shared_address(dynamic_shared<char>()), full = data + 4096, empty = full + 8;
+  const int lane = int(threadIdx.x) % 32;
+  if (threadIdx.x == 0) {
+    barrier_init(full, 1);
+    barrier_init(empty, 1);
+  }
+  __syncthreads();
+  for (int n = 0; n < 3; ++n) {
+    if (threadIdx.x == 0) {
+      if (n > 0) barrier_wait(empty, unsigned(n - 1) & 1);
+      barrier_expect(full, 128);
+      bulk_load(data, from + 32 * n, 128, full);
+    } else if (threadIdx.x >= 32) {
+      if (wait) barrier_wait(full, unsigned(n) & 1);
+      to[32 * n + lane] = load_f1(data + 4 * unsigned(lane));
+      if (syncwarp) __syncwarp();
+      if (lane == 0) barrier_arrive(empty);
+    }
+  }
+}
+
+TEST_CASE("a bulk copy is handed over through mbarriers") {
+  Memory<float> from(96), to(96);
+  for (size_t i = 0; i < 96; ++i) from[i] = float(i);
+  const auto kernel = [&](bool wait, bool syncwarp) {
+    return runs(64, [&, wait, syncwarp] { hand_over(from.p, to.p, wait, syncwarp); });
+  };
+  CHECK(kernel(true, true));
+  for (size_t i = 0; i < 96; ++i) CHECK(to[i] == float(i));
+  CHECK_FALSE(kernel(false, true));  // reads without a wait
+  CHECK_FALSE(kernel(true, false));  // one lane lets go for the others without asking them
+}
+
+TEST_CASE("cp.async lands at its wait, and others see it behind a barrier") {
+  Memory<float> from(256), to(64);
+  for (size_t i = 0; i < 256; ++i) from[i] = float(i);
+  const auto kernel = [&](bool wait, bool barrier) {
+    return runs(64, [&, wait, barrier] {
+      const uint32_t data = shared_address(dynamic_shared<char>());
+      copy16(data + 16 * threadIdx.x, from.p + 4 * threadIdx.x);
+      copy_commit();
+      if (wait) copy_wait<0>();
+      if (barrier) __syncthreads();
+      to[threadIdx.x] = load_f1(data + 16 * (63 - threadIdx.x));
+      copy_wait<0>();
+    });
+  };
+  CHECK(kernel(true, true));
+  for (size_t i = 0; i < 64; ++i) CHECK(to[i] == float(4 * (63 - i)));
+  CHECK_FALSE(kernel(true, false));
+  CHECK_FALSE(kernel(false, true));
+}
+
+// c[64, 64] = a[64, 16] b[16, 64] with b in shared memory, 64 columns of 128 bytes a row, swizzled.
+struct Mistakes {
+  bool no_fence = false, no_proxy_fence = false, no_wait = false, early_release = false;
+};
+void multiply(float *c, Mistakes m) {
+  unsigned char *shared = dynamic_shared<unsigned char>();
+  const uint32_t b = shared_address(shared);
+  const int t = int(threadIdx.x), lane = t % 32, row = t / 32 * 16 + lane / 4;
+  for (int i = t; i < 16 * 64; i += 128) {  // b[k][n] = n + 64 (k == 1)
+    const int k = i / 64, n = i % 64;
+    store_h1(b + uint32_t(k * 128 + (((n / 8) ^ (k & 7)) << 4) + n % 8 * 2),
+             bf16(float(n + (k == 1 ? 64 : 0))));
+  }
+  if (!m.no_proxy_fence) fence_async_proxy();
+  __syncthreads();
+  // a[m][k] = 1 at k = m % 2, else 0: registers 0 and 1 hold k = 2 (lane % 4), + 1.
+  uint32_t a[4] = {0, 0, 0, 0};
+  if (lane % 4 == 0) a[0] = a[1] = row % 2 ? uint32_t(bf16(1.f)) << 16 : bf16(1.f);
+  float acc[32];
+  const uint64_t descriptor = uint64_t(b >> 4) | uint64_t(64) << 32 | uint64_t(1) << 62;
+  if (!m.no_fence) wgmma_fence();
+  wgmma<__nv_bfloat16, false, true>(acc, a, descriptor);
+  wgmma_commit();
+  if (m.early_release) {
+    __syncthreads();
+    store_h1(b + 2 * threadIdx.x, 0);
+  }
+  if (!m.no_wait) wgmma_wait<0>();
+  for (int i = 0; i < 32; ++i) c[(row + 8 * (i >> 1 & 1)) * 64 + i / 4 * 8 + 2 * (lane % 4) + (i & 1)] = acc[i];
+  wgmma_wait<0>();
+}
+
+TEST_CASE("wgmma: descriptor, fragments, fences, and when its results are there") {
+  Memory<float> c(64 * 64);
+  const auto kernel = [&](Mistakes m) { return runs(128, [&, m] { multiply(c.p, m); }); };
+  CHECK(kernel({}));
+  for (size_t m = 0; m < 64; ++m)
+    for (size_t n = 0; n < 64; ++n) CHECK(c[m * 64 + n] == float(n + (m % 2 ? 64 : 0)));
+  CHECK_FALSE(kernel({true, false, false, false}));
+  CHECK_FALSE(kernel({false, true, false, false}));
+  CHECK_FALSE(kernel({false, false, false, true}));  // shared memory is overwritten before the wait
+  CHECK(kernel({false, false, true, false}));        // no rule of its own,
+  CHECK(std::isnan(c[0]));                           // but nothing is there
+}
+
+TEST_CASE("rules of barriers and addresses") {
+  const auto address = [] { return shared_address(dynamic_shared<char>()); };
+  CHECK_FALSE(runs(32, [&] {  // one arrival too many
+    if (threadIdx.x == 0) barrier_init(address(), 2);
+    __syncthreads();
+    if (threadIdx.x < 2) barrier_arrive_n(address(), 2 + int(threadIdx.x));
+  }));
+  CHECK_FALSE(runs(64, [&] {  // the phase after next: a waiting thread would not see its own
+    if (threadIdx.x == 0) barrier_init(address(), 1);
+    __syncthreads();
+    if (threadIdx.x >= 32) barrier_wait(address(), 0);
+    named_barrier<1, 64>();
+    if (threadIdx.x >= 32) barrier_wait(address(), 1);
+    if (threadIdx.x == 0) {
+      barrier_arrive(address());
+      barrier_arrive(address());
+    }
+  }));
+  CHECK_FALSE(runs(64, [] {
+    if (threadIdx.x < 32)
+      __syncthreads();
+    else
+      named_barrier<1, 64>();
+  }));  // deadlock
+  CHECK_FALSE(runs(32, [] {
+    if (threadIdx.x < 16)
+      __syncwarp();
+    else
+      __shfl_sync(~0u, 1, 0);
+  }));                                                           // diverging lanes
+  CHECK_FALSE(runs(32, [&] { load_f1(address() + kShared); }));  // out of bounds
+  CHECK_FALSE(runs(32, [&] { load_u4(address() + 4); }));        // misaligned
+  CHECK_FALSE(runs(384, [] { registers_inc<240>(); }));          // more registers than the block has
+  CHECK(runs(32, [] {
+    if (threadIdx.x < 8) return;
+    __syncwarp();
+  }));  // lanes that have returned do not count
+}
+
+}  // namespace
