@@ -579,28 +579,13 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
     POWERATTN_TRY(scan_states(*c, b.state, false, from, FloatState(), true));
   }
 
-  if (grad_states) {
-    POWERATTN_TRY(query_sums(*c, q, dy, b.grad));
-    FloatState to;
-    if (d_initial) {
-      if (p.state_dtype == Dtype::kFloat32) {
-        to = direct_state(args.d_initial_state);
-      } else {
-        to = contiguous_state(p, b.initial_s, args.d_initial_state.z ? b.initial_z : nullptr);
-      }
-    }
-    POWERATTN_TRY(scan_states(*c, b.grad, true, d_from, to, true));
-    if (d_initial && p.state_dtype != Dtype::kFloat32)
-      POWERATTN_TRY(convert_state(*c, args.d_initial_state, to, true));
-  }
-
   // Padding rows have no products; their terms are read all the same.
-  if (p.packed && gate) {
+  if (p.packed) {
     POWERATTN_TRY(cudaMemsetAsync(b.q_dots, 0, rows_q(p) * sizeof(float), stream));
     POWERATTN_TRY(cudaMemsetAsync(b.k_dots, 0, rows_kv(p) * sizeof(float), stream));
   }
 
-  // The states' part of the row gradients, then the part of the chunk's own tokens on top.
+  // Queries: the state's part of the row gradients, then the part of the chunk's own tokens on top.
   ContractArgs contraction;
   contraction.shape = c->shape;
   contraction.inverse = b.inverse;
@@ -617,6 +602,44 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
     contraction.dots = b.q_dots;
     POWERATTN_TRY(contract(c->state_math, contraction, stream));
   }
+  AttentionGradArgs a;
+  a.shape = c->shape;
+  a.q = q;
+  a.k = k;
+  a.v = v;
+  a.dy = dy;
+  a.inverse = b.inverse;
+  a.delta = b.delta;
+  a.out = b.dq;
+  a.dots = b.q_dots;
+  a.accumulate = query_state;
+  POWERATTN_TRY(attention_grad_q(c->math, a, stream));
+  // Everything below reads delta; of a float32 y it has no error to speak of.
+  if (stats.delta && p.normalize && p.dtype != Dtype::kFloat32) {
+    CorrectDeltaArgs correct;
+    correct.shape = c->shape;
+    correct.inverse = b.inverse;
+    correct.delta = b.delta;
+    correct.q_dots = b.q_dots;
+    POWERATTN_TRY(correct_delta(correct, stream));
+  }
+
+  if (grad_states) {
+    POWERATTN_TRY(query_sums(*c, q, dy, b.grad));
+    FloatState to;
+    if (d_initial) {
+      if (p.state_dtype == Dtype::kFloat32) {
+        to = direct_state(args.d_initial_state);
+      } else {
+        to = contiguous_state(p, b.initial_s, args.d_initial_state.z ? b.initial_z : nullptr);
+      }
+    }
+    POWERATTN_TRY(scan_states(*c, b.grad, true, d_from, to, true));
+    if (d_initial && p.state_dtype != Dtype::kFloat32)
+      POWERATTN_TRY(convert_state(*c, args.d_initial_state, to, true));
+  }
+
+  // Keys and values.
   if (key_state) {
     contraction.queries = false;
     contraction.edge = d_final;
@@ -663,18 +686,6 @@ cudaError_t run_backward(Call *c, const Tiling &t, const powerattn_backward_args
     }
     edge = b.boundary;
   }
-  AttentionGradArgs a;
-  a.shape = c->shape;
-  a.q = q;
-  a.k = k;
-  a.v = v;
-  a.dy = dy;
-  a.inverse = b.inverse;
-  a.delta = b.delta;
-  a.out = b.dq;
-  a.dots = b.q_dots;
-  a.accumulate = query_state;
-  POWERATTN_TRY(attention_grad_q(c->math, a, stream));
   a.accumulate = key_state;
   a.out = b.dk;
   a.dots = b.k_dots;

@@ -136,10 +136,19 @@ struct RowStatsArgs {
 };
 cudaError_t row_stats(const RowStatsArgs &a, cudaStream_t stream);
 
+// delta without the rounding error of y: sum_j w_ij (dy_i . v_j - delta_i) r_i = q_i . dq_i / p is eps r_i
+// delta_i, but for that error.  delta_i <- q_i . dq_i / p + delta_i (1 - eps r_i),  q_i . dq_i <- p eps r_i
+// delta_i
+struct CorrectDeltaArgs {
+  Shape shape;
+  const float *inverse = nullptr;
+  float *delta = nullptr;   // [b, heads_q, t]
+  float *q_dots = nullptr;  // [b, heads_q, t]
+};
+cudaError_t correct_delta(const CorrectDeltaArgs &a, cudaStream_t stream);
+
 // d_log_g[t] = boundary[chunk] + sum_{i >= t in the chunk} (sum over the group of q_i . dq_i - k_i . dk_i) / p;
-// a reset
-// (-inf) gets 0. Normalised, q . dq is 0 but for the rounding of y in delta, and that rounding cancels in the
-// difference.
+// a reset (-inf) gets 0.
 struct GateGradArgs {
   Shape shape;
   const float *q_dots = nullptr;    // q . dq [b, heads_q, t]

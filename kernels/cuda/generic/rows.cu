@@ -71,6 +71,16 @@ __global__ void __launch_bounds__(kRowThreads) row_stats_kernel(RowStatsArgs a, 
   }
 }
 
+__global__ void __launch_bounds__(kRowThreads) correct_delta_kernel(CorrectDeltaArgs a, int64_t rows) {
+  const float degree = float(a.shape.degree), eps = a.shape.eps;
+  for (int64_t row = blockIdx.x * int64_t(kRowThreads) + threadIdx.x; row < rows;
+       row += int64_t(gridDim.x) * kRowThreads) {
+    const float part = eps * a.inverse[row], delta = a.q_dots[row] / degree + a.delta[row] * (1.0f - part);
+    a.delta[row] = delta;
+    a.q_dots[row] = degree * part * delta;
+  }
+}
+
 // scratch[b, h, t] = (sum over the group of q . dq - k . dk) / p.
 __global__ void __launch_bounds__(kRowThreads) gate_terms_kernel(GateGradArgs a, int64_t batch) {
   const Shape &s = a.shape;
@@ -166,6 +176,13 @@ cudaError_t row_stats(const RowStatsArgs &a, cudaStream_t stream) {
   const int64_t batch = s.packed ? 1 : s.table.num_sequences, rows = batch * s.heads_q * s.seq_len;
   if (rows == 0) return cudaSuccess;
   return launch_kernel(row_stats_kernel, warp_rows_grid(rows), kRowThreads, 0, stream, a, batch);
+}
+
+cudaError_t correct_delta(const CorrectDeltaArgs &a, cudaStream_t stream) {
+  const Shape &s = a.shape;
+  const int64_t rows = (s.packed ? 1 : s.table.num_sequences) * s.heads_q * s.seq_len;
+  if (rows == 0) return cudaSuccess;
+  return launch_kernel(correct_delta_kernel, warp_rows_grid(rows), kRowThreads, 0, stream, a, rows);
 }
 
 cudaError_t gate_grad(const GateGradArgs &a, cudaStream_t stream) {
