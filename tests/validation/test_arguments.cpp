@@ -309,11 +309,11 @@ TEST_CASE("saved: its size, alignment and overlap, in both directions") {
           "workspace_bytes is " + text(b.workspace_bytes) + "; this plan needs " +
               text(c.info.workspace_backward_saved));
   b.workspace_bytes = c.info.workspace_backward;
-  b.workspace = const_cast<void *>(b.saved);
+  b.saved = b.workspace;
   refused(powerattn_backward(plan, &b), kInvalid, std::string("workspace overlaps saved") + kShared);
 
   CHECK(powerattn_forward(plan, &c.forward) == POWERATTN_OK);
-  b.workspace = c.backward.workspace;
+  b.saved = c.forward.saved;
   b.workspace_bytes = c.info.workspace_backward_saved;
   CHECK(powerattn_backward(plan, &b) == POWERATTN_OK);
   CHECK(std::string(powerattn_last_error()) == "");
