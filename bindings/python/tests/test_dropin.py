@@ -46,6 +46,31 @@ def test_published_example():
     assert (output[:1, :, :1].double() - expected).abs().max() < 8 * 2**-11 * expected.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("t", "d", "deg", "expected"),
+    [(1024, 64, 4, ("attention", 1024)), (16384, 16, 2, ("chunked", 128)), (64, 64, 6, ("attention", 64))],
+)
+def test_chunk_size_is_followed_where_chunks_pay(monkeypatch, t, d, deg, expected):
+    """For the published example chunks of 128 cost a thousand times what attention does, and gigabytes."""
+    from power_attention.torch import _native
+
+    chosen = []
+
+    class Planned(Exception):
+        pass
+
+    def workspace(nbytes, like):
+        raise Planned  # what follows the choice is not of interest here
+
+    get_plan = _native.get_plan
+    monkeypatch.setattr(_native, "get_plan", lambda *args: chosen.append(get_plan(*args)) or chosen[-1])
+    monkeypatch.setattr(_native, "workspace", workspace)
+    Q = torch.randn(2, t, 8, d, dtype=torch.float16)
+    with pytest.raises(Planned):
+        power_full(Q, Q, Q, deg=deg, chunk_size=128)
+    assert (chosen[-1].form, chosen[-1].chunk_size) == expected
+
+
 def test_signatures():
     assert list(inspect.signature(power_full).parameters) == [
         "Q", "K", "V", "log_G", "initial_state", "deg", "scale", "chunk_size",

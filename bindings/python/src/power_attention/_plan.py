@@ -23,6 +23,9 @@ DTYPES = {
     "float64": _swig.FLOAT64,
 }
 FORMS = {"auto": _swig.FORM_AUTO, "attention": _swig.FORM_ATTENTION, "chunked": _swig.FORM_CHUNKED}
+# A form of the Python layers alone, for the drop-ins: chunks of chunk_size where the cost model would use chunks at
+# all. To the library a chunk size asks for chunks, which can cost a thousand times what attention does.
+FORM_CHUNK_SIZE_IS_A_HINT = -1
 ROPE_STYLES = {"half": _swig.ROPE_HALF, "interleaved": _swig.ROPE_INTERLEAVED}
 DEVICES = {"cpu": _swig.CPU, "cuda": _swig.CUDA}
 
@@ -298,7 +301,7 @@ def plan(
         form: ``"auto"``, ``"attention"`` or ``"chunked"``.
         scale: of the scores; ``None`` means ``1/sqrt(head_dim)``. 0 is used as 0.
         eps: added to the denominator.
-        chunk_size: tokens per chunk; ``None`` lets the cost model choose.
+        chunk_size: tokens per chunk, which asks for chunks; ``None`` lets the cost model choose.
         normalize: divide by the sum of the weights.
         use_state: calls may pass an initial state or ask for the final one.
         sequences: number of packed sequences, 0 for none.

@@ -244,7 +244,7 @@ def context_parallel_attention(
         log_g: this rank's gates ``[b, t, hk]``.
         degree: the power p.
         scale: of the scores; ``None`` means ``1/sqrt(d)``.
-        chunk_size: tokens per chunk; ``None`` lets the cost model choose.
+        chunk_size: tokens per chunk, which asks for chunks; ``None`` lets the cost model choose.
         initial_state: ``(S, z)`` before the whole sequence, the same on every rank: ``[b, hk, D, e]``, or with
             ``cu_seqlens`` one per global sequence. Its gradient is on the rank where a sequence starts and zero
             elsewhere: sum over ranks.

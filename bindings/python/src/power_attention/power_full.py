@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ._errors import InvalidArgumentError
-from ._plan import Options, make_options
+from ._plan import FORM_CHUNK_SIZE_IS_A_HINT, Options, make_options
 from .torch import _native
-from .torch.function import State, power_attention
+from .torch.function import State, power_attention, run
 from .torch.segments import compose, summary
 from .torch.state import _refuse_grad
 
@@ -25,6 +25,11 @@ __all__ = ["power_full", "power_retention", "power_retention_inference"]
 
 def _gate(log_G: Tensor | None, like: Tensor) -> Tensor | None:
     return None if log_G is None else log_G.to(_native.wide(like.dtype))
+
+
+def _options(deg: int, scale: float | None, chunk_size: int | None) -> Options:
+    options = make_options(deg, True, scale=scale, chunk_size=chunk_size)
+    return options._replace(form=FORM_CHUNK_SIZE_IS_A_HINT)
 
 
 def _state(initial_state: Any, sum_of_keys: Tensor | None, like: Tensor) -> State | None:
@@ -69,10 +74,9 @@ def power_full(
     Returns:
         ``[b, t, h, e]``.
     """
+    options = _options(deg, scale, chunk_size)
     state = _state(initial_state, None, Q)
-    return power_attention(  # type: ignore[no-any-return]
-        Q, K, V, log_g=_gate(log_G, Q), degree=deg, scale=scale, chunk_size=chunk_size, initial_state=state
-    )
+    return run(Q, K, V, _gate(log_G, Q), state, False, None, None, options)  # type: ignore[no-any-return]
 
 
 def power_retention(
@@ -109,22 +113,14 @@ def power_retention(
         ``[b, t, h, e]``, or with ``return_final_state`` a tuple with the state ``[b, hk, D, e]`` and the sum of
         keys ``[b, hk, D]``, after the last token.
     """
+    options = _options(deg, scale, chunk_size)
     state = _state(initial_state, sum_of_keys, Q)
     tokens = Q.shape[1]
     if chunk_size is not None:
         tokens += -tokens % chunk_size
     keep_cache = state is None and switch_over_seq_len is not None and tokens < switch_over_seq_len
-    out = power_attention(
-        Q,
-        K,
-        V,
-        log_g=_gate(log_G, Q),
-        degree=deg,
-        scale=scale,
-        chunk_size=chunk_size,
-        initial_state=state,
-        return_final_state=return_final_state and not keep_cache,
-    )
+    wants_state = return_final_state and not keep_cache
+    out = run(Q, K, V, _gate(log_G, Q), state, wants_state, None, None, options)
     if not return_final_state:
         return out
     if keep_cache:

@@ -134,7 +134,7 @@ def power_attention(
         log_g: log of the decay ``[b, t, hk]``, float32 (float64 with float64).
         degree: the power p, even unless ``normalize=False``.
         scale: of the scores; ``None`` means ``1/sqrt(d)``.
-        chunk_size: tokens per chunk; ``None`` lets the cost model choose.
+        chunk_size: tokens per chunk, which asks for chunks; ``None`` lets the cost model choose.
         initial_state: ``(S, z)`` before the first token.
         return_final_state: return ``(y, State)``.
         cu_seqlens: packed sequences: cumulative lengths ``[n + 1]``, the batch being 1.

@@ -129,7 +129,7 @@ def forward(
         log_g: log of the decay ``[b, t, hk]``, float32 (float64 with float64).
         degree: the power p; even unless ``normalize=False``.
         scale: of the scores; ``None`` means ``1/sqrt(d)``.
-        chunk_size: tokens per chunk; ``None`` lets the cost model choose.
+        chunk_size: tokens per chunk, which asks for chunks; ``None`` lets the cost model choose.
         form: ``"auto"``, ``"attention"`` or ``"chunked"``.
         initial_state: state before the first token.
         return_final_state: compute the state after the last token.

@@ -19,6 +19,7 @@ from .._errors import DtypeError, InvalidArgumentError, NoDeviceError
 from .._plan import (
     ABSENT,
     ENV_THREADS,
+    FORM_CHUNK_SIZE_IS_A_HINT,
     NO_STATE,
     Options,
     Plan,
@@ -160,6 +161,11 @@ def place(device: torch.device) -> tuple[int, int]:
 
 def get_plan(q: Tensor, v: Tensor, sequences: int, use_state: bool, options: Options, state_number: int = 0) -> Plan:
     """The plan of a call, from the cache."""
+    if options.form == FORM_CHUNK_SIZE_IS_A_HINT:
+        free = get_plan(q, v, sequences, use_state, options._replace(form=0, chunk_size=0), state_number)
+        if free.form == "attention" or not options.chunk_size:
+            return free
+        options = options._replace(form=0)
     device, device_index = place(q.device)
     return cached_plan(
         *plan_numbers(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _check
 from .._errors import InvalidArgumentError
-from .._plan import RopeLike, make_options
+from .._plan import Options, RopeLike, make_options
 from . import _native
 from . import ops as _ops  # noqa: F401  registers the operators
 
@@ -85,7 +85,7 @@ def power_attention(
         log_g: log of the decay when a token arrives ``[b, t, hk]``, float32 (float64 with float64), <= 0.
         degree: the power p, even unless ``normalize=False``.
         scale: of the scores; ``None`` means ``1/sqrt(d)``. 0 is used as 0.
-        chunk_size: tokens per chunk; ``None`` lets the cost model choose.
+        chunk_size: tokens per chunk, which asks for chunks; ``None`` lets the cost model choose.
         initial_state: ``(S, z)`` before the first token: ``[n, hk, D, e]`` and ``[n, hk, D]``.
         return_final_state: return ``(y, State)`` instead of y.
         cu_seqlens: packed sequences: cumulative lengths ``[n + 1]`` on q's device, the batch being 1. Rows past
@@ -103,6 +103,21 @@ def power_attention(
     options = make_options(
         degree, normalize, scale=scale, eps=eps, chunk_size=chunk_size, form=form, max_seq_len=max_seq_len, rope=rope
     )
+    return run(q, k, v, log_g, initial_state, return_final_state, cu_seqlens, rope_offset, options)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    initial_state: StateLike | None,
+    return_final_state: bool,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    rope_offset: Tensor | Sequence[int] | None,
+    options: Options,
+) -> Any:
+    """The same with options that are made."""
     _check.rank("q", q.shape, "[batch, tokens, heads, head_dim]")
     q, k, v = autocast(q, k, v)
     s0, z0 = (None, None) if initial_state is None else initial_state

@@ -70,7 +70,7 @@ class PowerAttention(nn.Module):
             normalize: divide by the sum of the weights.
             rope: rotary embedding: ``None``, ``"half"``, ``"interleaved"`` or a ``Rope``.
             bias: of the projections.
-            chunk_size: tokens per chunk; ``None`` lets the cost model choose.
+            chunk_size: tokens per chunk, which asks for chunks; ``None`` lets the cost model choose.
             eps: added to the denominator.
             gate_bias: where gates start; 6 forgets about a quarter of a percent per token.
             device: of the parameters.
