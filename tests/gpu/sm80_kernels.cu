@@ -315,10 +315,10 @@ struct Run {
   pa::cuda::ChunkTable table;
   k80::Shape shape;
   Device<uint16_t> q, k, v, dy, y, dq, dk, dv;
-  Device<float> lg, dlg, norm, g, r, delta, qdot, kdot, bound;
+  Device<float> lg, dlg, norm, g, r, delta, qdot, kdot, ksdot, bound;
   Device<float> s0, z0, sT, zT, dsT, dzT, ds0, dz0;
-  Device<uint16_t> S, dS, Zt, dZt, last;
-  Device<float> Zl, zlast;
+  Device<uint16_t> S, dS, Zt, dZt;
+  Device<float> Zl, end;
   Device<char> tables;
   Device<int64_t> cu;
   int64_t slots = 0;
@@ -353,14 +353,14 @@ struct Run {
     const size_t rows = size_t(c.b) * c.t;
     for (auto *x : {&q, &dy, &y, &dq}) x->reset(rows * (c.hq * c.d + c.pad));
     for (auto *x : {&k, &v, &dk, &dv}) x->reset(rows * (c.hk * c.d + c.pad));
-    lg.reset(rows * c.hk), dlg.reset(rows * c.hk), g.reset(rows * c.hk), kdot.reset(rows * c.hk);
+    lg.reset(rows * c.hk), dlg.reset(rows * c.hk), g.reset(rows * c.hk), kdot.reset(rows * c.hk),
+        ksdot.reset(rows * c.hk);
     norm.reset(rows * c.hq), r.reset(rows * c.hq), delta.reset(rows * c.hq), qdot.reset(rows * c.hq);
     slots = table.num_chunks * c.hk;
     if (c.chunk) {
       const size_t tile = pa::cuda::slot_elements(c.p, c.d, c.d), zz = 2 * c.d * c.d;
-      S.reset(slots * tile), dS.reset(slots * tile), last.reset(p.sequences * c.hk * tile);
+      S.reset(slots * tile), dS.reset(slots * tile), end.reset(p.sequences * c.hk * tile);
       Zt.reset(slots * zz), dZt.reset(slots * zz), Zl.reset(slots * c.d * c.d);
-      zlast.reset(p.sequences * c.hk * c.d * c.d);
     }
     bound.reset(slots);
     if (c.state) {
@@ -395,6 +395,7 @@ struct Run {
       a.scale = cp();
     }
     a.local = as_z ? static_cast<void *>(Zl.p) : reverse ? dS.p : S.p;
+    a.end_local = c.state && !as_z ? end.p : nullptr;
     CK(k80::update(a, stream));
   }
   void scan(bool reverse) {
@@ -410,10 +411,7 @@ struct Run {
     if (c.state) {
       a.initial = reverse ? state(dsT.p, dzT.p) : state(s0.p, z0.p);
       a.final = reverse ? state(ds0.p, dz0.p) : state(sT.p, zT.p);
-      if (!reverse) {
-        a.last = last.p;
-        a.z_last = zlast.p;
-      }
+      a.end_local = end.p;
     }
     CK(k80::scan(a, stream));
   }
@@ -454,6 +452,7 @@ struct Run {
     a.state = !c.chunk ? nullptr : reverse ? dS.p : S.p;
     a.z_state = !c.chunk || !c.normalize ? nullptr : reverse ? dZt.p : Zt.p;
     a.dot = reverse ? kdot.p : c.normalize ? nullptr : qdot.p;
+    a.state_dot = reverse && c.chunk ? ksdot.p : nullptr;
     if (!reverse && c.normalize) {
       a.delta_out = delta.p;
       a.eps = float(c.eps);
@@ -497,7 +496,9 @@ struct Run {
     if (c.chunk) {
       a.s_tiles = S.p, a.ds_tiles = dS.p;
       if (c.normalize) a.z_tiles = Zt.p, a.dz_tiles = dZt.p;
-      if (c.state) a.last = last.p, a.z_last = zlast.p;
+      a.g = gates();
+      a.k_state_dot = ksdot.p;
+      if (c.state) a.initial = state(s0.p, z0.p), a.d_final = state(dsT.p, dzT.p);
     }
     a.boundary = bound.p;
     a.d_log_g = stat(dlg.p, c.hk);
