@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,7 +70,7 @@ def read(q: Array, k: Array, v: Array, log_g: Array | None, q_name: str = "q") -
     return Inputs(qv, kv, vv, gv)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Forward:
     """What a forward call returned, with all that its backward needs.
 
@@ -85,7 +85,7 @@ class Forward:
     final_state: State | None
     row_norm: Any
     plan: Plan
-    _call: _Call
+    _call: _Call = field(repr=False)
 
 
 class _Call(NamedTuple):
