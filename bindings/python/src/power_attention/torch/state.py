@@ -199,7 +199,7 @@ class PowerAttentionState:
         b, t = q.shape[0], q.shape[1]
         if self.rope is not None:
             now = self.position
-            position = now[:b] if slots is None else now[slots.clamp(0, max(self.slots - 1, 0))]
+            position = now[:b] if slots is None else now[self._inside(slots)]
         y = _step_(q, k, v, self.s, self.z, log_g, slots, lengths, position, self._options)
         self._advance(b, t, slots, lengths)
         return y
@@ -239,7 +239,11 @@ class PowerAttentionState:
 
     def _add(self, slots: Tensor, amount: Tensor | int) -> None:
         valid = (slots >= 0) & (slots < self.slots)  # the others were skipped
-        self._position.index_add_(0, torch.where(valid, slots, 0), valid * amount)
+        self._position.index_add_(0, self._inside(slots), valid * amount)
+
+    def _inside(self, slots: Tensor) -> Tensor:
+        """Slots of the pool, some other one in place of those that are skipped."""
+        return slots.clamp(0, max(self.slots - 1, 0))
 
     def write(self, slots: Tensor | Sequence[int], state: State | tuple[Tensor, Tensor], position: Any) -> None:
         """Puts states, such as a prefill's final ones, into slots.
