@@ -17,7 +17,7 @@ extern const Implementation kCudaGeneric;
 extern const Implementation kCudaSm80;
 #endif
 #if defined(POWERATTN_HAVE_SM90)
-extern const Implementation kCudaSm90;
+extern const Implementation kCudaSm90, kCudaSm90Next;
 #endif
 
 namespace {
@@ -36,16 +36,24 @@ const Implementation *const kAll[] = {
 #endif
     &kCudaGeneric, nullptr};
 
-// The table, or the part of it that POWERATTN_CUDA_IMPLEMENTATION names ("cuda.generic"): for tests and
-// comparisons.
+// Rows whose kernels have not run on a device: reached by their name only.
+const Implementation *const kUnmeasured[] = {
+#if defined(POWERATTN_HAVE_SM90)
+    &kCudaSm90Next,
+#endif
+    nullptr};
+
+// The table, or the row that POWERATTN_CUDA_IMPLEMENTATION names ("cuda.generic"): for tests and comparisons.
 const Implementation *const *implementations() {
   static const Implementation *const *const table = [] {
     static const Implementation *one[] = {nullptr, nullptr};
     const char *name = std::getenv("POWERATTN_CUDA_IMPLEMENTATION");
-    for (const Implementation *const *i = kAll; name != nullptr && *i != nullptr; ++i) {
-      if (std::strcmp((*i)->name, name) == 0) {
-        one[0] = *i;
-        return static_cast<const Implementation *const *>(one);
+    for (const Implementation *const *rows : {kAll, kUnmeasured}) {
+      for (const Implementation *const *i = rows; name != nullptr && *i != nullptr; ++i) {
+        if (std::strcmp((*i)->name, name) == 0) {
+          one[0] = *i;
+          return static_cast<const Implementation *const *>(one);
+        }
       }
     }
     return static_cast<const Implementation *const *>(kAll);

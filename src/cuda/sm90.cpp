@@ -29,6 +29,32 @@ const cuda::DeviceProperties *device_of(const Problem &p) {
   return cuda::device_properties(p.device_index, &properties) == POWERATTN_OK ? properties : nullptr;
 }
 
+// ---- What has run on a device.
+
+// What the kernels can do beyond the row "cuda.sm90" as it was measured. A feature whose kernels have been
+// compiled and checked in emulation (tests/emulation), but have not run on a device, is never chosen: only the
+// row "cuda.sm90.next" takes it, and only POWERATTN_CUDA_IMPLEMENTATION reaches that row. Its line in kMeasured
+// becomes true when its tests and times are in docs/performance-log.md.
+struct Features {
+  bool states;  // initial and final states and their gradients: exact update weights, corrected delta
+  bool d128;    // head_dim = value_dim = 128
+};
+constexpr Features kMeasured = {/*states=*/false, /*d128=*/false};
+constexpr Features kWritten = {/*states=*/true, /*d128=*/true};
+
+const char kNotMeasured[] = "not yet run on a device (POWERATTN_CUDA_IMPLEMENTATION=cuda.sm90.next tries it)";
+
+// The features that a problem needs and a row does not offer, as words; empty: none.
+std::string missing(const Problem &p, const Features &f) {
+  std::string text;
+  const auto need = [&](bool needed, bool offered, const char *what) {
+    if (needed && !offered) text += (text.empty() ? "" : ", ") + std::string(what);
+  };
+  need(p.use_state, f.states, "initial and final states");
+  need(p.head_dim == 128, f.d128, "head_dim 128");
+  return text;
+}
+
 // ---- The plan.
 
 // Executed rates measured on an H200 with 132 multiprocessors (multiply-adds counted twice), each kernel alone.
@@ -69,26 +95,29 @@ Cost cost(const Problem &p, int64_t chunk, int sms) {
   return c;
 }
 
-// The state's traffic against the work inside a chunk is flat around 1024 for d = 64. Shorter when that would
-// leave multiprocessors without a tile of rows.
+// The state's traffic against the work inside a chunk is flat around 1024 for d = 64, 2048 for d = 128. Shorter
+// when that would leave multiprocessors without a slice of a state's tiles (3 of 12, 23 of 6).
 int64_t automatic_chunk(const Problem &p, int sms) {
-  int64_t chunk = 1024;
-  while (chunk > 256 && p.batch * (p.seq_len / chunk) * p.heads_kv * 3 < sms) chunk /= 2;
+  int64_t chunk = p.head_dim == 128 ? 2048 : 1024;
+  const int64_t slices = p.head_dim == 128 ? 23 : 3;
+  while (chunk > 256 && p.batch * (p.seq_len / chunk) * p.heads_kv * slices < sms) chunk /= 2;
   return chunk;
 }
 
-bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::string *why) {
+bool choose(const Features &features, Op op, const Problem &p, const Pins &pins, Tiling *tiling,
+            std::string *why) {
   auto no = [&](const char *reason) {
     *why = reason;
     return false;
   };
   if (op == Op::kStep || op == Op::kSummary) return no("forward and backward only");
   if (p.dtype != Dtype::kBfloat16) return no("bfloat16 only");
-  if (p.head_dim != 64 || p.value_dim != 64) return no("head_dim = value_dim = 64 only");
+  if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128))
+    return no("head_dim = value_dim of 64 or 128 only");
   if (p.degree != 1 && p.degree != 2 && p.degree != 4) return no("degrees 1, 2 and 4 only");
   if (p.rope.style != POWERATTN_ROPE_NONE) return no("no rotary embedding");
-  if (p.use_state)
-    return no("no initial and final states: sums kept as bfloat16 miss the tolerance of a state");
+  if (p.use_state && p.state_dtype != Dtype::kFloat32) return no("float32 states only");
+  if (p.use_state && p.degree != 2) return no("states of degree 2 only");
   const cuda::DeviceProperties *const device = device_of(p);
   if (device == nullptr || device->major != 9 || device->minor != 0)
     return no("needs a device of compute capability 9.0 (its instructions exist nowhere else)");
@@ -98,11 +127,14 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
                               ? "no chunked form of degree 1: its row norms would miss the part of the state"
                               : "chunked form for degree 2 only";
   if (no_chunks && pins.form == POWERATTN_FORM_CHUNKED) return no(no_chunks);
+  if (p.use_state && pins.form == POWERATTN_FORM_ATTENTION) return no("states need the chunked form");
+  if (const std::string unmeasured = missing(p, features); !unmeasured.empty())
+    return no((unmeasured + ": " + kNotMeasured).c_str());
 
   const int sms = device->sm_count;
   const int64_t chunk = pins.chunk > 0 ? pins.chunk : automatic_chunk(p, sms);
   const Cost attention = cost(p, 0, sms);
-  bool chunked = pins.form == POWERATTN_FORM_CHUNKED;
+  bool chunked = p.use_state || pins.form == POWERATTN_FORM_CHUNKED;
   if (!chunked && !no_chunks && pins.form != POWERATTN_FORM_ATTENTION && p.max_seq_len > chunk) {
     const Cost c = cost(p, chunk, sms);
     chunked = c.forward + c.backward < attention.forward + attention.backward;
@@ -115,6 +147,11 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
   tiling->forward_s = chosen.forward;
   tiling->backward_s = chosen.backward;
   return true;
+}
+
+template <const Features &kFeatures>
+bool choose_from(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::string *why) {
+  return choose(kFeatures, op, p, pins, tiling, why);
 }
 
 // ---- Memory: the same walk gives the sizes (base = null) and the pointers of a call.
@@ -151,6 +188,7 @@ struct Common {
   double *gate = nullptr;  // sums inside a chunk
   float *g = nullptr, *weight = nullptr, *decay = nullptr;
   float *z_local = nullptr;
+  float *end_local = nullptr;  // the last sum of each sequence, with states
 };
 Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
   Common m;
@@ -164,12 +202,17 @@ Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
     m.weight = c->take<float>(rows);
     m.decay = c->take<float>(slots);
     if (with_z(p)) m.z_local = c->take<float>(slots * p.head_dim * p.head_dim);
+    if (p.use_state) {
+      const int d = static_cast<int>(p.head_dim);
+      m.end_local = c->take<float>(p.sequences * p.heads_kv * cuda::slot_elements(p.degree, d, d));
+    }
   }
   return m;
 }
 
 struct Gradients {
   float *r = nullptr, *delta = nullptr, *q_dot = nullptr, *k_dot = nullptr, *boundary = nullptr;
+  float *k_state_dot = nullptr;  // with states
   float *weight = nullptr, *z_weight = nullptr;
   uint16_t *tiles = nullptr, *z = nullptr;
 };
@@ -186,6 +229,7 @@ Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
     g.weight = c->take<float>(rows_q);
     g.z_weight = c->take<float>(rows_q);
     g.boundary = c->take<float>(slots);
+    if (p.use_state) g.k_state_dot = c->take<float>(rows_kv);
     g.tiles = c->take<uint16_t>(slots * cuda::slot_elements(p.degree, d, d));
     if (with_z(p)) g.z = c->take<uint16_t>(slots * 2 * d * d);
   }
@@ -208,18 +252,33 @@ Sizes sizes(const Problem &p, const Tiling &t) {
 
 void describe(const Problem &p, const Tiling &t, std::string *text) {
   char line[512];
+  if (const std::string unmeasured = missing(p, kMeasured); !unmeasured.empty())
+    text->append("  NOT YET RUN ON A DEVICE: " + unmeasured + "; checked in emulation only\n");
+  const bool wide = p.head_dim == 128;
   text->append(
-      "  wgmma m64n64k16, A in registers, one producer and two consumer warpgroups, persistent blocks\n"
-      "    output: 256 rows (4 x m64; a state tile from L2 serves 256 rows, so L2 gives 1/256 byte per FLOP);\n"
-      "      shared memory 32 KB q + 8 stages x 16 KB + 16 KB y + meta = 181 KB\n"
-      "    dq, dk and dv: 128 rows (2 x m64: two score tiles and the gradients fill 224 registers); 188 KB\n");
+      "  wgmma m64n64k16 and m64n128k16, one producer and two consumer warpgroups, persistent blocks\n"
+      "    output: 256 rows (4 x m64; a state tile from L2 serves 256 rows, so L2 gives 1/256 byte per "
+      "FLOP);\n");
+  text->append(
+      wide
+          ? "      q is the A operand in shared memory (sums of 2 x 64 x 128 fill 128 registers); 64 KB q + 4\n"
+            "      stages x 32 KB + 16 KB y + meta = 213 KB\n"
+            "    dq, dk and dv: 128 rows (2 x m64), x and u in shared memory; 216 KB\n"
+          : "      A in registers; 32 KB q + 8 stages x 16 KB + 16 KB y + meta = 181 KB\n"
+            "    dq, dk and dv: 128 rows (2 x m64: two score tiles and the gradients fill 224 registers); 188 "
+            "KB\n");
   if (chunked(t)) {
     const int d = static_cast<int>(p.head_dim);
     if (p.degree == 2)
-      text->append(
-          "    update: 12 of the 36 state tiles per block (6 accumulators of 32 registers per warpgroup), "
-          "chunk by\n"
-          "      chunk, 64 tokens a stage; 6 stages x 24 KB (k, v, weighted scalars of k) + 32 KB = 179 KB\n");
+      text->append(wide ? "    update: 6 of the 136 state tiles per unit (3 accumulators of 64 registers per "
+                          "warpgroup), 64 tokens a\n"
+                          "      stage; 4 stages x 36 KB (k, v, weighted scalars of k; 40 KB with states) + 32 "
+                          "KB = 178 KB\n"
+                        : "    update: 12 of the 36 state tiles per block (6 accumulators of 32 registers per "
+                          "warpgroup), chunk by\n"
+                          "      chunk, 64 tokens a stage; 6 stages x 24 KB (k, v, weighted scalars of k; with "
+                          "states 5 x 32 KB)\n"
+                          "      + 32 KB = 179 KB\n");
     std::snprintf(
         line, sizeof(line),
         "  states: %d tiles of 64 x %d bfloat16 per chunk and head, %" PRId64
@@ -258,6 +317,17 @@ k90::Tensor view(const powerattn_tensor &t) {
   v.stride_h = t.stride_h;
   v.vector = aligned16(t);
   return v;
+}
+
+// The kernels of each head size.
+cudaError_t update(const k90::UpdateArgs &a, int sms, cudaStream_t stream) {
+  return a.p.head_dim == 128 ? k90::update128(a, sms, stream) : k90::update64(a, sms, stream);
+}
+cudaError_t output(const k90::OutputArgs &a, int sms, cudaStream_t stream) {
+  return a.p.head_dim == 128 ? k90::output128(a, sms, stream) : k90::output64(a, sms, stream);
+}
+cudaError_t gradient(const k90::GradientArgs &a, int sms, cudaStream_t stream) {
+  return a.p.head_dim == 128 ? k90::gradient128(a, sms, stream) : k90::gradient64(a, sms, stream);
 }
 
 // The call's view of the problem: table, shape, gates. Launches stop at the first error.
@@ -325,6 +395,7 @@ struct Call {
     u.a = view(k);
     u.b = view(v);
     u.heads_a = shape.heads_kv;
+    u.exact = p.use_state;
     u.state = s.tiles;
     u.norm = with_z(p) ? common.z_local : nullptr;
     u.ticket = tickets();
@@ -332,7 +403,8 @@ struct Call {
       u.weight = u.norm_weight = common.weight;
       run([&] { return k90::key_weights({shape, gate, common.weight, common.decay}, stream); });
     }
-    run([&] { return k90::update64(u, sms, stream); });
+    u.end = p.use_state && final.s != nullptr ? common.end_local : nullptr;
+    run([&] { return update(u, sms, stream); });
     scan(s.tiles, s.z, initial, final, false);
   }
   void scan(void *tiles, void *z, const powerattn_state &first, const powerattn_state &last, bool reverse) {
@@ -345,6 +417,7 @@ struct Call {
     a.z_tiles = z;
     a.initial = first;
     a.final = last;
+    a.end_local = p.use_state && last.s != nullptr ? common.end_local : nullptr;
     run([&] { return k80::scan(a, stream); });
   }
 
@@ -377,7 +450,7 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   o.norm = states.z;
   o.first_has_state = args.initial_state.s != nullptr;
   o.ticket = call.tickets();
-  call.run([&] { return k90::output64(o, call.sms, call.stream); });
+  call.run([&] { return output(o, call.sms, call.stream); });
   call.zero_padding(args.y, p.dtype, p.heads_q, p.value_dim);
   call.zero_padding(args.row_norm, Dtype::kFloat32, p.heads_q, 1);
   return cuda::check_launch(call.error, "cuda.sm90 forward");
@@ -407,8 +480,9 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   rows.weight = own.weight;
   rows.norm_weight = own.z_weight;
   call.run([&] { return k90::rows(rows, call.stream); });
-  if (in_chunks) {
-    if (args.saved == nullptr) call.states(args.k, args.v, args.initial_state, powerattn_state{}, states);
+  if (in_chunks && args.saved == nullptr)
+    call.states(args.k, args.v, args.initial_state, powerattn_state{}, states);
+  const auto end_states = [&] {  // dS and dZ after every chunk
     k90::UpdateArgs u;
     u.p = call.shape;
     u.a = view(args.q);
@@ -416,12 +490,15 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     u.heads_a = call.shape.heads_q;
     u.weight = own.weight;
     u.norm_weight = own.z_weight;  // zeros when unnormalised: Z gets its gradient from the final state alone
+    u.exact = p.use_state;
     u.state = own.tiles;
     u.norm = z ? common.z_local : nullptr;
     u.ticket = call.tickets();
-    call.run([&] { return k90::update64(u, call.sms, call.stream); });
+    u.reverse = 1;
+    u.end = p.use_state && args.d_initial_state.s != nullptr ? call.common.end_local : nullptr;
+    call.run([&] { return update(u, call.sms, call.stream); });
     call.scan(own.tiles, own.z, args.d_final_state, args.d_initial_state, true);
-  }
+  };
 
   k90::GradientArgs q;
   q.p = call.shape;
@@ -439,8 +516,17 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   q.scale_p = call.weight_scale();
   q.dot = args.d_log_g.data != nullptr ? own.q_dot : nullptr;
   q.ticket = call.tickets();
-  call.run([&] { return k90::gradient64(q, call.sms, call.stream); });
+  if (p.use_state && p.normalize) {  // states that leave the call: dq first, since it corrects delta
+    q.delta_out = own.delta;
+    q.weight = own.weight;
+    q.norm_weight = own.z_weight;
+  }
+  if (in_chunks && q.delta_out == nullptr) end_states();
+  call.run([&] { return gradient(q, call.sms, call.stream); });
+  if (in_chunks && q.delta_out != nullptr) end_states();
   k90::GradientArgs k = q;
+  k.delta_out = k.norm_weight = nullptr;
+  k.weight = nullptr;
   k.keys = 1;
   k.x = view(args.k);
   k.u = view(args.v);
@@ -452,19 +538,33 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   k.norm = own.z;
   k.end_has_state = ends;
   k.dot = args.d_log_g.data != nullptr ? own.k_dot : nullptr;
+  k.state_dot = args.d_log_g.data != nullptr ? own.k_state_dot : nullptr;
   k.ticket = call.tickets();
-  call.run([&] { return k90::gradient64(k, call.sms, call.stream); });
+  call.run([&] { return gradient(k, call.sms, call.stream); });
 
   if (args.d_log_g.data != nullptr) {
     k80::GateArgs w;
     w.shape = call.shape80;
-    w.q_dot = own.q_dot;
+    if (q.delta_out !=
+        nullptr) {  // dk read the corrected delta: what q . dq then is, not what dq's own delta left
+      w.r = own.r;
+      w.delta = own.delta;
+      w.eps = static_cast<float>(p.eps);
+    } else {
+      w.q_dot = own.q_dot;
+    }
     w.k_dot = own.k_dot;
     if (in_chunks) {
       w.s_tiles = states.tiles;
       w.ds_tiles = own.tiles;
       w.z_tiles = states.z;
       w.dz_tiles = own.z;
+      if (p.use_state) {
+        w.g = call.g();
+        w.k_state_dot = own.k_state_dot;
+        w.initial = args.initial_state;
+        w.d_final = args.d_final_state;
+      }
       w.boundary = own.boundary;
     }
     w.d_log_g = args.d_log_g;
@@ -479,8 +579,10 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
 
 }  // namespace
 
-extern const Implementation kCudaSm90;
-const Implementation kCudaSm90 = {"cuda.sm90", choose,  sizes,   describe, forward,
-                                  backward,    nullptr, nullptr, nullptr};
+extern const Implementation kCudaSm90, kCudaSm90Next;
+const Implementation kCudaSm90 = {
+    "cuda.sm90", choose_from<kMeasured>, sizes, describe, forward, backward, nullptr, nullptr, nullptr};
+const Implementation kCudaSm90Next = {
+    "cuda.sm90.next", choose_from<kWritten>, sizes, describe, forward, backward, nullptr, nullptr, nullptr};
 
 }  // namespace powerattn

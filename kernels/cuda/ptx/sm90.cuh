@@ -138,6 +138,15 @@ __device__ __forceinline__ uint32_t mul2(uint32_t a, uint32_t b) {
   return r;
 }
 template <typename T>
+__device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  else
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+template <typename T>
 __device__ __forceinline__ uint32_t pack2(float lo, float hi) {
   uint32_t r;
   if constexpr (std::is_same_v<T, __nv_bfloat16>)
@@ -162,6 +171,12 @@ __device__ __forceinline__ uint32_t high2_here(uint32_t v) {
 __device__ __forceinline__ uint32_t here(uint32_t v) {
   uint32_t r;
   asm volatile("mov.b32 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
+// threadIdx.x, read anew at every use.
+__device__ __forceinline__ int thread_here() {
+  int r;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r));
   return r;
 }
 __device__ __forceinline__ float exp2_fast(float x) {

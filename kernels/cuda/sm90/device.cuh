@@ -35,9 +35,9 @@ struct Ring {
 
 // ---- Copies -----------------------------------------------------------------------------------------------
 
-// Loads 64 rows x 64 columns of a strided matrix into a swizzled 8 KB tile with the 128 threads of a warpgroup;
-// rows from `valid` on are zero. `column` is the first column. 16-byte copies where the tensor allows them.
-template <typename T>
+// Loads 64 rows x kDim columns of a strided matrix into a swizzled tile (halves of 64 columns, 8 KB each) with
+// the 128 threads of a warpgroup; rows from `valid` on are zero. 16-byte copies where the tensor allows them.
+template <typename T, int kDim = 64>
 __device__ __forceinline__ void load_tile(uint32_t dst, const Tensor &x, const T *base, int valid, int tid) {
   const int row = tid >> 3, chunk = tid & 7;  // rows row + 16 i share row & 7
   const uint32_t at = dst + row * 128 + ((chunk ^ (row & 7)) << 4);
@@ -45,14 +45,18 @@ __device__ __forceinline__ void load_tile(uint32_t dst, const Tensor &x, const T
   if (x.vector) {  // rolled: the producer has few registers and time to spare
     uint32_t to = at;
 #pragma unroll 1
-    for (int i = 0; i < 4; ++i, to += 2048, src += 16 * x.stride_t) copy16_l2(to, src, row + 16 * i < valid);
+    for (int i = 0; i < 4; ++i, to += 2048, src += 16 * x.stride_t) {
+      copy16_l2(to, src, row + 16 * i < valid);
+      if constexpr (kDim == 128) copy16_l2(to + 8192, src + 64, row + 16 * i < valid);
+    }
   } else {  // a row that is not 16-byte aligned: element by element
 #pragma unroll 1
-    for (int n = 0; n < 32; ++n) {
+    for (int n = 0; n < kDim / 2; ++n) {
+      const int half = n >> 5, i = kDim == 64 ? n >> 3 : (n >> 3) & 3;
       uint16_t value = 0;
-      if (row + (n >> 3) * 16 < valid)
-        value = *reinterpret_cast<const uint16_t *>(src + (n >> 3) * 16 * x.stride_t + (n & 7));
-      store_h1(at + (n >> 3) * 2048 + (n & 7) * 2, value);
+      if (row + i * 16 < valid)
+        value = *reinterpret_cast<const uint16_t *>(src + i * 16 * x.stride_t + half * (kDim - 64) + (n & 7));
+      store_h1(at + half * (kDim == 64 ? 0 : 8192) + i * 2048 + (n & 7) * 2, value);
     }
   }
 }
@@ -63,6 +67,10 @@ __device__ __forceinline__ uint64_t tile_desc(uint32_t address, uint32_t column_
   return (uint64_t)((address & 0x3FFFF) >> 4) | (uint64_t)(column_bytes >> 4) << 16 |
          (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
+
+// The descriptor of the same tile `bytes` further on. Shared memory ends below 256 KB, so nothing carries out
+// of the address field; and the sum stays in uniform registers where tile_desc() of each address would not.
+__device__ __forceinline__ uint64_t desc_at(uint64_t desc, uint32_t bytes) { return desc + (bytes >> 4); }
 
 // ---- Packed arithmetic --------------------------------------------------------------------------------------
 

@@ -8,254 +8,18 @@
 //   2. columns that every row of the tile sees, gates relative to the tile
 //   3. the tile's own two blocks, exact gates on the diagonal
 // Accumulators hold dx / (p c r) for queries, dx / p for keys: the state's part enters times 1 / p.
-#include "output.cuh"
+#include "gradient_producer.cuh"
 
 namespace powerattn::cuda::sm90 {
 namespace {
 
-constexpr int kTile = 64 * 64 * 2;
-constexpr int kStage = 2 * kTile;  // two state tiles, or 64 columns of z and y
-constexpr int kStages = 8;
-constexpr int kAhead = 3;  // stages in flight behind the one being handed over
-constexpr int kConsumerWarps = 8;
-constexpr int kUnitRows = 128;
-// Per stage: factor, log2 gate, r, delta of 64 columns, and the advance (floats).
-constexpr uint32_t kGate = 256, kR = 512, kDelta = 768, kAdvance = 1024, kMeta = 1040;
-
-struct GradientUnit {
-  int32_t head, row, length, main, first, second;  // blocks: seen by all rows; of the own two blocks
-  int32_t states, batch;
-  int64_t token;
-  float state_factor;
-  float r[kUnitRows], delta[kUnitRows];  // of the rows (queries)
-};
-// 1024 (alignment) + rows 32 KB + ring 8 x 16 KB + staging 8 x 2 KB + meta 8 x 1040 + units + barriers: 188 KB.
-constexpr int kSmem = 1024 + 4 * kTile + kStages * kStage + kConsumerWarps * 2048 + kStages * kMeta +
-                      2 * static_cast<int>(sizeof(GradientUnit)) + 256;
-
-struct Smem {
-  uint32_t rows, ring, staging, meta, unit, full, empty, rows_full, rows_empty, ticket;
-  __device__ explicit Smem(uint32_t base) {
-    rows = (base + 1023) & ~1023u;  // x: two tiles, u: two tiles
-    ring = rows + 4 * kTile;
-    staging = ring + kStages * kStage;
-    meta = staging + kConsumerWarps * 2048;
-    unit = meta + kStages * kMeta;
-    full = unit + 2 * sizeof(GradientUnit);
-    empty = full + 8 * kStages;
-    rows_full = empty + 8 * kStages;
-    rows_empty = rows_full + 8;
-    ticket = rows_empty + 8;
-  }
-};
-
-// ---- Producer -----------------------------------------------------------------------------------------------
-
-// Column factors of block `block`; G is the chunk's gate sum, `first` the tile's first block.
-//   dq:     as the forward's keys (write_key_meta)
-//   dk, dv: f_i = c r_i exp(G_i - G_ref), ref = the tile's last row for later blocks, the first block's last
-//   row
-//           for the second block; advance = exp(G_tile end - G_first block's end)
-struct QueryMeta {  // loaded one block ahead
-  double g, start, reference;
-  float r, delta;
-};
-__device__ __forceinline__ QueryMeta load_query_meta(const GradientArgs &a, const double *gate, int64_t row,
-                                                     int block, int first, int length, int tid) {
-  QueryMeta q{0.0, 0.0, 0.0, 0.f, 0.f};
-  const int i = block * 64 + tid;
-  if (tid < 64 && i < length) {
-    q.r = a.r ? a.r[row + i] : 1.f;
-    q.delta = a.delta ? a.delta[row + i] : 0.f;
-  }
-  if (gate && tid < 64) {
-    q.g = gate[min(i, length - 1)];
-    q.start = gate[block * 64];
-    q.reference = gate[min(first * 64 + (block == first + 1 ? 63 : 127), length - 1)];
-  }
-  return q;
-}
-__device__ __forceinline__ void write_query_meta(uint32_t meta, const QueryMeta &q, float scale_p, int block,
-                                                 int first, int length, int tid) {
-  if (tid >= 64) return;
-  const bool valid = block * 64 + tid < length;
-  const float r = scale_p * q.r;  // 0 past the end
-  store_f1(meta + tid * 4,
-           valid && block > first ? r * exp2_fast(static_cast<float>(q.g - q.reference) * kLog2e) : r);
-  store_f1(meta + kGate + tid * 4, valid ? static_cast<float>(q.g - q.start) * kLog2e : -INFINITY);
-  store_f1(meta + kR + tid * 4, r);
-  store_f1(meta + kDelta + tid * 4, q.delta);
-}
-
-template <typename T, int kDegree, bool kKeys>
-__device__ __forceinline__ void produce(const GradientArgs &a, const Smem &s, GradientUnit *slots, int tid) {
-  constexpr int kStateTiles = kDegree == 1 ? 1 : 36;
-  const Shape &p = a.p;
-  const int heads = kKeys ? p.heads_kv : p.heads_q;
-  const int64_t units = p.table.num_tiles * heads * 2;
-  Ring<kStages> ring;
-  uint32_t phase = 1;
-  Tickets tickets{s.ticket};
-  Ring<kStages> oldest;  // first stage not handed over, as in output64.cu
-  const auto hand_over = [&](uint32_t bar) {
-    fence_async_proxy();
-    __syncwarp();
-    if (tid % 32 == 0) barrier_arrive(bar);
-  };
-  const auto loaded = [&](int n) {  // column stage n of this unit is under way
-    copy_commit();
-    ring.next();
-    if (n >= kAhead) {
-      copy_wait<kAhead>();
-      hand_over(s.full + 8 * oldest.stage);
-      oldest.next();
-    }
-  };
-  const auto flush = [&](int total) {
-    copy_wait<0>();
-#pragma unroll 1
-    for (int n = min(kAhead, total); n > 0; --n) {
-      hand_over(s.full + 8 * oldest.stage);
-      oldest.next();
-    }
-  };
-  const auto bulk_stage = [&](const void *src, uint32_t bytes) {  // one thread's work, as in output64.cu
-    barrier_wait(s.empty + 8 * ring.stage, ring.phase ^ 1);
-    const uint32_t bar = s.full + 8 * ring.stage;
-    barrier_expect(bar, bytes);
-    bulk_load(s.ring + ring.stage * kStage, src, bytes, bar);
-    barrier_arrive_n(bar, 4 - 1);
-    ring.next();
-  };
-  for (;;) {
-    const int64_t u = tickets.next(a.ticket, tid);
-    if (u >= units) break;
-    RowTile t = row_tile_at(p, u >> 1, heads);
-    const Chunk &c = t.chunk;
-    t.row += kKeys ? static_cast<int>(u & 1) * kUnitRows : static_cast<int>(~u & 1) * kUnitRows;
-    if (t.row >= c.length) continue;
-    const int head_kv = kKeys ? t.head : t.head / p.group;
-    const int first = t.row / 64, blocks = (c.length + 63) / 64;
-    const double *gate = a.gate ? a.gate + token_row(p, t.batch, p.heads_kv, head_kv, c.start) : nullptr;
-    const bool has_state =
-        a.state && (kKeys ? c.index + 1 < c.count || a.end_has_state : c.index > 0 || a.end_has_state);
-    const int heads_z = kKeys ? p.group : 1;
-
-    barrier_wait(s.rows_empty, phase);
-    phase ^= 1;
-    const T *x = row_pointer<T>(a.x, t.batch, t.head, c.start + t.row);
-    const T *uu = row_pointer<T>(a.u, t.batch, t.head, c.start + t.row);
-#pragma unroll 1
-    for (int m = 0; m < 2; ++m) {
-      load_tile<T>(s.rows + m * kTile, a.x, x + m * 64 * a.x.stride_t, c.length - t.row - m * 64, tid);
-      load_tile<T>(s.rows + (2 + m) * kTile, a.u, uu + m * 64 * a.u.stride_t, c.length - t.row - m * 64, tid);
-    }
-    GradientUnit *um = slots + phase;
-    if (!kKeys) {
-      const int64_t at = token_row(p, t.batch, p.heads_q, t.head, c.start) + t.row + tid;
-      const bool in = t.row + tid < c.length;
-      um->r[tid] = in && a.r ? a.r[at] : 1.f;
-      um->delta[tid] = in && a.delta ? a.delta[at] : 0.f;
-    }
-    if (tid == 0) {
-      um->head = t.head;
-      um->row = t.row;
-      um->length = c.length;
-      um->main = kKeys ? max(0, blocks - first - 2) * heads_z : first;
-      um->first = kKeys ? (first + 1 < blocks ? heads_z : 0) : 1;
-      um->second = kKeys ? heads_z : first + 1 < blocks;
-      um->states = has_state;
-      um->batch = t.batch;
-      um->token = c.start;
-      const double g = !gate   ? 0.0
-                       : kKeys ? gate[c.length - 1] - gate[min(t.row + kUnitRows, c.length) - 1]
-                               : gate[t.row];
-      um->state_factor = exp2f(static_cast<float>(g) * kLog2e);
-    }
-    copy_commit();
-    copy_wait<0>();
-    hand_over(s.rows_full);
-
-    if (has_state) {
-      const int64_t slot = int64_t(t.chunk_index) * p.heads_kv + head_kv;
-      const char *state = static_cast<const char *>(a.state) + slot * (kStateTiles * kTile);
-      if (tid == 0) {
-        if (kDegree == 2 && a.norm)
-          bulk_stage(static_cast<const char *>(a.norm) + slot * (2 * kTile), 2 * kTile);
-#pragma unroll 1
-        for (int i = 0; i < (kStateTiles + 1) / 2; ++i)
-          bulk_stage(state + i * kStage, kDegree == 1 ? kTile : kStage);
-      } else {
-        ring.skip((kStateTiles + 1) / 2 + (kDegree == 2 && a.norm ? 1 : 0));
-      }
-      __syncwarp();
-      named_barrier<2, 128>();
-    }
-    oldest = ring;
-    const auto load_columns = [&](int head, int block) {
-      const uint32_t stage = s.ring + ring.stage * kStage;
-      const int64_t token = c.start + int64_t(block) * 64;
-      load_tile<T>(stage, a.z, row_pointer<T>(a.z, t.batch, head, token), c.length - block * 64, tid);
-      load_tile<T>(stage + kTile, a.y, row_pointer<T>(a.y, t.batch, head, token), c.length - block * 64, tid);
-    };
-    if constexpr (kKeys) {
-      // Later blocks, then the tile's second, then its first, each for all heads of the group.
-      const int far = max(0, blocks - first - 2), near = first + 1 < blocks ? 2 : 1;
-      const int total = (far + near) * heads_z;
-      const auto place = [&](int n, int *head, int *block) {
-        const bool later = n < far * heads_z;
-        const int m = later ? n : n - far * heads_z, span = later ? far : 1;
-        const int part = m / (later ? far : 1);
-        *head = head_kv * heads_z + (later ? part : part % heads_z);
-        *block = later ? first + 2 + m % span : first + near - 1 - part / heads_z;
-      };
-      const int64_t row0 = token_row(p, t.batch, p.heads_q, 0, c.start);
-      float advance = 1.f;
-      if (gate && near == 2 && tid == 0)
-        advance = exp2_fast(
-            static_cast<float>(gate[min(first * 64 + 127, c.length - 1)] - gate[first * 64 + 63]) * kLog2e);
-      int head, block;
-      place(0, &head, &block);
-      QueryMeta q = load_query_meta(a, gate, row0 + head * p.tokens, block, first, c.length, tid);
-#pragma unroll 1
-      for (int n = 0; n < total; ++n) {
-        barrier_wait(s.empty + 8 * ring.stage, ring.phase ^ 1);
-        load_columns(head, block);
-        const QueryMeta here = q;
-        const int block_here = block;
-        if (n + 1 < total) {
-          place(n + 1, &head, &block);
-          q = load_query_meta(a, gate, row0 + head * p.tokens, block, first, c.length, tid);
-        }
-        const uint32_t meta = s.meta + ring.stage * kMeta;
-        write_query_meta(meta, here, a.scale_p, block_here, first, c.length, tid);
-        if (tid == 0) store_f1(meta + kAdvance, advance);
-        loaded(n);
-      }
-      flush(total);
-    } else {
-      const int total = min(first + 2, blocks);
-      KeyGates gates = load_key_gates(gate, 0, first, c.length, tid);
-#pragma unroll 1
-      for (int block = 0; block < total; ++block) {
-        barrier_wait(s.empty + 8 * ring.stage, ring.phase ^ 1);
-        load_columns(head_kv, block);
-        const KeyGates here = gates;
-        if (block + 1 < total) gates = load_key_gates(gate, block + 1, first, c.length, tid);
-        write_key_meta(s.meta + ring.stage * kMeta, here, block, c.length, tid, kAdvance);
-        loaded(block);
-      }
-      flush(total);
-    }
-  }
-  barrier_wait(s.rows_empty, phase);
-  if (tid == 0) slots[phase ^ 1].head = -1;
-  hand_over(s.rows_full);
-}
+using Layout = GradientLayout<64>;
+using Smem = GradientSmem<64>;
+constexpr int kTile = Layout::kTile, kStage = Layout::kStage, kStages = Layout::kStages;
 
 // ---- Consumers ----------------------------------------------------------------------------------------------
 
-template <typename T, int kDegree, bool kKeys>
+template <typename T, int kDegree, bool kKeys, bool kCorrect>
 struct Consumer {
   const Smem &s;
   const int lane, warp;
@@ -464,47 +228,10 @@ struct Consumer {
     for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dx, e[ks], tile_desc(tile + ks * 2048));
   }
 
-  // e = s^{p-1} f (m - delta), w = s^p f; on the diagonal f = r 2^(gate difference), and only visible pairs.
   template <bool kDiagonal>
   __device__ __forceinline__ void weigh(const float (&t)[32], const float (&m)[32], uint32_t (&e)[4][4],
                                         uint32_t (&w)[4][4], uint32_t md, float d0, float d1) {
-    const int row = warp * 16 + lane / 4, col = (lane & 3) * 2;
-    float g[2] = {0.f, 0.f};
-    if constexpr (kDiagonal) {
-      g[0] = load_f1(md + kGate + row * 4);
-      g[1] = load_f1(md + kGate + row * 4 + 32);
-    }
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const uint32_t at = md + (n * 8 + col) * 4;
-      float2 f = make_float2(1.f, 1.f), delta = make_float2(0.f, 0.f), gc;
-      if constexpr (!kDiagonal)
-        f = load_f2(at);
-      else if constexpr (kKeys)
-        f = load_f2(at + kR);
-      if constexpr (kDiagonal) gc = load_f2(at + kGate);
-      if constexpr (kKeys) delta = load_f2(at + kDelta);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float ev[2], wv[2];
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const float sv = t[4 * n + 2 * h + k];
-          float fv = k ? f.y : f.x;
-          if constexpr (kDiagonal) {
-            const float gv = k ? gc.y : gc.x;
-            const int r = row + 8 * h, c = n * 8 + col + k;
-            fv *= exp2_fast(kKeys ? gv - g[h] : g[h] - gv);
-            fv = (kKeys ? c >= r : c <= r) ? fv : 0.f;
-          }
-          const float a = power<kDegree - 1>(sv) * fv;
-          ev[k] = a * (m[4 * n + 2 * h + k] - (kKeys ? (k ? delta.y : delta.x) : (h ? d1 : d0)));
-          wv[k] = a * sv;
-        }
-        e[n / 2][(n & 1) * 2 + h] = pack2<T>(ev[0], ev[1]);
-        if constexpr (kKeys) w[n / 2][(n & 1) * 2 + h] = pack2<T>(wv[0], wv[1]);
-      }
-    }
+    weigh_gradient<T, kDegree, kKeys, kDiagonal>(t, m, e, w, md, warp * 16 + lane / 4, (lane & 3) * 2, d0, d1);
   }
 
   // Row factors before the diagonal: queries exp(G_i - block start), keys exp(block end - G_j).
@@ -577,6 +304,20 @@ struct Consumer {
     }
   }
 
+  // x . dx of this lane's two rows before rounding, for the gate gradient.
+  __device__ __forceinline__ void row_dots(float (&dot)[2]) {
+    dot[0] = dot[1] = 0.f;
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float2 v = unpack2<T>(x[n / 2][(n & 1) * 2 + h]);
+        dot[h] += dx[4 * n + 2 * h] * v.x + dx[4 * n + 2 * h + 1] * v.y;
+      }
+    dot[0] = quad_sum(dot[0]);
+    dot[1] = quad_sum(dot[1]);
+  }
+
   __device__ __forceinline__ void epilogue(const GradientArgs &a, const volatile GradientUnit &unit, int group,
                                            uint32_t staging) {
     const int local = group * 64 + warp * 16, row = unit.row + local;
@@ -586,23 +327,12 @@ struct Consumer {
       f0 *= a.scale_p * unit.r[local + lane / 4];
       f1 *= a.scale_p * unit.r[local + lane / 4 + 8];
     }
-    if (a.dot) {  // x . dx before rounding, for the gate gradient
-      float dot[2] = {0.f, 0.f};
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 v = unpack2<T>(x[n / 2][(n & 1) * 2 + h]);
-          dot[h] += dx[4 * n + 2 * h] * v.x + dx[4 * n + 2 * h + 1] * v.y;
-        }
-      dot[0] = f0 * quad_sum(dot[0]);
-      dot[1] = f1 * quad_sum(dot[1]);
-      const int heads = kKeys ? a.p.heads_kv : a.p.heads_q;
-      float *to = a.dot + token_row(a.p, unit.batch, heads, unit.head, unit.token) + row + lane / 4;
-      if ((lane & 3) == 0) {
-        if (row + lane / 4 < unit.length) to[0] = dot[0];
-        if (row + lane / 4 + 8 < unit.length) to[8] = dot[1];
-      }
+    if (a.dot || (kCorrect && !kKeys)) {
+      float dot[2];
+      row_dots(dot);
+      dot[0] *= f0;
+      dot[1] *= f1;
+      store_dots<kKeys, kCorrect>(a, unit, dot, degree, local, lane);
     }
     const auto at = [&](const Tensor &o) {
       return static_cast<T *>(o.data) + unit.batch * o.stride_b + unit.head * o.stride_h +
@@ -613,7 +343,7 @@ struct Consumer {
   }
 };
 
-template <typename T, int kDegree, bool kKeys>
+template <typename T, int kDegree, bool kKeys, bool kCorrect>
 __global__ void __launch_bounds__(384, 1) gradient64_kernel(const __grid_constant__ GradientArgs a) {
   unsigned char *raw = dynamic_shared<unsigned char>();
   const Smem s(shared_address(raw));
@@ -632,10 +362,10 @@ __global__ void __launch_bounds__(384, 1) gradient64_kernel(const __grid_constan
   // 2 x 224 + 56 = 504 = 3 x 168, the registers that the block was launched with.
   if (group == 2) {
     registers_dec<56>();
-    produce<T, kDegree, kKeys>(a, s, slots, tid - 256);
+    produce_gradient<T, kDegree, kKeys, 64>(a, s, slots, tid - 256);
   } else {
     registers_inc<224>();
-    Consumer<T, kDegree, kKeys> c{s, tid % 32, (tid % 128) / 32};
+    Consumer<T, kDegree, kKeys, kCorrect> c{s, tid % 32, (tid % 128) / 32};
     uint32_t phase = 0;
     for (;;) {
       barrier_wait(s.rows_full, phase);
@@ -670,15 +400,21 @@ __global__ void __launch_bounds__(384, 1) gradient64_kernel(const __grid_constan
           if constexpr (kKeys) c.dv[i] *= f;
         }
       }
+      if constexpr (kKeys && kCorrect) {
+        float dot[2];
+        c.row_dots(dot);  // zeros without a state
+        store_state_dots(a, unit, dot, static_cast<float>(kDegree), group * 64 + c.warp * 16, c.lane);
+      }
       c.column_phase(unit, kKeys ? group == 1 : group == 0, d0, d1);
       c.epilogue(a, unit, group, s.staging + (tid / 32) * 2048);
     }
   }
 }
 
-template <typename T, int kDegree, bool kKeys>
+template <typename T, int kDegree, bool kKeys, bool kCorrect = false>
 cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {
-  return launch_kernel(gradient64_kernel<T, kDegree, kKeys>, sms, 384, kSmem, stream, a);
+  constexpr int kSmem = Layout::kSmem;
+  return launch_kernel(gradient64_kernel<T, kDegree, kKeys, kCorrect>, sms, 384, kSmem, stream, a);
 }
 template <typename T, int kDegree>
 cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {
@@ -689,6 +425,10 @@ cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {
 
 cudaError_t gradient64(const GradientArgs &a, int sms, cudaStream_t stream) {
   using B = __nv_bfloat16;
+  if (a.delta_out != nullptr || a.state_dot != nullptr) {
+    if (a.p.degree != 2) return cudaErrorInvalidValue;
+    return a.keys ? launch<B, 2, true, true>(a, sms, stream) : launch<B, 2, false, true>(a, sms, stream);
+  }
   switch (a.p.degree) {
     case 1:
       return launch<B, 1>(a, sms, stream);

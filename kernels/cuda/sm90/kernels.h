@@ -55,11 +55,17 @@ struct UpdateArgs {
   const float *weight = nullptr;       // [heads of a][rows]; null: 1
   const float *norm_weight = nullptr;  // null: 1
   int32_t heads_a = 1;                 // heads of a and b: heads_kv, or heads_q in the backward
+  // Optional, exact only: the sum that enters nothing but the state at the end of a sequence, of its last chunk
+  // (reverse: first), goes here instead, not rounded: [sequences * heads_kv][rows of all tiles][d], in order.
+  float *end = nullptr;
+  int32_t reverse = 0;
+  int32_t exact = 0;  // weight_t a_t in two parts: states that leave the call
   void *state = nullptr;
   float *norm = nullptr;
   int32_t *ticket = nullptr;  // 4, zero on entry
 };
 cudaError_t update64(const UpdateArgs &args, int sms, cudaStream_t stream);
+cudaError_t update128(const UpdateArgs &args, int sms, cudaStream_t stream);  // degree 2; Z is always exact
 
 // Weight of a key in its chunk's sum, exp(G_end - G_t) as [b, heads_kv, t], and decay [chunk, heads_kv] =
 // exp(G_end).
@@ -97,6 +103,7 @@ struct OutputArgs {
   int32_t *ticket = nullptr;     // zero on entry
 };
 cudaError_t output64(const OutputArgs &args, int sms, cudaStream_t stream);
+cudaError_t output128(const OutputArgs &args, int sms, cudaStream_t stream);  // states of degree 2 only
 
 struct RowsArgs {
   Shape p;
@@ -120,9 +127,16 @@ struct GradientArgs {
   const void *norm = nullptr;    // Z or dZ; null: none
   int32_t end_has_state = 0;     // the first (dq) or last (keys) chunk of a sequence has a state too
   float scale_p = 1.f;
-  float *dot = nullptr;       // out: x . dx [b, heads of x, t]; null: not wanted
+  float *dot = nullptr;  // out: x . dx [b, heads of x, t]; null: not wanted
+  // Queries, degree 2, optional: delta without the rounding error of y, which is what x . dx leaves of a sum
+  // that must vanish: delta_i = x . dx / p + delta_i (1 - eps r_i) (may be `delta` itself), and the weight of
+  // the query in dZ, norm_weight_i = -delta_i weight_i.
+  float *state_dot = nullptr;  // keys, degree 2, optional: the part of `dot` that the state gave
+  float *delta_out = nullptr, *norm_weight = nullptr;
+  const float *weight = nullptr;
   int32_t *ticket = nullptr;  // zero on entry
 };
 cudaError_t gradient64(const GradientArgs &args, int sms, cudaStream_t stream);
+cudaError_t gradient128(const GradientArgs &args, int sms, cudaStream_t stream);  // states of degree 2 only
 
 }  // namespace powerattn::cuda::sm90

@@ -104,9 +104,10 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Writes 16 rows x 64 columns held as accumulators (already final) through 2 KB of this warp's shared memory.
+// Writes 16 rows x 64 columns held as 32 accumulators (already final) through 2 KB of this warp's shared
+// memory.
 template <typename T>
-__device__ __forceinline__ void store_rows(const float (&o)[32], float f0, float f1, uint32_t staging,
+__device__ __forceinline__ void store_rows(const float *o, float f0, float f1, uint32_t staging,
                                            const Tensor &y, T *base, int valid, int lane) {
   if (y.vector) {
 #pragma unroll

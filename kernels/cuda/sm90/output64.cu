@@ -4,147 +4,14 @@
 //
 // One producer warpgroup feeds a ring of 16 KB stages (two state tiles, or 64 keys and values); two consumer
 // warpgroups hold 2 x 64 rows each: row tiles {0, 3} and {1, 2}, so both do the same number of causal blocks.
-#include "output.cuh"
+#include "output_producer.cuh"
 
 namespace powerattn::cuda::sm90 {
 namespace {
 
-constexpr int kTile = 64 * 64 * 2;
-constexpr int kStage = 2 * kTile;
-constexpr int kStages = 8;
-constexpr int kAhead = 3;  // stages in flight behind the one being handed over
-constexpr int kConsumerWarps = 8;
-// Shared memory: 1024 (alignment) + q 4 x 8 KB + ring 8 x 16 KB + y staging 8 warps x 2 KB + ring meta 8 x 768
-// + barriers and unit: 181 KB of 227 KB.
-constexpr int kSmem =
-    1024 + kRowTiles * kTile + kStages * kStage + kConsumerWarps * 2048 + kStages * kMetaBytes + 512;
-
-struct Smem {
-  uint32_t q, ring, staging, meta, full, empty, q_full, q_empty, unit, ticket;
-  __device__ explicit Smem(uint32_t base) {
-    q = (base + 1023) & ~1023u;
-    ring = q + kRowTiles * kTile;
-    staging = ring + kStages * kStage;
-    meta = staging + kConsumerWarps * 2048;
-    full = meta + kStages * kMetaBytes;
-    empty = full + 8 * kStages;
-    q_full = empty + 8 * kStages;
-    q_empty = q_full + 8;
-    ticket = q_empty + 8;
-    unit = ticket + 8;
-  }
-};
-
-// ---- Producer -----------------------------------------------------------------------------------------------
-
-template <typename T, int kDegree>
-__device__ __forceinline__ void produce(const OutputArgs &a, const Smem &s, UnitMeta *slots, int tid) {
-  constexpr int kStateTiles = kDegree == 1 ? 1 : 36;
-  const Shape &p = a.p;
-  const int64_t units = p.table.num_tiles * p.heads_q;
-  Ring<kStages> ring;
-  uint32_t q_phase = 1;  // also the unit slot to write, inverted
-  Tickets tickets{s.ticket};
-  // Each thread waits for its own copies and orders them before the tensor cores' reads, so the consumers need
-  // no fence; the copies of the next kAhead stages stay in flight meanwhile.
-  Ring<kStages> oldest;  // first stage not handed over
-  const auto hand_over = [&](uint32_t bar) {
-    fence_async_proxy();
-    __syncwarp();
-    if (tid % 32 == 0) barrier_arrive(bar);
-  };
-  // Bulk copies are one thread's work; the others meet it at a barrier behind the last one. (If all waited for
-  // every stage, a slow thread could miss a whole turn of the ring, since nothing in these stages waits for
-  // it.)
-  const auto bulk_stage = [&](const void *src, uint32_t bytes) {
-    barrier_wait(s.empty + 8 * ring.stage, ring.phase ^ 1);
-    const uint32_t bar = s.full + 8 * ring.stage;
-    barrier_expect(bar, bytes);
-    bulk_load(s.ring + ring.stage * kStage, src, bytes, bar);
-    barrier_arrive_n(bar, 4 - 1);
-    ring.next();
-  };
-  for (;;) {
-    const int64_t u = tickets.next(a.ticket, tid);
-    if (u >= units) break;
-    const RowTile t = row_tile_at(p, u, p.heads_q);
-    const Chunk &c = t.chunk;
-    if (t.row >= c.length) continue;
-    const int head_kv = t.head / p.group;
-    const double *gate = a.gate ? a.gate + token_row(p, t.batch, p.heads_kv, head_kv, c.start) : nullptr;
-    const bool has_state = a.state && (c.index > 0 || a.first_has_state);
-    const int first = t.row / kKeys;
-    const int blocks = min(first + kRowTiles, (c.length + kKeys - 1) / kKeys);
-
-    barrier_wait(s.q_empty, q_phase);
-    q_phase ^= 1;
-    const T *q = row_pointer<T>(a.q, t.batch, t.head, c.start + t.row);
-#pragma unroll 1
-    for (int m = 0; m < kRowTiles; ++m)
-      load_tile<T>(s.q + m * kTile, a.q, q + m * 64 * a.q.stride_t, c.length - t.row - m * 64, tid);
-    if (tid == 0) {
-      UnitMeta *um = slots + q_phase;  // flipped above: 0 first
-      um->head = t.head;
-      um->row = t.row;
-      um->length = c.length;
-      um->blocks = blocks;
-      um->states = has_state;
-      um->batch = t.batch;
-      um->token = c.start;
-      um->state_factor = gate ? exp2f(static_cast<float>(gate[t.row]) * kLog2e) : 1.f;
-    }
-    copy_commit();
-    copy_wait<0>();
-    hand_over(s.q_full);
-
-    if (has_state) {
-      const int64_t slot = int64_t(t.chunk_index) * p.heads_kv + head_kv;
-      const char *state = static_cast<const char *>(a.state) + slot * (kStateTiles * kTile);
-      const int bulk = kDegree == 1 ? 1 : kStateTiles / 2 + (a.norm ? 1 : 0);
-      if (tid == 0) {
-#pragma unroll 1
-        for (int i = 0; i < (kStateTiles + 1) / 2; ++i)
-          bulk_stage(state + i * kStage, kDegree == 1 ? kTile : kStage);
-        if (kDegree == 2 && a.norm)
-          bulk_stage(static_cast<const char *>(a.norm) + slot * (2 * kTile), 2 * kTile);
-      } else {
-        ring.skip(bulk);
-      }
-      __syncwarp();
-      named_barrier<2, 128>();
-    }
-    const T *k = row_pointer<T>(a.k, t.batch, head_kv, c.start),
-            *v = row_pointer<T>(a.v, t.batch, head_kv, c.start);
-    KeyGates gates = load_key_gates(gate, 0, first, c.length, tid);
-    oldest = ring;
-#pragma unroll 1
-    for (int j = 0; j < blocks; ++j) {
-      barrier_wait(s.empty + 8 * ring.stage, ring.phase ^ 1);
-      const uint32_t stage = s.ring + ring.stage * kStage;
-      load_tile<T>(stage, a.k, k + int64_t(j) * kKeys * a.k.stride_t, c.length - j * kKeys, tid);
-      load_tile<T>(stage + kTile, a.v, v + int64_t(j) * kKeys * a.v.stride_t, c.length - j * kKeys, tid);
-      const KeyGates here = gates;
-      if (j + 1 < blocks) gates = load_key_gates(gate, j + 1, first, c.length, tid);
-      write_key_meta(s.meta + ring.stage * kMetaBytes, here, j, c.length, tid);
-      copy_commit();
-      ring.next();
-      if (j >= kAhead) {
-        copy_wait<kAhead>();
-        hand_over(s.full + 8 * oldest.stage);
-        oldest.next();
-      }
-    }
-    copy_wait<0>();
-#pragma unroll 1
-    for (int j = min(kAhead, blocks); j > 0; --j) {
-      hand_over(s.full + 8 * oldest.stage);
-      oldest.next();
-    }
-  }
-  barrier_wait(s.q_empty, q_phase);
-  if (tid == 0) slots[q_phase ^ 1].head = -1;
-  hand_over(s.q_full);
-}
+using Layout = OutputLayout<64>;
+using Smem = OutputSmem<64>;
+constexpr int kTile = Layout::kTile, kStage = Layout::kStage, kStages = Layout::kStages;
 
 // ---- Consumers ----------------------------------------------------------------------------------------------
 
@@ -428,7 +295,7 @@ __global__ void __launch_bounds__(384, 1) output64_kernel(const __grid_constant_
   __syncthreads();
   if (group == 2) {
     registers_dec<56>();
-    produce<T, kDegree>(a, s, slots, tid - 256);
+    produce_output<T, kDegree, 64>(a, s, slots, tid - 256);
   } else {
     registers_inc<224>();
     Consumer<T, kDegree> c{s, tid % 32, (tid % 128) / 32};
@@ -474,6 +341,7 @@ __global__ void __launch_bounds__(384, 1) output64_kernel(const __grid_constant_
 
 template <typename T, int kDegree>
 cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
+  constexpr int kSmem = Layout::kSmem;
   return launch_kernel(output64_kernel<T, kDegree>, sms, 384, kSmem, stream, a);
 }
 

@@ -42,6 +42,12 @@ __device__ __forceinline__ RowTile row_tile_at(const Shape &p, int64_t u, int he
   return t;
 }
 
+// Which of the sums kept apart in UpdateArgs::end chunk `c` is; < 0: none.
+__device__ __forceinline__ int32_t end_of(const UpdateArgs &a, const Chunk &c, int head) {
+  const bool end = a.end != nullptr && (a.reverse ? c.index == 0 : c.index + 1 == c.count);
+  return end ? c.sequence * a.p.heads_kv + head : -1;
+}
+
 // Row of the per-token arrays [b, heads, t].
 __device__ __forceinline__ int64_t token_row(const Shape &p, int batch, int heads, int head, int64_t token) {
   return (int64_t(batch) * heads + head) * p.tokens + token;

@@ -15,16 +15,23 @@ namespace powerattn::cuda::sm90 {
 namespace {
 
 constexpr int kTile = 64 * 64 * 2;
-constexpr int kTokens = 64;        // per stage
-constexpr int kStage = 3 * kTile;  // k, v, scalars
-constexpr int kStages = 6;
-constexpr int kAhead = 2;  // stages whose copies are in flight while an earlier one is transposed
+constexpr int kTokens = 64;  // per stage
+constexpr int kAhead = 2;    // stages whose copies are in flight while an earlier one is transposed
 constexpr int kConsumerWarps = 8;
 constexpr int kSlices = 3;  // 36 tiles / (2 warpgroups x 6)
-// 1024 (alignment) + ring 6 x 24 KB + staging 2 warpgroups x 2 x 8 KB + weights 6 x 256 + barriers: 179 KB.
-constexpr int kSmem = 1024 + kStages * kStage + 4 * kTile + kStages * 256 + 512;
+// Exact weights: the scalars w_t k_ti in two parts, high and low, so that a product w k_i k_j is rounded once.
+template <bool kExact>
+struct Layout {
+  static constexpr int kStage = (kExact ? 4 : 3) * kTile;  // k, v, scalars (and their low parts)
+  static constexpr int kStages = kExact ? 5 : 6;
+  // 1024 (alignment) + ring 6 x 24 KB (exact: 5 x 32) + staging 2 warpgroups x 2 x 8 KB + weights 6 x 256 +
+  // barriers: 179 KB (exact: 195).
+  static constexpr int kSmem = 1024 + kStages * kStage + 4 * kTile + kStages * 256 + 512;
+};
 
+template <bool kExact>
 struct Smem {
+  static constexpr int kStage = Layout<kExact>::kStage, kStages = Layout<kExact>::kStages;
   uint32_t ring, staging, weights, full, empty, unit_full, unit_empty, ticket, unit;
   __device__ explicit Smem(uint32_t base) {
     ring = (base + 1023) & ~1023u;
@@ -42,6 +49,7 @@ struct UnitMeta {
   int32_t slice;   // < 0: no more units; kSlices: Z (degree 2) or S (degree 1)
   int32_t stages;  // of 64 tokens, over all heads of the group
   int32_t slot;    // chunk * heads_kv + head
+  int32_t end;     // of UpdateArgs::end, or < 0
 };
 
 // The six tiles of each of the six warpgroup parts: few distinct blocks, so few loads per 16 tokens. `pair` of
@@ -62,7 +70,7 @@ __host__ __device__ constexpr Part part_of(int n) {
 
 // scalars[i][ks][c] = w_t k_ti for tokens t = 16 ks + 2c, +1, +8, +9 (8 bytes), rows i in pairs: the 16 bytes
 // of (i / 2, ks, c) are at ((i / 8 * 4 + ks) * 4 + i % 8 / 2) * 64 + c * 16.
-template <typename T>
+template <typename T, bool kExact>
 __device__ __forceinline__ void make_scalars(uint32_t keys, uint32_t scalars, uint32_t weights, int tid) {
   const int ks = tid / 32, lane = tid % 32, g = lane / 4, c = lane & 3;
   const float2 w0 = load_f2(weights + (16 * ks + 2 * c) * 4), w1 = load_f2(weights + (16 * ks + 2 * c + 8) * 4);
@@ -75,13 +83,20 @@ __device__ __forceinline__ void make_scalars(uint32_t keys, uint32_t scalars, ui
     for (int h = 0; h < 2; ++h) {
       const float2 a = unpack2<T>(x[2 * h]), b = unpack2<T>(x[2 * h + 1]);
       const uint32_t at = scalars + (((2 * pair + h) * 4 + ks) * 4 + g / 2) * 64 + c * 16 + (g & 1) * 8;
-      store_u2(at, pack2<T>(a.x * w0.x, a.y * w0.y), pack2<T>(b.x * w1.x, b.y * w1.y));
+      const float a0 = a.x * w0.x, a1 = a.y * w0.y, b0 = b.x * w1.x, b1 = b.y * w1.y;
+      const uint32_t high_a = pack2<T>(a0, a1), high_b = pack2<T>(b0, b1);
+      store_u2(at, high_a, high_b);
+      if constexpr (kExact) {
+        const float2 ha = unpack2<T>(high_a), hb = unpack2<T>(high_b);
+        store_u2(at + kTile, pack2<T>(a0 - ha.x, a1 - ha.y), pack2<T>(b0 - hb.x, b1 - hb.y));
+      }
     }
   }
 }
 
-template <typename T, int kDegree>
-__device__ __forceinline__ void produce(const UpdateArgs &a, const Smem &s, UnitMeta *slots, int tid) {
+template <typename T, int kDegree, bool kExact>
+__device__ __forceinline__ void produce(const UpdateArgs &a, const Smem<kExact> &s, UnitMeta *slots, int tid) {
+  constexpr int kStage = Layout<kExact>::kStage, kStages = Layout<kExact>::kStages;
   const Shape &p = a.p;
   const int64_t units = p.table.num_chunks * p.heads_kv;
   const int heads = a.heads_a / p.heads_kv;  // of a and b per state
@@ -97,7 +112,7 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem &s, Unit
     fence_async_proxy();
     named_barrier<2, 128>();
     const uint32_t stage = s.ring + ready.stage * kStage;
-    make_scalars<T>(stage, stage + 2 * kTile, s.weights + ready.stage * 256, tid);
+    make_scalars<T, kExact>(stage, stage + 2 * kTile, s.weights + ready.stage * 256, tid);
     __syncwarp();
     if (tid % 32 == 0) barrier_arrive(s.full + 8 * ready.stage);
     ready.next();
@@ -122,6 +137,7 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem &s, Unit
       slots[unit_phase].slice = slice;
       slots[unit_phase].stages = blocks * heads;
       slots[unit_phase].slot = static_cast<int32_t>(slot);
+      if constexpr (kExact) slots[unit_phase].end = end_of(a, c, head_kv);
     }
     hand_unit();
     const float *weights = slice == kSlices && kDegree == 2 ? a.norm_weight : a.weight;
@@ -162,8 +178,10 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem &s, Unit
 
 // ---- Consumers ----------------------------------------------------------------------------------------------
 
+template <bool kExact>
 struct Pipe {
-  const Smem &s;
+  static constexpr int kStage = Layout<kExact>::kStage, kStages = Layout<kExact>::kStages;
+  const Smem<kExact> &s;
   const int lane, warp;
   Ring<kStages> ring;
   __device__ __forceinline__ void acquire() { barrier_wait(s.full + 8 * ring.stage, ring.phase); }
@@ -179,20 +197,25 @@ __host__ __device__ constexpr bool new_block(int part, int n) {
 }
 // Six tiles over `stages` x 64 tokens. Scalars and K^T fragments are refilled right after their last use, so
 // that the latency hides under the two products in flight (192 accumulators leave no room for more).
-template <typename T, int kPart>
-__device__ __forceinline__ void sum_tiles(float (&acc)[6][32], Pipe &pipe, int stages) {
+template <typename T, int kPart, bool kExact>
+__device__ __forceinline__ void sum_tiles(float (&acc)[6][32], Pipe<kExact> &pipe, int stages) {
+  constexpr int kStages = Layout<kExact>::kStages;
   constexpr Part part = part_of(kPart);
   uint32_t kt[4], a[2][4];
-  uint4 x;
+  uint4 x, low;  // low: exact weights only
   const int token = pipe.lane & 15;
   const uint32_t k_at = token * 128 + (((token & 7) ^ (pipe.lane >> 4)) << 4);
   const uint32_t x_at = 2 * kTile + pipe.warp * 64 + (pipe.lane & 3) * 16;
+  const auto load_scalars = [&](uint32_t at) {
+    x = load_u4(at);
+    if constexpr (kExact) low = load_u4(at + kTile);
+  };
   const auto load_kt = [&](int pair, uint32_t stage, int ks) {
     ldmatrix4_trans(kt, (stage + ks * 2048 + k_at) ^ (pair << 5));
   };
   pipe.acquire();
   load_kt(part.j[0] / 2, pipe.stage(), 0);
-  x = load_u4(pipe.stage() + x_at + part.i[0] * 1024);
+  load_scalars(pipe.stage() + x_at + part.i[0] * 1024);
 #pragma unroll 1
   for (int it = 0; it < stages; ++it) {
     const uint32_t here = pipe.stage();
@@ -210,13 +233,16 @@ __device__ __forceinline__ void sum_tiles(float (&acc)[6][32], Pipe &pipe, int s
         wgmma_wait<1>();
         const int h = 2 * (part.j[n] & 1);
         uint32_t(&b)[4] = a[n & 1];
-        b[0] = mul2<T>(kt[h], x.x);
-        b[1] = mul2<T>(kt[h], x.z);
-        b[2] = mul2<T>(kt[h + 1], x.y);
-        b[3] = mul2<T>(kt[h + 1], x.w);
+        const auto product = [&](uint32_t k, uint32_t high, uint32_t rest) {
+          return kExact ? fma2<T>(k, high, mul2<T>(k, rest)) : mul2<T>(k, high);
+        };
+        b[0] = product(kt[h], x.x, low.x);
+        b[1] = product(kt[h], x.z, low.z);
+        b[2] = product(kt[h + 1], x.y, low.y);
+        b[3] = product(kt[h + 1], x.w, low.w);
         const int m = (n + 1) % 6;
         if (m == 0 || new_block(kPart, m))
-          x = load_u4((m == 0 ? ahead : here) + x_at + (part.i[m] * 4 + (m == 0 ? (ks + 1) & 3 : ks)) * 256);
+          load_scalars((m == 0 ? ahead : here) + x_at + (part.i[m] * 4 + (m == 0 ? (ks + 1) & 3 : ks)) * 256);
         if (m == 0 || part.j[m] / 2 != part.j[n] / 2)
           load_kt(part.j[m] / 2, m == 0 ? ahead : here, m == 0 ? (ks + 1) & 3 : ks);
         wgmma_fence();
@@ -231,9 +257,26 @@ __device__ __forceinline__ void sum_tiles(float (&acc)[6][32], Pipe &pipe, int s
   pipe.release(pipe.ring.stage == 0 ? kStages - 1 : pipe.ring.stage - 1);
 }
 
+// Writes the six tiles of a sum that is kept apart, not rounded.
+template <int kPart>
+__device__ __forceinline__ void store_end(const float (&acc)[6][32], int warp, int lane, float *end) {
+  constexpr Part part = part_of(kPart);
+#pragma unroll
+  for (int n = 0; n < 6; ++n) {
+    const float w = part.i[n] == part.j[n] ? 1.f : 2.f;
+    float *to = end + (tile_index(8, part.i[n], part.j[n]) * 64 + warp * 16 + lane / 4) * 64 + (lane & 3) * 2;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      *reinterpret_cast<float2 *>(to + 8 * c) = make_float2(w * acc[n][4 * c], w * acc[n][4 * c + 1]);
+      *reinterpret_cast<float2 *>(to + 8 * c + 8 * 64) =
+          make_float2(w * acc[n][4 * c + 2], w * acc[n][4 * c + 3]);
+    }
+  }
+}
+
 // Writes the six tiles to their places in the slot through two staging buffers per warpgroup.
-template <typename T, int kPart, int kGroup>
-__device__ __forceinline__ void store_tiles(float (&acc)[6][32], const Pipe &pipe, char *slot) {
+template <typename T, int kPart, int kGroup, bool kExact>
+__device__ __forceinline__ void store_tiles(float (&acc)[6][32], const Pipe<kExact> &pipe, char *slot) {
   constexpr Part part = part_of(kPart);
   const int row = pipe.warp * 16 + (pipe.lane & 15), half = pipe.lane >> 4;
 #pragma unroll
@@ -258,8 +301,8 @@ __device__ __forceinline__ void store_tiles(float (&acc)[6][32], const Pipe &pip
 
 // One product per 16 tokens: A = w_t k_t (64 features), B = v (degree 1) or k (Z). Both warpgroups take every
 // other stage; each holds half of the sum, added through the staging buffer in a fixed order.
-template <typename T, bool kNorm, int kGroup>
-__device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe &pipe, int stages,
+template <typename T, bool kNorm, int kGroup, bool kExact>
+__device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe<kExact> &pipe, int stages,
                                            const volatile int32_t &slot) {
   float acc[32];
 #pragma unroll
@@ -275,7 +318,7 @@ __device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe &pipe, i
   for (int it = kGroup; it < stages; it += 2) {
     pipe.acquire();
     const uint32_t stage = pipe.stage(), b = stage + (kNorm ? 0 : kTile);
-    uint32_t f[4][4];
+    uint32_t f[kExact ? 8 : 4][4];  // the low parts behind the high ones
 #pragma unroll
     for (int ks = 0; ks < 4; ++ks)
 #pragma unroll
@@ -285,10 +328,16 @@ __device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe &pipe, i
         const float2 v = load_f2(at);
         f[ks][h] = __float_as_uint(v.x);
         f[ks][h + 2] = __float_as_uint(v.y);
+        if constexpr (kExact) {
+          const float2 low = load_f2(at + kTile);
+          f[ks + 4][h] = __float_as_uint(low.x);
+          f[ks + 4][h + 2] = __float_as_uint(low.y);
+        }
       }
     wgmma_fence();
 #pragma unroll
-    for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(acc, f[ks], tile_desc(b + ks * 2048));
+    for (int ks = 0; ks < (kExact ? 8 : 4); ++ks)
+      wgmma<T, true, true>(acc, f[ks], tile_desc(b + ks % 4 * 2048));
     wgmma_commit();
     wgmma_wait<0>();
     pipe.release(pipe.ring.stage);
@@ -297,7 +346,7 @@ __device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe &pipe, i
   }
   // Group 1 leaves its half in shared memory (16 KB, its own lanes' order), group 0 adds and stores.
   const uint32_t at = pipe.s.staging + (pipe.warp * 32 + pipe.lane) * 16;
-  if (pipe.warp == 0 && pipe.lane == 0) bulk_store_wait_read();
+  if (pipe.warp == 0 && pipe.lane == 0) bulk_store_wait_read<0>();
   named_barrier<5, 256>();
   if constexpr (kGroup == 1) {
 #pragma unroll
@@ -326,24 +375,31 @@ __device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe &pipe, i
   }
 }
 
-template <typename T, int kGroup, int kSlice>
-__device__ __forceinline__ void sum_slice(const UpdateArgs &args, Pipe &pipe, int stages,
-                                          const volatile int32_t &slot) {
+template <typename T, int kGroup, int kSlice, bool kExact>
+__device__ __forceinline__ void sum_slice(const UpdateArgs &args, Pipe<kExact> &pipe, int stages,
+                                          const volatile UnitMeta &unit) {
   float acc[6][32];
 #pragma unroll
   for (int n = 0; n < 6; ++n)
 #pragma unroll
     for (int i = 0; i < 32; ++i) acc[n][i] = 0.f;
-  sum_tiles<T, kSlice * 2 + kGroup>(acc, pipe, stages);
-  store_tiles<T, kSlice * 2 + kGroup, kGroup>(acc, pipe,
-                                              static_cast<char *>(args.state) + int64_t(slot) * (36 * kTile));
+  sum_tiles<T, kSlice * 2 + kGroup, kExact>(acc, pipe, stages);
+  if constexpr (kExact) {
+    const int32_t end = unit.end;
+    if (end >= 0) {
+      store_end<kSlice * 2 + kGroup>(acc, pipe.warp, pipe.lane, args.end + int64_t(end) * (36 * 64 * 64));
+      return;
+    }
+  }
+  store_tiles<T, kSlice * 2 + kGroup, kGroup, kExact>(
+      acc, pipe, static_cast<char *>(args.state) + int64_t(unit.slot) * (36 * kTile));
 }
 
 // kSlice = kSlices: only linear units.
-template <typename T, int kDegree, int kGroup, int kSlice>
-__device__ __forceinline__ void consume(const UpdateArgs &args, const Smem &s, const volatile UnitMeta *slots,
-                                        int tid) {
-  Pipe pipe{s, tid % 32, tid / 32};
+template <typename T, int kDegree, int kGroup, int kSlice, bool kExact>
+__device__ __forceinline__ void consume(const UpdateArgs &args, const Smem<kExact> &s,
+                                        const volatile UnitMeta *slots, int tid) {
+  Pipe<kExact> pipe{s, tid % 32, tid / 32};
   uint32_t phase = 0;
   const auto next = [&](int &stages) {  // the next unit's slice, uniform over the warp
     barrier_wait(s.unit_full, phase);
@@ -356,36 +412,37 @@ __device__ __forceinline__ void consume(const UpdateArgs &args, const Smem &s, c
   int stages, slice = next(stages);
   if constexpr (kSlice < kSlices) {
     while (slice == kSlice) {
-      sum_slice<T, kGroup, kSlice>(args, pipe, stages, slots[phase ^ 1].slot);
+      sum_slice<T, kGroup, kSlice, kExact>(args, pipe, stages, slots[phase ^ 1]);
       slice = next(stages);
     }
   }
   while (slice == kSlices) {
-    sum_linear<T, kDegree == 2, kGroup>(args, pipe, stages, slots[phase ^ 1].slot);
+    sum_linear<T, kDegree == 2, kGroup, kExact>(args, pipe, stages, slots[phase ^ 1].slot);
     slice = next(stages);
   }
   if (tid == 0) bulk_store_wait();
 }
-template <typename T, int kDegree, int kGroup>
-__device__ __forceinline__ void consume_slice(const UpdateArgs &args, const Smem &s,
+template <typename T, int kDegree, int kGroup, bool kExact>
+__device__ __forceinline__ void consume_slice(const UpdateArgs &args, const Smem<kExact> &s,
                                               const volatile UnitMeta *slots, int tid) {
   if constexpr (kDegree == 1) {
-    consume<T, kDegree, kGroup, kSlices>(args, s, slots, tid);
+    consume<T, kDegree, kGroup, kSlices, kExact>(args, s, slots, tid);
   } else {
     const int slice = blockIdx.x % kSlices;
     if (slice == 0)
-      consume<T, kDegree, kGroup, 0>(args, s, slots, tid);
+      consume<T, kDegree, kGroup, 0, kExact>(args, s, slots, tid);
     else if (slice == 1)
-      consume<T, kDegree, kGroup, 1>(args, s, slots, tid);
+      consume<T, kDegree, kGroup, 1, kExact>(args, s, slots, tid);
     else
-      consume<T, kDegree, kGroup, 2>(args, s, slots, tid);
+      consume<T, kDegree, kGroup, 2, kExact>(args, s, slots, tid);
   }
 }
 
-template <typename T, int kDegree>
+template <typename T, int kDegree, bool kExact>
 __global__ void __launch_bounds__(384, 1) update64_kernel(const __grid_constant__ UpdateArgs a) {
+  constexpr int kStages = Layout<kExact>::kStages;
   unsigned char *raw = dynamic_shared<unsigned char>();
-  const Smem s(shared_address(raw));
+  const Smem<kExact> s(shared_address(raw));
   UnitMeta *slots = reinterpret_cast<UnitMeta *>(raw + (s.unit - shared_address(raw)));
   const int tid = threadIdx.x, group = __shfl_sync(0xffffffffu, tid / 128, 0);
   if (tid == 0) {
@@ -400,26 +457,31 @@ __global__ void __launch_bounds__(384, 1) update64_kernel(const __grid_constant_
   __syncthreads();
   if (group == 2) {
     registers_dec<40>();
-    produce<T, kDegree>(a, s, slots, tid - 256);
+    produce<T, kDegree, kExact>(a, s, slots, tid - 256);
   } else {
     registers_inc<232>();
     if (group == 0)
-      consume_slice<T, kDegree, 0>(a, s, slots, tid);
+      consume_slice<T, kDegree, 0, kExact>(a, s, slots, tid);
     else
-      consume_slice<T, kDegree, 1>(a, s, slots, tid - 128);
+      consume_slice<T, kDegree, 1, kExact>(a, s, slots, tid - 128);
   }
 }
 
-template <typename T, int kDegree>
+template <typename T, int kDegree, bool kExact>
 cudaError_t launch(const UpdateArgs &a, int sms, cudaStream_t stream) {
-  return launch_kernel(update64_kernel<T, kDegree>, sms, 384, kSmem, stream, a);
+  constexpr int kSmem = Layout<kExact>::kSmem;
+  return launch_kernel(update64_kernel<T, kDegree, kExact>, sms, 384, kSmem, stream, a);
 }
 
 }  // namespace
 
 cudaError_t update64(const UpdateArgs &a, int sms, cudaStream_t stream) {
   using B = __nv_bfloat16;
-  return a.p.degree == 1 ? launch<B, 1>(a, sms, stream) : launch<B, 2>(a, sms, stream);
+  if (a.exact) {
+    if (a.p.degree != 2) return cudaErrorInvalidValue;
+    return launch<B, 2, true>(a, sms, stream);
+  }
+  return a.p.degree == 1 ? launch<B, 1, false>(a, sms, stream) : launch<B, 2, false>(a, sms, stream);
 }
 
 }  // namespace powerattn::cuda::sm90

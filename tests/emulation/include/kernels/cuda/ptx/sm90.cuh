@@ -83,9 +83,26 @@ uint32_t pack2(float lo, float hi) {
   else
     return uint32_t(__float2half_rn(lo).bits) | uint32_t(__float2half_rn(hi).bits) << 16;
 }
+template <typename T>
+uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  uint16_t x[2], y[2], z[2];
+  std::memcpy(x, &a, 4);
+  std::memcpy(y, &b, 4);
+  std::memcpy(z, &c, 4);
+  const auto value = [](uint16_t bits) {
+    T t;
+    std::memcpy(&t, &bits, 2);
+    return static_cast<double>(static_cast<float>(t));
+  };
+  // The sum of a product and a number of 16 bits is exact in double, up to far smaller parts than it is rounded
+  // to.
+  const double lo = value(x[0]) * value(y[0]) + value(z[0]), hi = value(x[1]) * value(y[1]) + value(z[1]);
+  return pack2<T>(static_cast<float>(lo), static_cast<float>(hi));
+}
 inline uint32_t low2_here(uint32_t v) { return __byte_perm(v, v, 0x1010); }
 inline uint32_t high2_here(uint32_t v) { return __byte_perm(v, v, 0x3232); }
 inline uint32_t here(uint32_t v) { return v; }
+inline int thread_here() { return static_cast<int>(threadIdx.x); }
 inline float exp2_fast(float x) {
   const float y = std::exp2(std::fabs(x) < 0x1p-126f ? 0.f : x);
   return y < 0x1p-126f ? 0.f : y;

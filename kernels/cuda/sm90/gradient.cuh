@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// Parts that the gradient kernels of both head sizes share.
+#pragma once
+
+#include "output.cuh"
+
+namespace powerattn::cuda::sm90 {
+
+constexpr int kUnitRows = 128;
+// Per stage: factor, log2 gate, r, delta of 64 columns, and the advance (floats).
+constexpr uint32_t kGate = 256, kR = 512, kDelta = 768, kAdvance = 1024, kMeta = 1040;
+
+struct GradientUnit {
+  int32_t head, row, length, main, first, second;  // blocks: seen by all rows; of the own two blocks
+  int32_t states, batch;
+  int64_t token;
+  float state_factor;
+  float r[kUnitRows], delta[kUnitRows];  // of the rows (queries)
+};
+
+// e = s^{p-1} f (m - delta), w = s^p f; on the diagonal f = r 2^(gate difference), and only visible pairs.
+// This lane holds rows `row` and row + 8 and columns `col`, col + 1 of every 8.
+template <typename T, int kDegree, bool kKeys, bool kDiagonal, int kW>
+__device__ __forceinline__ void weigh_gradient(const float (&t)[32], const float (&m)[32], uint32_t (&e)[4][4],
+                                               uint32_t (&w)[kW][4], uint32_t md, int row, int col, float d0,
+                                               float d1) {
+  float g[2] = {0.f, 0.f};
+  if constexpr (kDiagonal) {
+    g[0] = load_f1(md + kGate + row * 4);
+    g[1] = load_f1(md + kGate + row * 4 + 32);
+  }
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const uint32_t at = md + (n * 8 + col) * 4;
+    float2 f = make_float2(1.f, 1.f), delta = make_float2(0.f, 0.f), gc;
+    if constexpr (!kDiagonal)
+      f = load_f2(at);
+    else if constexpr (kKeys)
+      f = load_f2(at + kR);
+    if constexpr (kDiagonal) gc = load_f2(at + kGate);
+    if constexpr (kKeys) delta = load_f2(at + kDelta);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float ev[2], wv[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float sv = t[4 * n + 2 * h + k];
+        float fv = k ? f.y : f.x;
+        if constexpr (kDiagonal) {
+          const float gv = k ? gc.y : gc.x;
+          const int r = row + 8 * h, c = n * 8 + col + k;
+          fv *= exp2_fast(kKeys ? gv - g[h] : g[h] - gv);
+          fv = (kKeys ? c >= r : c <= r) ? fv : 0.f;
+        }
+        const float a = power<kDegree - 1>(sv) * fv;
+        ev[k] = a * (m[4 * n + 2 * h + k] - (kKeys ? (k ? delta.y : delta.x) : (h ? d1 : d0)));
+        wv[k] = a * sv;
+      }
+      e[n / 2][(n & 1) * 2 + h] = pack2<T>(ev[0], ev[1]);
+      if constexpr (kKeys) w[n / 2][(n & 1) * 2 + h] = pack2<T>(wv[0], wv[1]);
+    }
+  }
+}
+
+// x . dx of a row tile's rows lane / 4 and lane / 4 + 8 from `local` on; with them delta and the weights in dZ.
+template <bool kKeys, bool kCorrect>
+__device__ __forceinline__ void store_dots(const GradientArgs &a, const volatile GradientUnit &unit,
+                                           const float (&dot)[2], float degree, int local, int lane) {
+  const int heads = kKeys ? a.p.heads_kv : a.p.heads_q;
+  const int64_t to = token_row(a.p, unit.batch, heads, unit.head, unit.token) + unit.row + local + lane / 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int r = local + lane / 4 + 8 * h;
+    if ((lane & 3) != 0 || unit.row + r >= unit.length) continue;
+    if (a.dot) a.dot[to + 8 * h] = dot[h];
+    if constexpr (kCorrect && !kKeys) {
+      const float delta = dot[h] / degree + unit.delta[r] * (1.f - a.p.eps * unit.r[r]);
+      a.delta_out[to + 8 * h] = delta;
+      a.norm_weight[to + 8 * h] = -delta * a.weight[to + 8 * h];
+    }
+  }
+}
+
+// Keys: what the state gave to x . dx of rows lane / 4 and lane / 4 + 8 from `local` on. `sum` is relative to
+// the tile's last row.
+__device__ __forceinline__ void store_state_dots(const GradientArgs &a, const volatile GradientUnit &unit,
+                                                 const float (&sum)[2], float degree, int local, int lane) {
+  const int64_t at = token_row(a.p, unit.batch, a.p.heads_kv, unit.head, unit.token);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = unit.row + local + lane / 4 + 8 * h;
+    if ((lane & 3) != 0 || row >= unit.length) continue;
+    float f = degree;
+    if (a.gate) {
+      const double last = a.gate[at + min(unit.row + kUnitRows, unit.length) - 1];
+      f *= exp2_fast(static_cast<float>(last - a.gate[at + row]) * kLog2e);
+    }
+    a.state_dot[at + row] = f * sum[h];
+  }
+}
+
+}  // namespace powerattn::cuda::sm90

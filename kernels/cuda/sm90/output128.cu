@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward output for head_dim = value_dim = 128, after output64.cu: rows of one chunk against the state before
+// the chunk and the chunk's own keys. Two row tiles of 64 x 128 sums fill 128 registers, so q stays in shared
+// memory: the scores take it from there as the A operand, and the state phase reads the few fragments a tile of
+// the state needs.
+#include "output_producer.cuh"
+
+namespace powerattn::cuda::sm90 {
+namespace {
+
+using Layout = OutputLayout<128>;
+using Smem = OutputSmem<128>;
+constexpr int kTile = Layout::kTile, kStage = Layout::kStage, kStages = Layout::kStages;
+constexpr int kHalf = kTile / 2;  // 64 rows x 64 columns
+
+template <typename T, int kDegree>
+struct Consumer {
+  const Smem &s;
+  // Turns of the ring (4 stages), and the parity of the unit in the top bit: one register.
+  uint32_t turn = 0;
+  float o[2][64];
+  float l[2][2];
+
+  // Derived anew at every use: addresses kept over the loops would cost registers that 128 sums do not leave.
+  __device__ __forceinline__ int lane() const { return thread_here() & 31; }
+  __device__ __forceinline__ int warp() const { return thread_here() >> 5 & 3; }
+  // Row tile m of the warpgroup: {0, 3} and {1, 2} of the unit, so that both have as many causal blocks.
+  __device__ __forceinline__ int row_tile(int m) const { return (thread_here() >> 7) ^ (m ? 3 : 0); }
+  __device__ __forceinline__ uint32_t q(int m) const { return s.q + row_tile(m) * kTile; }
+  // Row that this lane's fragments begin with (and row + 8), and row of the matrices that it gives addresses
+  // for.
+  __device__ __forceinline__ int row() const { return warp() * 16 + lane() / 4; }
+  __device__ __forceinline__ int matrix_row() const { return warp() * 16 + (lane() & 15); }
+  __device__ __forceinline__ int index() const { return turn & (kStages - 1); }
+  __device__ __forceinline__ void acquire() { barrier_wait(s.full + 8 * index(), turn / kStages & 1); }
+  __device__ __forceinline__ void release(int stage) {
+    __syncwarp();
+    if (lane() == 0) barrier_arrive(s.empty + 8 * stage);
+  }
+  __device__ __forceinline__ uint32_t stage() const { return here(s.ring + index() * kStage); }
+  __device__ __forceinline__ uint32_t meta() const { return here(s.meta + index() * kMetaBytes); }
+
+  // x[m][h]: the eight values q_i, i = 8 ib .., of row g + 8 h of row tile m.
+  __device__ __forceinline__ void row_scalars(uint32_t (&x)[2][2][4], int ib) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = this->row() + 8 * h;
+        const uint4 v = load_u4(q(m) + (ib >> 3) * kHalf + row * 128 + (((ib & 7) ^ (row & 7)) << 4));
+        x[m][h][0] = v.x, x[m][h][1] = v.y, x[m][h][2] = v.z, x[m][h][3] = v.w;
+      }
+  }
+  // A operand of phi(q) S for tile (ib, jb), row tile m, k16 step n: rows i = 8 ib + 2n (k < 8) and 2n + 1,
+  // columns j.
+  template <int m>
+  __device__ __forceinline__ void phi(uint32_t (&a)[4][4], const uint32_t (&x)[2][2][4], int jb) {
+    uint32_t f[2];  // (q_j, q_{j+1}) of this lane: rows g, g + 8
+    const int row = matrix_row();
+    ldmatrix2(f[0], f[1], q(m) + (jb >> 3) * kHalf + row * 128 + (((jb & 7) ^ (row & 7)) << 4));
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      a[n][0] = mul2<T>(f[0], low2_here(x[m][0][n]));
+      a[n][1] = mul2<T>(f[1], low2_here(x[m][1][n]));
+      a[n][2] = mul2<T>(f[0], high2_here(x[m][0][n]));
+      a[n][3] = mul2<T>(f[1], high2_here(x[m][1][n]));
+    }
+  }
+  template <int m>
+  __device__ __forceinline__ void multiply(const uint32_t (&a)[4][4], uint32_t tile) {
+    const uint64_t b = tile_desc(tile, kHalf);
+    wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < 4; ++n) wgmma<T, true, true>(o[m], a[n], desc_at(b, n * 2048));
+    wgmma_commit();
+  }
+  // O += phi(Q) S over the 136 tiles, two (one stage) a turn. The fragments of one row tile are built while the
+  // other one multiplies. Nothing is in flight across the loop's edge; the other warpgroup fills that gap.
+  __device__ __forceinline__ void state_phase_2() {
+    uint32_t a[2][4][4], x[2][2][4];
+    int ib = 0, jb = 0;
+    row_scalars(x, 0);
+    phi<0>(a[0], x, 0);
+#pragma unroll 1
+    for (int pair = 0; pair < 68; ++pair) {
+      acquire();
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        multiply<0>(a[0], stage() + t * kTile);
+        if (t == 1) wgmma_wait<1>();
+        phi<1>(a[1], x, jb);
+        multiply<1>(a[1], stage() + t * kTile);
+        if (++jb == 16) {
+          ib = ib < 15 ? ib + 1 : 0;  // past the end: built and not used
+          jb = ib;
+          row_scalars(x, ib);
+        }
+        wgmma_wait<1>();
+        phi<0>(a[0], x, jb);
+      }
+      wgmma_wait<0>();
+      release(index());
+      ++turn;
+    }
+  }
+
+  // l_i = q_i^T Z q_i with Z = Z_hi + Z_lo, a stage each: rowsum(Q o (Q Z)). Before the sums of O begin, so
+  // that their registers can hold Q Z.
+  __device__ __forceinline__ void norm_phase() {
+    const int high = index();
+    acquire();
+    ++turn;
+    const int low = index();
+    acquire();
+    ++turn;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      float(&t)[64] = o[m];
+      const uint64_t a = tile_desc(q(m));
+      const uint64_t z[2] = {tile_desc(s.ring + high * kStage, kHalf), tile_desc(s.ring + low * kStage, kHalf)};
+      wgmma_fence();
+#pragma unroll
+      for (int ks = 0; ks < 16; ++ks) {
+        const uint64_t x = desc_at(a, (ks / 4 & 1) * kHalf + ks % 4 * 32);
+        const uint64_t y = desc_at(z[ks / 8], (ks / 4 & 1) * kTile + ks % 4 * 2048);
+        if (ks == 0)
+          wgmma<T, false, true>(t, x, y);
+        else
+          wgmma<T, true, true>(t, x, y);
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+#pragma unroll
+      for (int n = 0; n < 16; n += 2) {
+        uint32_t f[4];  // rows g, g + 8 of columns 8n .., then of 8(n + 1) ..
+        const int row = matrix_row(), piece = (n & 7) + (lane() >> 4);
+        ldmatrix4(f, q(m) + (n >> 3) * kHalf + row * 128 + ((piece ^ (row & 7)) << 4));
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const float2 v = unpack2<T>(f[2 * k + h]);
+            l[m][h] += t[4 * (n + k) + 2 * h] * v.x + t[4 * (n + k) + 2 * h + 1] * v.y;
+          }
+      }
+    }
+    release(high);
+    release(low);
+  }
+
+  // S_m = Q_m K^T and O_m += P V, without fence and commit.
+  template <int m>
+  __device__ __forceinline__ void scores(float (&t)[32], uint32_t keys) {
+    const uint64_t x = tile_desc(q(m)), k = tile_desc(keys);
+#pragma unroll
+    for (int ks = 0; ks < 8; ++ks) {
+      const uint32_t at = ks / 4 * kHalf + ks % 4 * 32;
+      if (ks == 0)
+        wgmma<T, false, false>(t, desc_at(x, at), desc_at(k, at));
+      else
+        wgmma<T, true, false>(t, desc_at(x, at), desc_at(k, at));
+    }
+  }
+  template <int m>
+  __device__ __forceinline__ void values(const uint32_t (&w)[4][4], uint32_t v) {
+    const uint64_t b = tile_desc(v, kHalf);
+#pragma unroll
+    for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(o[m], w[ks], desc_at(b, ks * 2048));
+  }
+  template <int m>
+  __device__ __forceinline__ void own_scores(float (&t)[32]) {
+    wgmma_fence();
+    scores<m>(t, stage());
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+  // Block r of the tile's own four against a row tile: at its own row it is the diagonal; later rows advance
+  // their reference gate to the start of block r + 1 first.
+  template <int m>
+  __device__ __forceinline__ void own_block(float (&t)[32], bool diagonal) {
+    uint32_t w[4][4];
+    if (diagonal) {
+      const int row = this->row();
+      scale_rows(o[m], l[m], exp2_fast(load_f1(meta() + 256 + row * 4)),
+                 exp2_fast(load_f1(meta() + 288 + row * 4)));
+      weigh<T, kDegree, true>(t, w, l[m], meta(), lane(), warp());
+    } else {
+      const float f = load_f1(meta() + 512);
+      scale_rows(o[m], l[m], f, f);
+      weigh<T, kDegree, false>(t, w, l[m], meta(), lane(), warp());
+    }
+    wgmma_fence();
+    values<m>(w, stage() + kTile);
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+
+  template <int m>
+  __device__ __forceinline__ void far_block(float (&t)[32]) {
+    uint32_t w[4][4];
+    weigh<T, kDegree, false>(t, w, l[m], meta(), lane(), warp());
+    wgmma_fence();
+    values<m>(w, stage() + kTile);
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+
+  // A block is 2048 cycles of the tensor cores and its weights a few hundred of the warps: the two warpgroups
+  // overlap each other, so neither keeps a second set of scores.
+  __device__ __forceinline__ void attention_phase(const volatile UnitMeta &u) {
+    float t[32];
+#pragma unroll 1
+    for (int j = 0; j < u.row / kKeys; ++j) {  // keys before the tile: every row sees them all
+      acquire();
+      own_scores<0>(t);
+      far_block<0>(t);
+      own_scores<1>(t);
+      far_block<1>(t);
+      release(index());
+      ++turn;
+    }
+#pragma unroll 1
+    for (int r = 0; u.row / kKeys + r < u.blocks; ++r) {  // the tile's own blocks
+      acquire();
+      if (r <= row_tile(0)) {
+        own_scores<0>(t);
+        own_block<0>(t, r == row_tile(0));
+      }
+      if (r <= row_tile(1)) {
+        own_scores<1>(t);
+        own_block<1>(t, r == row_tile(1));
+      }
+      release(index());
+      ++turn;
+    }
+  }
+
+  template <int m>
+  __device__ __forceinline__ void epilogue(const OutputArgs &a, const volatile UnitMeta &u) {
+    const uint32_t staging = s.staging + (thread_here() >> 5) * 2048;
+    float norm[2], f[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) f[h] = output_factor(a.p, quad_sum(l[m][h]), &norm[h]);
+    const int lane = this->lane(), row = u.row + row_tile(m) * 64 + warp() * 16;
+    T *y = static_cast<T *>(a.y.data) + u.batch * a.y.stride_b + u.head * a.y.stride_h +
+           (u.token + row) * a.y.stride_t;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      store_rows<T>(o[m] + 32 * half, f[0], f[1], staging, a.y, y + 64 * half, u.length - row, lane);
+    if (a.row_norm.data && (lane & 3) == 0) {
+      float *r = static_cast<float *>(a.row_norm.data) + u.batch * a.row_norm.stride_b +
+                 u.head * a.row_norm.stride_h + (u.token + row + lane / 4) * a.row_norm.stride_t;
+      if (row + lane / 4 < u.length) r[0] = norm[0];
+      if (row + lane / 4 + 8 < u.length) r[8 * a.row_norm.stride_t] = norm[1];
+    }
+  }
+};
+
+template <typename T, int kDegree>
+__global__ void __launch_bounds__(384, 1) output128_kernel(const __grid_constant__ OutputArgs a) {
+  unsigned char *raw = dynamic_shared<unsigned char>();
+  const Smem s(shared_address(raw));
+  UnitMeta *slots = reinterpret_cast<UnitMeta *>(raw + (s.unit - shared_address(raw)));
+  const int tid = threadIdx.x, group = tid / 128;
+  if (tid == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(s.full + 8 * i, 4);
+      barrier_init(s.empty + 8 * i, kConsumerWarps);
+    }
+    barrier_init(s.q_full, 4);
+    barrier_init(s.q_empty, kConsumerWarps);
+    fence_barrier_init();
+  }
+  __syncthreads();
+  // 2 x 224 + 56 = 504 = 3 x 168, the registers that the block was launched with.
+  if (group == 2) {
+    registers_dec<56>();
+    produce_output<T, kDegree, 128>(a, s, slots, tid - 256);
+  } else {
+    registers_inc<224>();
+    Consumer<T, kDegree> c{s};
+    for (;; c.turn ^= 1u << 31) {
+      barrier_wait(s.q_full, c.turn >> 31);
+      const volatile UnitMeta &u = slots[c.turn >> 31];  // stays until q is given back
+      if (u.head < 0) break;
+      c.l[0][0] = c.l[0][1] = c.l[1][0] = c.l[1][1] = 0.f;
+      if constexpr (kDegree == 2) {
+        if (u.states && a.norm) c.norm_phase();
+      }
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int i = 0; i < 64; ++i) c.o[m][i] = 0.f;
+      if constexpr (kDegree == 2) {
+        if (u.states) {
+          c.state_phase_2();
+          scale_rows(c.o[0], c.l[0], u.state_factor, u.state_factor);
+          scale_rows(c.o[1], c.l[1], u.state_factor, u.state_factor);
+        }
+      }
+      c.attention_phase(u);
+      c.template epilogue<0>(a, u);
+      c.template epilogue<1>(a, u);
+      __syncwarp();
+      if (c.lane() == 0) barrier_arrive(s.q_empty);  // q was read to the end, and `u` too
+    }
+  }
+}
+
+template <typename T, int kDegree>
+cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
+  constexpr int kSmem = Layout::kSmem;
+  return launch_kernel(output128_kernel<T, kDegree>, sms, 384, kSmem, stream, a);
+}
+
+}  // namespace
+
+cudaError_t output128(const OutputArgs &a, int sms, cudaStream_t stream) {
+  using B = __nv_bfloat16;
+  if (a.state != nullptr && a.p.degree != 2) return cudaErrorInvalidValue;
+  switch (a.p.degree) {
+    case 1:
+      return launch<B, 1>(a, sms, stream);
+    case 2:
+      return launch<B, 2>(a, sms, stream);
+    case 4:
+      return launch<B, 4>(a, sms, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace powerattn::cuda::sm90
