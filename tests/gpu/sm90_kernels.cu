@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The sm_90a kernels alone: fresh random inputs, poisoned outputs, rows checked against float64 straight from
-// the definition, then medians over events. Usage: sm90_kernels check | time
+// the definition, then medians over events. Usage: sm90_kernels check | backward | stress | time [SEED] [d128]
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -28,6 +28,17 @@ namespace k90 = powerattn::cuda::sm90;
       exit(2);                                                          \
     }                                                                   \
   } while (0)
+
+// The kernels of each head size.
+static cudaError_t update(const k90::UpdateArgs &a, int sms) {
+  return a.p.head_dim == 128 ? k90::update128(a, sms, 0) : k90::update64(a, sms, 0);
+}
+static cudaError_t output(const k90::OutputArgs &a, int sms) {
+  return a.p.head_dim == 128 ? k90::output128(a, sms, 0) : k90::output64(a, sms, 0);
+}
+static cudaError_t gradient(const k90::GradientArgs &a, int sms) {
+  return a.p.head_dim == 128 ? k90::gradient128(a, sms, 0) : k90::gradient64(a, sms, 0);
+}
 
 static int g_sms = 132;
 static int g_failures = 0;
@@ -178,7 +189,7 @@ struct Forward {
   }
   void run_update() {
     CK(cudaMemsetAsync(tickets.p, 0, 64, 0));
-    CK(k90::update64(up, g_sms, 0));
+    CK(update(up, g_sms));
   }
   void run_scan() { CK(k90::scan(sc, 0)); }
   static int64_t chunk(const Data &d) { return d.c.chunk ? d.c.chunk : d.c.t; }
@@ -194,7 +205,7 @@ struct Forward {
   }
   void run_output() {
     CK(cudaMemsetAsync(tickets.p, 0, 64, 0));
-    CK(k90::output64(out, g_sms, 0));
+    CK(output(out, g_sms));
   }
   void run() {
     tables_and_gates();
@@ -408,16 +419,16 @@ struct Backward {
   void run_rows() { CK(k90::rows(rows, 0)); }
   void run_update() {
     CK(cudaMemsetAsync(f.tickets.p, 0, 64, 0));
-    CK(k90::update64(up, g_sms, 0));
+    CK(update(up, g_sms));
   }
   void run_scan() { CK(k90::scan(sc, 0)); }
   void run_q() {
     CK(cudaMemsetAsync(f.tickets.p, 0, 64, 0));
-    CK(k90::gradient64(gq, g_sms, 0));
+    CK(gradient(gq, g_sms));
   }
   void run_k() {
     CK(cudaMemsetAsync(f.tickets.p, 0, 64, 0));
-    CK(k90::gradient64(gk, g_sms, 0));
+    CK(gradient(gk, g_sms));
   }
   void run() {
     shapes();
@@ -596,11 +607,10 @@ static void time_forward(const Case &c) {
     const float u = median_ms([&] { f.run_update(); });
     const float sc = median_ms([&] { f.run_scan(); });
     printf("     gates %.4f  update %.4f ms (%.0f TFLOP/s executed)  scan %.4f ms (%.2f TB/s)\n", tg, u,
-           4.0 / 2 * double(c.b) * c.t * c.hkv * (c.p == 1 ? c.d : 2304.0 * (c.d / 64) * (c.d / 64)) * c.d / u /
-               1e9,
-           sc, 2.0 * f.slots * (k90::state_bytes(c.d, c.p) + k90::norm_bytes(c.d)) / sc / 1e9);
+           4.0 / 2 * double(c.b) * c.t * c.hkv * (64.0 * k90::state_tiles(c.d, c.p)) * c.d / u / 1e9, sc,
+           2.0 * f.slots * (k90::state_bytes(c.d, c.p) + k90::norm_bytes(c.d)) / sc / 1e9);
   }
-  if (c.d == 64) {
+  {
     Backward g(x, f);
     const float whole = median_ms([&] { g.run(); });
     const float rows = median_ms([&] { g.run_rows(); });
@@ -621,8 +631,19 @@ int main(int argc, char **argv) {
   CK(cudaGetDeviceProperties(&prop, 0));
   g_sms = prop.multiProcessorCount;
   if (argc > 2) g_seed = atoll(argv[2]) * 1000;
+  const bool wide = argc > 3 && std::string(argv[3]) == "d128";
+  // The cases of one head size: those written for d = 64, or the same ones at 128 that its kernels take.
+  const auto of_size = [&](std::vector<Case> cases) {
+    std::vector<Case> chosen;
+    for (Case &c : cases) {
+      if (wide && c.p == 1 && c.chunk) continue;
+      if (wide) c.d = 128;
+      chosen.push_back(c);
+    }
+    return chosen;
+  };
   if (mode == "check") {
-    for (const Case &c : std::vector<Case>{
+    for (const Case &c : of_size({
              {"attn d64 p2 t256", 1, 256, 2, 2, 64, 2, 0.f, 0, {}},
              {"attn d64 p2 t512 gated", 2, 512, 2, 2, 64, 2, .02f, 0, {}},
              {"attn d64 p2 t1000 gqa gated", 2, 1000, 6, 2, 64, 2, .1f, 0, {}},
@@ -636,12 +657,12 @@ int main(int argc, char **argv) {
              {"chunk d64 p1 t1999 c256 gated", 2, 1999, 2, 2, 64, 1, .02f, 256, {}},
              {"chunk d64 p2 packed c256", 1, 3000, 2, 2, 64, 2, .01f, 256, {0, 1, 1, 300, 555, 2900}},
              {"attn d64 p2 packed", 1, 1500, 2, 2, 64, 2, .05f, 0, {0, 1, 1, 300, 555, 1400}},
-         })
+         }))
       check_forward(c);
     return g_failures != 0;
   }
   if (mode == "backward") {
-    for (const Case &c : std::vector<Case>{
+    for (const Case &c : of_size({
              {"attn d64 p2 t256", 1, 256, 2, 2, 64, 2, 0.f, 0, {}},
              {"attn d64 p2 t640 gated", 2, 640, 2, 2, 64, 2, .02f, 0, {}},
              {"attn d64 p2 t777 gqa gated", 1, 777, 6, 2, 64, 2, .1f, 0, {}},
@@ -652,14 +673,15 @@ int main(int argc, char **argv) {
              {"chunk d64 p2 t1000 c256 gqa gated", 1, 1000, 4, 2, 64, 2, .01f, 256, {}},
              {"chunk d64 p1 t1000 c256 gated", 1, 1000, 2, 2, 64, 1, .01f, 256, {}},
              {"packed d64 p2 c256", 1, 1100, 2, 1, 64, 2, .01f, 256, {0, 1, 1, 300, 555, 1000}},
-         })
+         }))
       check_backward(c);
     printf("failures: %d\n", g_failures);
     return g_failures != 0;
   }
   if (mode == "stress") {  // many launches of each kernel: a race or a lost wake-up shows as a hang
-    for (const Case &c : std::vector<Case>{{"c1024", 1, 65536, 8, 8, 64, 2, .001f, 1024, {}},
-                                           {"c512", 1, 65536, 8, 8, 64, 2, .001f, 512, {}}}) {
+    for (const Case &c : of_size({{"c1024", 1, 65536, 8, 8, 64, 2, .001f, 1024, {}},
+                                  {"c512", 1, 65536, 8, 8, 64, 2, .001f, 512, {}},
+                                  {"attention form", 32, 2048, 8, 8, 64, 2, .001f, 0, {}}})) {
       Data x(c);
       Forward f(x);
       f.tables_and_gates();
@@ -675,8 +697,8 @@ int main(int argc, char **argv) {
         }
         printf("\n");
       };
-      many("update", 200, [&] { f.run_update(); });
-      many("scan", 100, [&] { f.run_scan(); });
+      if (c.chunk) many("update", 200, [&] { f.run_update(); });
+      if (c.chunk) many("scan", 100, [&] { f.run_scan(); });
       many("output", 300, [&] { f.run_output(); });
       many("tables", 100, [&] { f.tables_and_gates(); });
       many("forward", 100, [&] { f.run(); });
@@ -689,7 +711,7 @@ int main(int argc, char **argv) {
     }
     return 0;
   }
-  for (const Case &c : std::vector<Case>{
+  for (const Case &c : of_size({
            {"attn b64 t1024 h8 d64", 64, 1024, 8, 8, 64, 2, .02f, 0, {}},
            {"attn b64 t1024 ungated", 64, 1024, 8, 8, 64, 2, 0.f, 0, {}},
            {"attn b16 t4096 h8 d64", 16, 4096, 8, 8, 64, 2, .02f, 0, {}},
@@ -700,7 +722,7 @@ int main(int argc, char **argv) {
            {"chunk b1 t65536 h8 c2048", 1, 65536, 8, 8, 64, 2, .001f, 2048, {}},
            {"chunk p1 t65536 h8 c256", 1, 65536, 8, 8, 64, 1, .001f, 256, {}},
            {"attn b1 t65536 h8", 1, 65536, 8, 8, 64, 2, .001f, 0, {}},
-       })
+       }))
     time_forward(c);
   return 0;
 }
