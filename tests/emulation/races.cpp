@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Races on shared memory by happens-before: every thread has a vector clock; __syncwarp, named barriers,
-// mbarriers and the completion of bulk copies carry clocks from thread to thread; every word of shared memory
-// remembers its last write and the reads since. Two accesses that no chain of these orders are a race, whatever
-// order they happened to run in. Seen are the accesses through kernels/cuda/ptx; plain C++ loads and stores of
-// shared memory are not.
+// mbarriers and the completion of bulk copies carry clocks from thread to thread; every 2 bytes of shared
+// memory remember their last write and the reads since. Two accesses that no chain of these orders are a race,
+// whatever order they happened to run in. Seen are the accesses through kernels/cuda/ptx; plain C++ loads and
+// stores of shared memory are not.
 #include <algorithm>
 
 #include "machine.h"
