@@ -149,6 +149,15 @@ def against_eager(t: int, degree: int, threads: int) -> dict[str, float]:
     }
 
 
+def cpu_name() -> str:
+    """The processor as the system names it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json")
@@ -156,6 +165,7 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, object] = {
         "version": pa.__version__, "torch": torch.__version__, "machine": platform.machine(),
+        "cpu": cpu_name(), "cores": os.cpu_count(),
         "threads": options.threads, "load": os.getloadavg()[0],
     }  # fmt: skip
     results["step"] = row = step_overhead()
