@@ -45,7 +45,7 @@ python_test() {
 python_gpu_test() {
   need_toolkit
   POWERATTN_CUDA=ON python_setup
-  run_counted pytest env -C "$BUILD" POWERATTN_CACHE="$CACHE" "$VENV/bin/python" -m pytest -q \
+  env -C "$BUILD" POWERATTN_CACHE="$CACHE" "$VENV/bin/python" -m pytest -q \
     -p no:cacheprovider -c "$ROOT/bindings/python/pyproject.toml" --rootdir "$ROOT/bindings/python" \
     "$ROOT/bindings/python/tests/gpu"
 }
