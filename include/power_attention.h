@@ -139,7 +139,7 @@ typedef struct powerattn_desc {
   int64_t value_dim;     /* e: 1 .. 256; 0 = head_dim */
   int64_t sequences;     /* 0: every batch entry is a sequence; n > 0: n packed sequences (cu_seqlens) */
   int64_t max_seq_len;   /* packed: longest sequence if known (helps the cost model), 0 = unknown */
-  int64_t chunk_size;    /* tokens per chunk, 0 = chosen by the cost model */
+  int64_t chunk_size;    /* tokens per chunk, which asks for the chunked form; 0 = chosen by the cost model */
   double scale;          /* with POWERATTN_CUSTOM_SCALE; finite */
   double eps;            /* added to the denominator; >= 0, finite; default 0 */
   double rope_base;      /* > 0; 0 = 10000 */

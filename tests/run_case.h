@@ -55,6 +55,10 @@ class Plan {
     must(powerattn_plan_create(&desc, &plan_), "plan_create");
     info_.struct_size = sizeof info_;
     must(powerattn_plan_query(plan_, &info_), "plan_query");
+    // A chunk size asks for chunks, on every device; the reference, which bfloat16 states need, has none.
+    const bool reference = desc.device_type == POWERATTN_CPU && desc.state_dtype == POWERATTN_BFLOAT16;
+    if (desc.chunk_size > 0 && info_.form != POWERATTN_FORM_CHUNKED && !reference)
+      throw Failure("chunk_size is given, but the form is not chunked");
   }
   Plan(const Plan &) = delete;
   Plan &operator=(const Plan &) = delete;

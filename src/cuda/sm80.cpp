@@ -96,7 +96,8 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
                           : p.degree > 2                 ? "chunked form for degrees 1 and 2 only"
                           : p.degree == 1 && p.use_state ? "no states of degree 1"
                                                          : nullptr;
-  if (no_chunks && (p.use_state || pins.form == POWERATTN_FORM_CHUNKED)) return no(no_chunks);
+  const bool pinned = pins.form == POWERATTN_FORM_CHUNKED || pins.chunk > 0;  // a chunk size asks for chunks
+  if (no_chunks && (p.use_state || pinned)) return no(no_chunks);
   // Measured at d = 64: beyond 12 thousand tokens the chunked form of cuda.generic overtakes this attention
   // form.
   const int64_t overtaken = p.degree == 1 ? 2048 : 3 * p.head_dim * p.head_dim;
@@ -108,7 +109,7 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
   const int sms = device->sm_count;
   const int64_t chunk = pins.chunk > 0 ? pins.chunk : automatic_chunk(p, sms);
   const Cost attention = cost(p, 0, sms);
-  bool chunked = p.use_state || pins.form == POWERATTN_FORM_CHUNKED;
+  bool chunked = p.use_state || pinned;
   if (!chunked && !no_chunks && pins.form != POWERATTN_FORM_ATTENTION && p.max_seq_len > chunk) {
     const Cost c = cost(p, chunk, sms);
     chunked = c.forward + c.backward < attention.forward + attention.backward;

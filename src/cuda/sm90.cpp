@@ -126,7 +126,8 @@ bool choose(const Features &features, Op op, const Problem &p, const Pins &pins,
                           : p.degree == 1
                               ? "no chunked form of degree 1: its row norms would miss the part of the state"
                               : "chunked form for degree 2 only";
-  if (no_chunks && pins.form == POWERATTN_FORM_CHUNKED) return no(no_chunks);
+  const bool pinned = pins.form == POWERATTN_FORM_CHUNKED || pins.chunk > 0;  // a chunk size asks for chunks
+  if (no_chunks && pinned) return no(no_chunks);
   if (p.use_state && pins.form == POWERATTN_FORM_ATTENTION) return no("states need the chunked form");
   if (const std::string unmeasured = missing(p, features); !unmeasured.empty())
     return no((unmeasured + ": " + kNotMeasured).c_str());
@@ -134,7 +135,7 @@ bool choose(const Features &features, Op op, const Problem &p, const Pins &pins,
   const int sms = device->sm_count;
   const int64_t chunk = pins.chunk > 0 ? pins.chunk : automatic_chunk(p, sms);
   const Cost attention = cost(p, 0, sms);
-  bool chunked = p.use_state || pins.form == POWERATTN_FORM_CHUNKED;
+  bool chunked = p.use_state || pinned;
   if (!chunked && !no_chunks && pins.form != POWERATTN_FORM_ATTENTION && p.max_seq_len > chunk) {
     const Cost c = cost(p, chunk, sms);
     chunked = c.forward + c.backward < attention.forward + attention.backward;
