@@ -369,10 +369,13 @@ def check_step(
 class _Step(NamedTuple):
     """What the checks of a step found, for all steps on tensors like these."""
 
+    handle: int  # of the plan, which the next field keeps
     plan: Plan
-    shape: tuple[int, ...]  # of y, and its strides
+    workspace: int
+    like: Tensor  # a tensor as y: making another like it is quicker than from a shape
     strides: tuple[int, int, int]
     state_strides: tuple[int, ...]
+    slots: int
 
 
 # The checks cost several times what a small step does. Steps whose tensors have the types, devices and sizes of an
@@ -404,7 +407,9 @@ def _new_step(
         )
     plan = get_plan(q, v, 0, True, options, STATE_NUMBERS[s.dtype])
     b, t, h, e = (*q.shape[:3], v.shape[3])
-    return _Step(plan, (b, t, h, e), (t * h * e, h * e, e), state_numbers(s, z)[2:])
+    like = q.new_empty((b, t, h, e))
+    strides = (t * h * e, h * e, e)
+    return _Step(plan.handle, plan, plan.workspace_step, like, strides, state_numbers(s, z)[2:], s.shape[0])
 
 
 def step(
@@ -440,7 +445,8 @@ def step_here(
     key = (
         q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device,
         s.shape, s.dtype, s.device, s.stride(), z.shape, z.dtype, z.device, z.stride(),
-        None if log_g is None else _like(log_g), None if slots is None else _like(slots),
+        None if log_g is None else _like(log_g),
+        slots if slots is None else (slots.shape, slots.dtype, slots.device),
         None if lengths is None else _like(lengths), None if rope_offset is None else _like(rope_offset),
         options, torch.get_num_threads(),
     )  # fmt: skip
@@ -450,26 +456,27 @@ def step_here(
         if len(_steps) >= 256:
             _steps.clear()
         _steps[key] = ready
-    plan, shape, strides, state_strides = ready
+    handle, _, nbytes, like, (y_b, y_t, y_h), (s_n, s_h, z_n, z_h), num_slots = ready
     q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
     if q_strides[3] != 1 or k_strides[3] != 1 or v_strides[3] != 1:
         q, k, v = unit(q), unit(k), unit(v)
         q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
-    y = q.new_empty(shape)
-    nbytes, work, stream = plan.workspace_step, 0, 0
+    y = torch.empty_like(like)
+    work, stream = 0, 0
     if q.is_cuda:  # torch's allocator knows when the stream is done with it
         work, _work = workspace(nbytes, q)
         stream = stream_of(q)
     elif nbytes:
-        work = _scratch.address(nbytes)
+        work = _scratch.address if nbytes <= _scratch.nbytes else _scratch.grow(nbytes)
+    g_at, g_b, g_t, g_h = ABSENT if log_g is None else tensor_numbers(log_g)
     native.step(
-        plan.handle,
+        handle,
         q.data_ptr(), q_strides[0], q_strides[1], q_strides[2],
         k.data_ptr(), k_strides[0], k_strides[1], k_strides[2],
         v.data_ptr(), v_strides[0], v_strides[1], v_strides[2],
-        *(ABSENT if log_g is None else tensor_numbers(log_g)),
-        y.data_ptr(), *strides,
-        s.data_ptr(), z.data_ptr(), *state_strides, s.shape[0],
+        g_at, g_b, g_t, g_h,
+        y.data_ptr(), y_b, y_t, y_h,
+        s.data_ptr(), z.data_ptr(), s_n, s_h, z_n, z_h, num_slots,
         0 if slots is None else slots.data_ptr(),
         0 if lengths is None else lengths.data_ptr(),
         0 if rope_offset is None else rope_offset.data_ptr(),
@@ -481,14 +488,14 @@ def step_here(
 class _Scratch(threading.local):
     """Host scratch memory of a thread: calls on the CPU are over when they return, so it can be used again."""
 
+    nbytes = address = 0  # at address, valid until the thread's next call
     buffer: MaybeTensor = None
 
-    def address(self, nbytes: int) -> int:
-        """Memory that is valid until the thread's next call."""
-        buffer = self.buffer
-        if buffer is None or buffer.shape[0] < nbytes + 256:
-            buffer = self.buffer = torch.empty(nbytes + 256, dtype=torch.uint8)
-        return (buffer.data_ptr() + 255) // 256 * 256
+    def grow(self, nbytes: int) -> int:
+        """Makes it nbytes; its new address."""
+        self.address, self.buffer = workspace(nbytes, torch.empty(0))
+        self.nbytes = nbytes
+        return self.address
 
 
 _scratch = _Scratch()

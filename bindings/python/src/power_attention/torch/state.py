@@ -18,11 +18,8 @@ from .function import State, autocast, index
 _compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _function_mode = torch._C._is_torch_function_mode_enabled
-
-
-def _direct(q: Tensor) -> bool:
-    """Whether a step may go past the dispatcher: plain tensors, nothing that traces or intercepts."""
-    return not _compiling() and type(q) is Tensor and not _modes() and not _function_mode()
+_autocasts = torch._C._is_any_autocast_enabled
+_grad = torch.is_grad_enabled
 
 
 def _refuse_grad(*tensors: Tensor) -> None:
@@ -74,12 +71,13 @@ def step(
     """
     options = _options(degree, normalize, scale, eps, rope)
     s, z = state
-    rest = (index(slots, q), index(lengths, q), index(rope_offset, q))
+    if slots is not None or lengths is not None or rope_offset is not None:
+        slots, lengths, rope_offset = index(slots, q), index(lengths, q), index(rope_offset, q)
     if not inplace:
         q, k, v = autocast(q, k, v)
-        y, s, z = torch.ops.powerattn.step(q, k, v, log_g, s, z, *rest, *options)
+        y, s, z = torch.ops.powerattn.step(q, k, v, log_g, s, z, slots, lengths, rope_offset, *options)
         return y, State(s, z)
-    return _step_(q, k, v, s, z, log_g, *rest, options)
+    return _step_(q, k, v, s, z, log_g, slots, lengths, rope_offset, options)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=64, typed=True)  # typed: 2.0 is not a degree
@@ -108,10 +106,12 @@ def _step_(
     rope_offset: Tensor | None,
     options: Options,
 ) -> Tensor:
-    if torch.is_grad_enabled():
+    if _grad():
         _refuse_grad(q, k, v, s, z)
-    q, k, v = autocast(q, k, v)
-    if not _direct(q):
+    if _autocasts():
+        q, k, v = autocast(q, k, v)
+    if _compiling() or type(q) is not Tensor or _modes() or _function_mode():
+        # Only plain tensors that nothing traces or intercepts may go past the dispatcher.
         return torch.ops.powerattn.step_(  # type: ignore[no-any-return]
             q, k, v, log_g, s, z, slots, lengths, rope_offset, *options
         )
@@ -171,7 +171,8 @@ class PowerAttentionState:
         self._options = make_options(degree, normalize, scale=scale, eps=eps, rope=rope)
         self._position = torch.zeros((slots,), dtype=torch.int64, device=device)
         self._pending = 0  # tokens that every slot has seen and _position does not count yet
-        self._pending_slots: list[tuple[Tensor, Tensor | int]] = []  # and those that some have
+        self._pending_slots: list[int] = []  # and those that some have: slots, and as many numbers of tokens
+        self._pending_tokens: list[int] = []
 
     @property
     def slots(self) -> int:
@@ -194,9 +195,13 @@ class PowerAttentionState:
         lengths: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
         """Feeds tokens to the slots, in place, and returns y. See :func:`step`."""
-        slots, lengths = index(slots, q), index(lengths, q)
+        if slots is not None:
+            slots = index(slots, q)
+        if lengths is not None:
+            lengths = index(lengths, q)
         position = None
-        b, t = q.shape[0], q.shape[1]
+        shape = q.shape
+        b, t = shape[0], shape[1]
         if self.rope is not None:
             now = self.position
             position = now[:b] if slots is None else now[self._inside(slots)]
@@ -211,31 +216,33 @@ class PowerAttentionState:
             self._position += self._pending
             self._pending = 0
         if self._pending_slots:
-            for slots, amount in self._pending_slots:
-                self._add(slots, amount)
-            self._pending_slots = []
+            slots, tokens = torch.tensor(self._pending_slots), torch.tensor(self._pending_tokens)
+            self._pending_slots, self._pending_tokens = [], []
+            self._add(slots, tokens)
         return self._position
 
     @position.setter
     def position(self, value: Tensor) -> None:
-        self._position, self._pending, self._pending_slots = value, 0, []
+        self._position, self._pending, self._pending_slots, self._pending_tokens = value, 0, [], []
 
     def _advance(self, b: int, t: int, slots: Tensor | None, lengths: Tensor | None) -> None:
         # On the CPU positions are counted when they are next read. On a device the counting is work in the
         # stream like the rest, so that a captured graph repeats it.
         later = not self._position.is_cuda and not _compiling()
         if slots is None:
-            if later and lengths is None and b == self.slots:
+            if later and lengths is None and b == self._position.shape[0]:
                 self._pending += t
             else:
                 self.position[:b] += t if lengths is None else lengths
             return
-        amount = t if lengths is None else lengths
-        if later and len(self._pending_slots) < 64:
-            self._pending_slots.append((slots.clone(), amount if isinstance(amount, int) else amount.clone()))
-        else:
-            self.position  # noqa: B018  counts what is pending
-            self._add(slots, amount)
+        if later and b <= 64:
+            self._pending_slots += slots.tolist()
+            self._pending_tokens += (t,) * b if lengths is None else lengths.tolist()
+            if len(self._pending_slots) < 4096:
+                return
+        self.position  # noqa: B018  counts what is pending
+        if not later or b > 64:
+            self._add(slots, t if lengths is None else lengths)
 
     def _add(self, slots: Tensor, amount: Tensor | int) -> None:
         valid = (slots >= 0) & (slots < self.slots)  # the others were skipped
