@@ -129,13 +129,14 @@ __global__ void __launch_bounds__(kThreads) contract_kernel(ContractArgs a, int6
   }
   __syncthreads();
 
-  const int64_t g_row = row_index(s, s.heads_kv, kv, tile.sequence, c.start);
+  const Chunk chunk = s.table.chunks[ptx::anew(tile.chunk)];  // again: the loop has no registers for it
+  const int64_t g_row = row_index(s, s.heads_kv, kv, tile.sequence, chunk.start);
   for (int r = warp; r < tile.length; r += kThreads / 32) {
     float f = 1.0f;
     if (a.queries) f = s.scale_p * (s.normalize ? a.inverse[out_row + r] : 1.0f);
     if (s.gated) {
       const double g = s.g[g_row + tile.offset + r];
-      f *= expf(float(a.queries ? g : s.g[g_row + c.length - 1] - g));
+      f *= expf(float(a.queries ? g : s.g[g_row + chunk.length - 1] - g));
     }
     float dot = 0;
     for (int i = tid & 31; i < s.d; i += 32) {

@@ -123,6 +123,12 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// The same number, which the compiler must take for another: an address made from it is not kept for later
+// uses, in registers that a loop in between does not have.
+__device__ __forceinline__ int anew(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
 // x rounded to TF32 (10 bits of fraction), ties away from zero.
 __device__ __forceinline__ uint32_t round_tf32(float x) {
   uint32_t y;

@@ -282,6 +282,7 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
           dot[m][h] += dx[m][i][2 * h] * Pair<T>::lo(x2) + dx[m][i][2 * h + 1] * Pair<T>::hi(x2);
         }
     if (a.state_dot != nullptr) {
+      const int head = anew(static_cast<int>(head_x));
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -289,7 +290,7 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
           const int row = row_of(m, h);
           const float sum = quad_sum(dot[m][h]);
           if (quad == 0 && row < tile.length)
-            a.state_dot[(batch * heads_x + head_x) * shape.seq_len + tile.start + row] =
+            a.state_dot[(batch * heads_x + head) * shape.seq_len + tile.start + row] =
                 g != nullptr ? sum * __expf(g_ref - g[tile.offset + row]) : sum;
         }
     }

@@ -64,4 +64,6 @@ inline uint32_t round_tf32(float x) {  // half of the last place of the fraction
   return (u & 0x7f800000u) == 0x7f800000u ? u : (u + 0x1000u) & ~0x1fffu;
 }
 
+inline int anew(int v) { return v; }
+
 }  // namespace powerattn::cuda::ptx
