@@ -68,7 +68,7 @@ C
 
 cuda_test() {
   cmake_build "$CUDA_BUILD" -DCMAKE_BUILD_TYPE=Release -DPOWERATTN_CUDA=ON -DPOWERATTN_BUILD_EXAMPLES=OFF \
-    -DPOWERATTN_BUILD_BENCH=OFF -DCMAKE_CUDA_FLAGS="-Xptxas=-v" -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
+    -DPOWERATTN_BUILD_BENCH=OFF -DCMAKE_CUDA_FLAGS="-Xptxas=-v"
   cuda_report
   local kernels
   kernels=$(grep -c 'Compiling entry function' "$CUDA_BUILD/ptxas.txt" || true)
@@ -88,26 +88,24 @@ cuda_emulated() {
   run_counted ctest ctest --test-dir "$EMULATION_BUILD" -L emulation -j "$JOBS" --output-on-failure
 }
 
-# The compiler's report on every kernel, into ptxas.txt: each .cu file once more with its own command of the build, through
+# The compiler's report on every kernel, into ptxas.txt: each .cu file once more with the very command of the build, through
 # the compiler cache, which keeps what a command printed, so that a file that was just built costs nothing.
 cuda_report() {
-  local directory command launcher=
-  if command -v ccache >/dev/null; then launcher=ccache; fi
+  local command
   : >"$CUDA_BUILD/ptxas.txt"
-  while read -r -d '' directory && read -r -d '' command; do
-    (cd "$directory" && eval "$launcher $command") >>"$CUDA_BUILD/ptxas.txt" 2>&1 || {
+  while read -r -d '' command; do
+    (cd "$CUDA_BUILD" && eval "$command") >>"$CUDA_BUILD/ptxas.txt" 2>&1 || {
       tail -n 20 "$CUDA_BUILD/ptxas.txt"
       return 1
     }
-  done < <(python3 - "$CUDA_BUILD/compile_commands.json" <<'PY'
-import json
-import sys
+  done < <(ninja -C "$CUDA_BUILD" -t compdb | python3 -c '
+import json, sys
 
-for entry in json.load(open(sys.argv[1])):
+text = sys.stdin.read()
+for entry in json.loads(text[text.index("["):]):
     if entry["file"].endswith(".cu"):
-        sys.stdout.write(entry["directory"] + "\0" + entry["command"] + "\0")
-PY
-  )
+        sys.stdout.write(entry["command"] + "\0")
+')
 }
 cuda_no_serialisation() { ! grep -E 'C75[0-9][0-9]' "$CUDA_BUILD/ptxas.txt"; }
 cuda_no_spills() { cuda_report_is_clean "$CUDA_BUILD/ptxas.txt"; }
