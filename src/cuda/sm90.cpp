@@ -39,7 +39,7 @@ struct Features {
   bool states;  // initial and final states and their gradients: exact update weights, corrected delta
   bool d128;    // head_dim = value_dim = 128
 };
-constexpr Features kMeasured = {/*states=*/false, /*d128=*/false};
+constexpr Features kMeasured = {/*states=*/true, /*d128=*/true};
 constexpr Features kWritten = {/*states=*/true, /*d128=*/true};
 
 const char kNotMeasured[] = "not yet run on a device (POWERATTN_CUDA_IMPLEMENTATION=cuda.sm90.next tries it)";

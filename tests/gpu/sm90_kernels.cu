@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The sm_90a kernels alone: fresh random inputs, poisoned outputs, rows checked against float64 straight from
-// the definition, then medians over events. Usage: sm90_kernels check | backward | stress | time [SEED] [d128]
+// the definition, then medians over events. Usage: sm90_kernels check | backward | stress | time [SEED] [d64 | d128]
+// [PART OF A CASE'S NAME]
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -632,11 +633,13 @@ int main(int argc, char **argv) {
   g_sms = prop.multiProcessorCount;
   if (argc > 2) g_seed = atoll(argv[2]) * 1000;
   const bool wide = argc > 3 && std::string(argv[3]) == "d128";
+  const std::string only = argc > 4 ? argv[4] : "";
   // The cases of one head size: those written for d = 64, or the same ones at 128 that its kernels take.
   const auto of_size = [&](std::vector<Case> cases) {
     std::vector<Case> chosen;
     for (Case &c : cases) {
       if (wide && c.p == 1 && c.chunk) continue;
+      if (std::string(c.name).find(only) == std::string::npos) continue;
       if (wide) c.d = 128;
       chosen.push_back(c);
     }
