@@ -35,10 +35,12 @@ def tokens(dtype=torch.float32, b=2, t=70, h=4, hk=2, d=64, device="cpu", seed=0
     return q, k, v, -torch.rand(b, t, hk, generator=g).to(device)
 
 
-def close(actual, expected, dtype):
+def close(actual, expected, dtype, roundings=1):
+    """`roundings`: of the operands, 2 where q and k are rotated before they are multiplied."""
     expected = expected.detach().double()
     scale = max(float(expected.abs().max()), 1.0)
-    assert (actual.detach().cpu().double() - expected).abs().max() <= TOLERANCE[dtype] * scale
+    error = (actual.detach().cpu().double() - expected).abs().max()
+    assert error <= roundings * TOLERANCE[dtype] * scale, f"{float(error / scale):.2e} of the largest value"
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -47,14 +49,15 @@ def test_values_and_gradients(dtype, options):
     host = [x.requires_grad_() for x in tokens(dtype)]
     device = [x.detach().cuda().requires_grad_() for x in host]
     device[0] = device[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    dy = torch.randn(2, 70, 4, 64).to(dtype)
+    dy = torch.randn(2, 70, 4, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     wide = [x.detach().float().requires_grad_() for x in host]
     expected = power_attention(*wide[:3], log_g=wide[3], **options)
     y = power_attention(*device[:3], log_g=device[3], **options)
-    close(y, expected, dtype)
+    roundings = 2 if "rope" in options else 1
+    close(y, expected, dtype, roundings)
     expected_grads = torch.autograd.grad(expected, wide, dy.float())
     for a, b in zip(torch.autograd.grad(y, device, dy.cuda()), expected_grads, strict=True):
-        close(a, b, dtype)
+        close(a, b, dtype, roundings)
 
 
 def test_the_callers_stream():
@@ -146,6 +149,7 @@ def test_opcheck():
     opcheck(torch.ops.powerattn.step_.default, (*plain, pool.s, pool.z, slots, None, slots + 1, *OPTIONS))
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 def test_compile_reduces_overhead():
     """torch.compile with CUDA graphs of its own."""
     torch.manual_seed(0)

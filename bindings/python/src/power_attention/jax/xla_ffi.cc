@@ -143,7 +143,7 @@ class Workspace {
   ffi::Error take(uint64_t bytes, ffi::ScratchAllocator *scratch) {
     if (bytes == 0) return ffi::Error::Success();
     if (scratch) {
-      auto memory = scratch->Allocate(bytes + 256, 256);
+      auto memory = scratch->Allocate(bytes + 256);  // XLA refuses to align beyond 16 bytes: aligned below
       if (!memory.has_value())
         return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for the workspace of power_attention");
       data_ = *memory;
