@@ -70,8 +70,8 @@ if [ "$mode" = check ]; then
 else
   for size in d64 d128; do limited 120 "kernels time $size" "$programs/sm90_kernels" time 1 $size; done
   for row in cuda.sm90 cuda.sm90.next cuda.sm80; do
-    POWERATTN_CUDA_IMPLEMENTATION=$row limited 110 "bench $row" "$programs/bench_gpu" --quick --only 'bf16 p2' \
-      --csv "$results/gpu-next-$row.csv"
+    POWERATTN_CUDA_IMPLEMENTATION=$row limited 110 "bench $row" "$programs/bench_gpu" targets kernels sweep --quick \
+      --seconds 100 --only 'bf16 p2' --csv "$results/gpu-next-$row.csv"
     cat "$work/out" >>"$report"
   done
 fi

@@ -1,157 +1,89 @@
 // SPDX-License-Identifier: Apache-2.0
 // Times the library on one CUDA device beside the device's own ceilings, measured in the same run:
-//   bench_gpu [--csv FILE] [--only TEXT] [--quick]
-// Medians of graph replays, so that launch gaps of the host do not count; random data (zeros run faster).
-#include <dlfcn.h>
-
+//   bench_gpu [SECTION...] [--csv FILE] [--append] [--only TEXT] [--label TEXT] [--seconds N] [--tokens N]
+//   [--quick]
+// Sections (default: all): targets  the shapes that have a target
+//                          kernels  the same by kernel, each in its place in the sequence
+//                          sweep    both forms and the planner's choice, from tokens / 64 to 4 tokens per
+//                          sequence other    other dtypes, grouped heads, degree 4 step     the state step
+// Medians of graph replays; random data (zeros run faster). Every row of the CSV is one measurement; what was
+// not measured, because it failed or `--seconds` were over, is printed and has no row. bench/gpu/report.py
+// judges the table.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <set>
 #include <string>
 #include <vector>
 
-#include "../../tests/gpu/device_problem.h"
+#include "ceilings.h"
+#include "timing.h"
 
 using namespace powerattn_test;
+using namespace powerattn_bench;
 
 namespace {
 
 FILE *csv = nullptr;
-std::string only;
-bool quick = false;
-double matmul_rate = 0, copy_rate = 0, in_place_rate = 0;
+std::string only, label;
+double budget_ms = 60, deadline = 0;
+int64_t all_tokens = 65536;
+double matmul_rate = 0, in_place_rate = 0;  // TFLOP/s, GB/s
 
-// Median milliseconds of a captured piece of work, repeated until about 60 ms have been measured.
-double median_ms(const std::function<void(cudaStream_t)> &work) {
-  cudaStream_t stream;
-  device_must(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  device_must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-  work(stream);
-  device_must(cudaStreamEndCapture(stream, &graph), "capture");
-  device_must(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-  cudaEvent_t a, b;
-  cudaEventCreate(&a);
-  cudaEventCreate(&b);
-  std::vector<float> times;
-  float total = 0;
-  for (int i = 0; i < 2000 && (i < 7 || total < (quick ? 15 : 60)); ++i) {
-    cudaEventRecord(a, stream);
-    device_must(cudaGraphLaunch(exec, stream), "replay");
-    cudaEventRecord(b, stream);
-    device_must(cudaStreamSynchronize(stream), "kernels");
-    float ms = 0;
-    cudaEventElapsedTime(&ms, a, b);
-    if (i >= 2) times.push_back(ms), total += ms;  // two warm-ups
-  }
-  std::sort(times.begin(), times.end());
-  cudaEventDestroy(a);
-  cudaEventDestroy(b);
-  cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
-  cudaStreamDestroy(stream);
-  return times[times.size() / 2];
-}
+// One line of the table. Zero: does not apply.
+struct Row {
+  std::string what, config, implementation;
+  double ms = 0, flops = 0, bytes = 0;  // useful operations; bytes that must move
+  std::string form;
+  int64_t chunk = 0;
+  uint64_t memory = 0;      // bytes beside the inputs: outputs, saved, workspace
+  double predicted_ms = 0;  // the planner's
+};
 
-void row(const std::string &what, const std::string &config, const std::string &implementation, double ms,
-         double flops, double bytes) {
-  const double rate = flops / ms * 1e-9, bandwidth = bytes / ms * 1e-6;
-  std::printf("%-12s %-44s %-14s %9.4f ms", what.c_str(), config.c_str(), implementation.c_str(), ms);
-  if (flops > 0) {
-    std::printf(" %7.1f TFLOP/s useful", rate);
-    if (matmul_rate > 0) std::printf(" (%4.1f %% of the matmul rate)", 100 * rate / matmul_rate);
-  }
-  if (bytes > 0) {
-    std::printf(" %7.0f GB/s", bandwidth);
-    if (in_place_rate > 0) std::printf(" (%4.1f %% of the in-place rate)", 100 * bandwidth / in_place_rate);
-  }
+void print(const Row &r) {
+  const double rate = r.flops / r.ms * 1e-9, bandwidth = r.bytes / r.ms * 1e-6;
+  const double share = r.flops > 0 && matmul_rate > 0     ? rate / matmul_rate
+                       : r.bytes > 0 && in_place_rate > 0 ? bandwidth / in_place_rate
+                                                          : 0;
+  std::printf("%-9s %-46s %-18s %10.4f ms", r.what.c_str(), r.config.c_str(), r.implementation.c_str(), r.ms);
+  if (r.flops > 0) std::printf(" %6.1f TFLOP/s", rate);
+  if (r.bytes > 0) std::printf(" %6.0f GB/s", bandwidth);
+  if (share > 0) std::printf(" = %3.0f %% of the %s rate", 100 * share, r.flops > 0 ? "matmul" : "in-place");
+  if (!r.form.empty()) std::printf("  %s %lld", r.form.c_str(), (long long)r.chunk);
+  if (r.predicted_ms > 0) std::printf(", predicted %.3g ms", r.predicted_ms);
+  if (r.memory > 0) std::printf(", %.0f MB", double(r.memory) * 1e-6);
   std::printf("\n");
   std::fflush(stdout);
-  if (csv) {
-    std::fprintf(csv, "%s,%s,%s,%.6f,%.3f,%.3f\n", what.c_str(), config.c_str(), implementation.c_str(), ms,
-                 rate, bandwidth);
-    std::fflush(csv);
-  }
+  if (!csv) return;
+  std::fprintf(csv, "%s,%s,%s,%.6f,%.3f,%.3f,%.4f,%s,%lld,%llu,%.6f\n", r.what.c_str(), r.config.c_str(),
+               r.implementation.c_str(), r.ms, rate, bandwidth, share, r.form.c_str(), (long long)r.chunk,
+               (unsigned long long)r.memory, r.predicted_ms);
+  std::fflush(csv);
 }
 
-// cuBLAS, when one can be loaded: 8192^3 bfloat16, float32 sums.
-void measure_matmul() {
-  using Create = int (*)(void **);
-  using SetStream = int (*)(void *, cudaStream_t);
-  using Gemm = int (*)(void *, int, int, int, int, int, const void *, const void *, int, int, const void *, int,
-                       int, const void *, void *, int, int, int, int);
-  void *library = nullptr;
-  for (const char *name : {"libcublas.so.13", "libcublas.so.12", "libcublas.so"})
-    if (!library) library = dlopen(name, RTLD_NOW);
-  if (!library) {
-    std::printf("matmul       no cuBLAS on the library path: no matmul rate\n");
-    return;
+bool wanted(const std::string &name) {
+  if (!only.empty() && name.find(only) == std::string::npos) return false;
+  if (deadline > 0 && seconds() > deadline) {
+    std::printf("          %-46s not run: no time left\n", name.c_str());
+    return false;
   }
-  const auto create = reinterpret_cast<Create>(dlsym(library, "cublasCreate_v2"));
-  const auto set_stream = reinterpret_cast<SetStream>(dlsym(library, "cublasSetStream_v2"));
-  const auto set_workspace =
-      reinterpret_cast<int (*)(void *, void *, size_t)>(dlsym(library, "cublasSetWorkspace_v2"));
-  const auto gemm = reinterpret_cast<Gemm>(dlsym(library, "cublasGemmEx"));
-  void *handle = nullptr;
-  if (!create || !set_stream || !set_workspace || !gemm || create(&handle) != 0) return;
-  const int n = 8192;
-  const Block a = random_block(size_t(n) * n, POWERATTN_BFLOAT16, 0, 1, 1),
-              b = random_block(size_t(n) * n, POWERATTN_BFLOAT16, 0, 1, 2), c(size_t(n) * n * 2),
-              workspace(64 << 20);
-  const float one = 1, zero = 0;
-  const double ms = median_ms([&](cudaStream_t stream) {
-    set_stream(handle, stream);
-    set_workspace(handle, workspace.get(), workspace.bytes());
-    gemm(handle, 1, 0, n, n, n, &one, a.get(), 14 /* bfloat16 */, n, b.get(), 14, n, &zero, c.get(), 14, n,
-         68 /* float32 sums */, 99);
-  });
-  row("matmul", "8192^3 bf16", "cuBLAS", ms, 2.0 * n * n * n, 0);
-  matmul_rate = 2.0 * n * n * n / ms * 1e-9;
+  return true;
 }
 
-// x <- 1.0001 x, 16 bytes per access: what a state step cannot beat.
-__global__ void __launch_bounds__(256) scale_in_place(float4 *x, size_t count) {
-  constexpr int kUnroll = 4;
-  const size_t stride = size_t(gridDim.x) * 256;
-  for (size_t i = blockIdx.x * size_t(256) + threadIdx.x; i < count; i += stride * kUnroll) {
-    float4 v[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      if (i + u * stride < count) v[u] = x[i + u * stride];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (i + u * stride >= count) break;
-      v[u].x *= 1.0001f, v[u].y *= 1.0001f, v[u].z *= 1.0001f, v[u].w *= 1.0001f;
-      x[i + u * stride] = v[u];
-    }
-  }
+void failed(const std::string &name, const char *why) {
+  std::printf("          %-46s failed: %s\n", name.c_str(), why);
+  std::fflush(stdout);
+  cudaGetLastError();  // the next case starts afresh
 }
 
-void measure_copies() {
-  const size_t bytes = size_t(2) << 30;
-  const Block a = random_block(bytes / 4, POWERATTN_FLOAT32, 0, 1, 3), b(bytes);
-  double ms = median_ms(
-      [&](cudaStream_t stream) { cudaMemcpyAsync(b.get(), a.get(), bytes, cudaMemcpyDeviceToDevice, stream); });
-  copy_rate = 2.0 * double(bytes) / ms * 1e-6;
-  row("copy", "2 GiB device to device", "cudaMemcpy", ms, 0, 2.0 * double(bytes));
-  for (int blocks : {132 * 8, 132 * 32, 132 * 128}) {
-    ms = median_ms([&](cudaStream_t stream) {
-      scale_in_place<<<blocks, 256, 0, stream>>>(static_cast<float4 *>(b.get()), bytes / 16);
-    });
-    row("in place", "2 GiB " + std::to_string(blocks) + " blocks", "kernel", ms, 0, 2.0 * double(bytes));
-    in_place_rate = std::max(in_place_rate, 2.0 * double(bytes) / ms * 1e-6);
-  }
-}
-
-std::string forward_name(const powerattn_plan *plan, const char *operation) {
-  char text[16384];
-  if (powerattn_plan_describe(plan, text, sizeof text, nullptr) != POWERATTN_OK) return "?";
-  const char *at = std::strstr(text, operation);
-  const char *runs = std::strstr(text, "runs ");
-  if (runs) at = std::strstr(runs, operation);
-  if (!at) return "?";
+// The implementation that runs an operation, as the plan describes itself; "none".
+std::string runs(const powerattn_plan *plan, const char *operation) {
+  std::vector<char> text(1 << 16);
+  if (powerattn_plan_describe(plan, text.data(), text.size(), nullptr) != POWERATTN_OK) return "none";
+  const char *at = std::strstr(text.data(), "\nruns ");
+  if (at != nullptr) at = std::strstr(at, operation);
+  if (at == nullptr) return "none";
   at += std::strlen(operation) + 1;
   return std::string(at, std::strcspn(at, ",\n"));
 }
@@ -166,66 +98,141 @@ struct Config {
   int32_t dtype;
   int64_t b, t, hq, hkv, d;
   int p;
-  bool gated;
   int32_t form;
-  bool backward;
+  const char *suffix;
 };
 
-// Useful operations of the cheaper form, exact D: the same count whatever form runs.
-double useful(const Config &c, bool backward, int64_t chunk) {
-  const double tokens = double(c.b) * double(c.t) * double(c.hq), d = double(c.d), e = d;
-  const double columns = e + (c.p % 2 ? 0 : 1), state = 4 * rows_of(c.d, c.p) * columns;
-  const double span = chunk > 0 ? double(std::min(chunk, c.t)) : double(c.t);
-  const double pairs = (span + 1) / 2;
-  double flops = tokens * pairs * 2 * (d + e) + (chunk > 0 ? tokens * state : 0);
-  if (backward) flops += tokens * pairs * 2 * (3 * d + 2 * e) + (chunk > 0 ? tokens * 2 * state : 0);
-  return flops;
+std::string name_of(const Config &c) {
+  const char *dtype = c.dtype == POWERATTN_BFLOAT16 ? "bf16" : c.dtype == POWERATTN_FLOAT16 ? "f16" : "f32";
+  std::string heads = std::to_string(c.hq);
+  if (c.hkv != c.hq) heads += "/" + std::to_string(c.hkv);
+  return std::string(dtype) + " p" + std::to_string(c.p) + " d" + std::to_string(c.d) + " b" +
+         std::to_string(c.b) + " t" + std::to_string(c.t) + " h" + heads + " gated" + c.suffix + label;
 }
 
-void run(const Config &c) {
-  char name[128];
-  std::snprintf(name, sizeof name, "%s p%d d%lld b%lld t%lld h%lld%s%s%s",
-                c.dtype == POWERATTN_BFLOAT16  ? "bf16"
-                : c.dtype == POWERATTN_FLOAT16 ? "f16"
-                                               : "f32",
-                c.p, (long long)c.d, (long long)c.b, (long long)c.t, (long long)c.hq,
-                c.hkv == c.hq ? "" : ("/" + std::to_string(c.hkv)).c_str(), c.gated ? " gated" : "",
-                c.form == POWERATTN_FORM_ATTENTION ? " attention"
-                : c.form == POWERATTN_FORM_CHUNKED ? " chunked"
-                                                   : "");
-  if (!only.empty() && std::string(name).find(only) == std::string::npos) return;
+// Operations of the form that runs (chunk = 0: attention), exact D, half of the pairs, 2 per multiply-add.
+struct Useful {
+  double q, kv, pairs, state, d;  // tokens times heads; pairs of all queries; a state's products with one token
+  Useful(const Config &c, int64_t chunk) : d(double(c.d)) {
+    q = double(c.b) * double(c.t) * double(c.hq);
+    kv = double(c.b) * double(c.t) * double(c.hkv);
+    const double span = chunk > 0 ? double(std::min(chunk, c.t)) : double(c.t);
+    pairs = q * (span + 1) / 2;
+    state = chunk > 0 ? 2 * rows_of(c.d, c.p) * (d + (c.p % 2 ? 0 : 1)) : 0;
+  }
+  double forward() const { return pairs * 2 * (d + d) + state * (q + kv); }
+  double backward() const { return pairs * 2 * (3 * d + 2 * d) + state * 2 * (q + kv); }
+};
+
+// The operations of one kernel's own equations: `update` adds phi(k) v^T (then phi(q) dy^T), `output` is a
+// query of the state and two products per pair, `gradient` is dq (three products), then dk with dv (four);
+// where a second `output` computes dv alone (cuda.sm80), dk is three. 0: moves data.
+double kernel_flops(const std::string &name, const Useful &u, int nth, bool separate_dv) {
+  const auto is = [&](const char *part) { return name.find(part) != std::string::npos; };
+  if (is("update")) return u.state * (nth == 0 ? u.kv : u.q);
+  if (is("output")) return u.pairs * 4 * u.d + u.state * (nth == 0 ? u.q : u.kv);
+  if (is("gradient")) {
+    if (nth == 0) return u.pairs * 6 * u.d + u.state * u.q;
+    return u.pairs * (separate_dv ? 6 : 8) * u.d + u.state * (separate_dv ? 1 : 2) * u.kv;
+  }
+  return 0;
+}
+
+void print_kernels(const std::string &config, const Useful &u, const std::function<void(cudaStream_t)> &work) {
+  const std::vector<NodeTime> nodes = node_times(work, budget_ms);
+  const auto count = [&](const char *part) {
+    return std::count_if(nodes.begin(), nodes.end(),
+                         [&](const NodeTime &n) { return n.name.find(part) != std::string::npos; });
+  };
+  const bool separate_dv = count("output") > 1;
+  double other = 0, sum = 0;
+  int updates = 0, outputs = 0, gradients = 0;
+  for (const NodeTime &n : nodes) {
+    int *const seen = n.name.find("update") != std::string::npos     ? &updates
+                      : n.name.find("output") != std::string::npos   ? &outputs
+                      : n.name.find("gradient") != std::string::npos ? &gradients
+                                                                     : nullptr;
+    const double flops = seen != nullptr ? kernel_flops(n.name, u, (*seen)++, separate_dv) : 0;
+    sum += n.ms;
+    if (flops == 0 && n.ms < 0.02) {
+      other += n.ms;
+      continue;
+    }
+    Row r;
+    r.what = "kernel", r.config = config, r.implementation = n.name, r.ms = n.ms, r.flops = flops;
+    print(r);
+  }
+  Row rest;
+  rest.what = "kernel", rest.config = config, rest.implementation = "others < 20 us",
+  rest.ms = std::max(other, 1e-6);
+  print(rest);
+  std::printf("          %-46s %-18s %10.4f ms\n", config.c_str(), "sum of all", sum);
+}
+
+enum Parts { kTimes = 1, kKernels = 2 };
+
+void run(const Config &c, int parts = kTimes) {
+  const std::string name = name_of(c);
+  if (!wanted(name)) return;
   try {
     powerattn_desc x = DeviceProblem::description(c.dtype, c.b, c.t, c.hq, c.hkv, c.d, c.d, c.p);
     x.form = c.form;
     DeviceProblem p;
-    p.make(x, c.gated, DeviceProblem::kForward | (c.backward ? DeviceProblem::kBackward : 0));
-    const int64_t chunk = p.info.form == POWERATTN_FORM_CHUNKED ? p.info.chunk_size : 0;
-    const double forward = median_ms([&](cudaStream_t s) {
+    p.make(x, true, DeviceProblem::kForward | DeviceProblem::kBackward);
+    const bool chunked = p.info.form == POWERATTN_FORM_CHUNKED, backward = runs(p.plan, "backward") != "none";
+    const Useful u(c, chunked ? p.info.chunk_size : 0);
+    const auto forward_only = [&](cudaStream_t s) {
       const auto a = p.forward_args(s);
       api_must(powerattn_forward(p.plan, &a), "forward");
-    });
-    row("forward", name, forward_name(p.plan, "forward"), forward, useful(c, false, chunk), 0);
-    if (c.backward && p.info.workspace_backward > 0) {
-      const double both = median_ms([&](cudaStream_t s) {
-        const auto a = p.forward_args(s, true);
-        const auto g = p.backward_args(s, true);
-        api_must(powerattn_forward(p.plan, &a), "forward");
-        api_must(powerattn_backward(p.plan, &g), "backward");
-      });
-      row("fwd+bwd", name, forward_name(p.plan, "backward"), both, useful(c, true, chunk), 0);
+    };
+    const auto both = [&](cudaStream_t s) {
+      const auto a = p.forward_args(s, true);
+      const auto g = p.backward_args(s, true);
+      api_must(powerattn_forward(p.plan, &a), "forward");
+      api_must(powerattn_backward(p.plan, &g), "backward");
+    };
+    if (parts & kTimes) {
+      Row r;
+      r.what = "forward";
+      r.config = name;
+      r.implementation = runs(p.plan, "forward");
+      r.form = chunked ? "chunked" : "attention";
+      r.chunk = chunked ? p.info.chunk_size : 0;
+      r.ms = median_ms(forward_only, budget_ms);
+      r.flops = u.forward();
+      r.predicted_ms = p.info.predicted_forward_s * 1e3;
+      const uint64_t outputs = p.y.bytes() + p.norm.bytes();
+      r.memory = outputs + p.info.workspace_forward;
+      print(r);
+      if (backward) {
+        r.what = "fwd+bwd";
+        if (const std::string other = runs(p.plan, "backward"); other != r.implementation)
+          r.implementation += "+" + other;
+        r.ms = median_ms(both, budget_ms);
+        r.flops += u.backward();
+        r.predicted_ms += p.info.predicted_backward_s * 1e3;
+        r.memory = outputs + p.dq.bytes() + p.dk.bytes() + p.dv.bytes() + p.dlog_g.bytes() + p.saved.bytes() +
+                   std::max(p.info.workspace_forward, p.info.workspace_backward_saved);
+        print(r);
+      }
+    }
+    if (parts & kKernels) {
+      if (backward)
+        print_kernels(name + " fwd+bwd", u, both);
+      else
+        print_kernels(name + " forward", u, forward_only);
     }
   } catch (const std::exception &error) {
-    std::printf("forward      %-44s failed: %s\n", name, error.what());
+    failed(name, error.what());
   }
 }
 
 // Bytes that a step must move: every state once in, once out.
 void run_step(int32_t state_dtype, int64_t units, int64_t d, int64_t tokens, int64_t group) {
-  char name[128];
-  std::snprintf(name, sizeof name, "%s state d%lld b*h%lld tokens%lld group%lld",
-                state_dtype == POWERATTN_BFLOAT16 ? "bf16" : "f32", (long long)d, (long long)units,
-                (long long)tokens, (long long)group);
-  if (!only.empty() && std::string(name).find(only) == std::string::npos) return;
+  const std::string name = std::string(state_dtype == POWERATTN_BFLOAT16 ? "bf16" : "f32") + " state d" +
+                           std::to_string(d) + " b*h" + std::to_string(units) + " tokens" +
+                           std::to_string(tokens) + " group" + std::to_string(group);
+  if (!wanted(name)) return;
   try {
     const int64_t heads = std::min<int64_t>(units, 8);
     powerattn_desc x =
@@ -238,69 +245,135 @@ void run_step(int32_t state_dtype, int64_t units, int64_t d, int64_t tokens, int
     const int sets = int(std::clamp(400e6 / one, 1.0, 64.0));
     std::vector<DeviceProblem> p(static_cast<size_t>(sets));
     for (auto &one_set : p) one_set.make(x, true, DeviceProblem::kStep);
-    const double ms = median_ms([&](cudaStream_t s) {
-                        for (auto &one_set : p) {
-                          const auto a = one_set.step_args(s);
-                          api_must(powerattn_step(one_set.plan, &a), "step");
-                        }
-                      }) /
-                      sets;
-    row("step", name, forward_name(p[0].plan, "step"), ms, 0, 2 * one);
+    Row r;
+    r.what = "step", r.config = name, r.implementation = runs(p[0].plan, "step");
+    r.ms = median_ms(
+               [&](cudaStream_t s) {
+                 for (auto &one_set : p) {
+                   const auto a = one_set.step_args(s);
+                   api_must(powerattn_step(one_set.plan, &a), "step");
+                 }
+               },
+               budget_ms) /
+           sets;
+    r.bytes = 2 * one;
+    r.memory = p[0].y.bytes() + p[0].info.workspace_step;
+    print(r);
   } catch (const std::exception &error) {
-    std::printf("step         %-44s failed: %s\n", name, error.what());
+    failed(name, error.what());
   }
+}
+
+void ceilings() {
+  for (const auto &measure : {measure_copies, measure_matmul}) {
+    for (const Ceiling &c : measure(budget_ms)) {
+      if (c.bytes > 0) in_place_rate = std::max(in_place_rate, c.bytes / c.ms * 1e-6);
+      if (c.flops > 0) matmul_rate = c.flops / c.ms * 1e-9;
+      Row r;
+      r.what = c.what, r.config = c.config, r.implementation = c.implementation, r.ms = c.ms;
+      r.flops = c.flops, r.bytes = c.bytes;
+      print(r);
+    }
+  }
+  if (matmul_rate == 0)
+    std::printf("          no cuBLAS on the library path: no matmul rate, no share of it\n");
+}
+
+int usage(const char *argument) {
+  std::printf(
+      "bench_gpu: cannot use '%s'\n"
+      "usage: bench_gpu [targets] [kernels] [sweep] [other] [step] [--csv FILE] [--append] [--only TEXT]\n"
+      "                 [--label TEXT] [--seconds N] [--tokens N] [--quick]\n",
+      argument);
+  return 2;
 }
 
 }  // namespace
 
 int main(int argc, char **argv) {
+  std::set<std::string> sections;
+  const char *file = nullptr;
+  bool append = false, quick = false;
   for (int i = 1; i < argc; ++i) {
-    if (!std::strcmp(argv[i], "--csv") && i + 1 < argc) csv = std::fopen(argv[++i], "w");
-    if (!std::strcmp(argv[i], "--only") && i + 1 < argc) only = argv[++i];
-    if (!std::strcmp(argv[i], "--quick")) quick = true;
+    const std::string a = argv[i];
+    const bool more = i + 1 < argc;
+    if (a == "targets" || a == "kernels" || a == "sweep" || a == "other" || a == "step") {
+      sections.insert(a);
+    } else if (a == "--append") {
+      append = true;
+    } else if (a == "--quick") {
+      quick = true;
+    } else if (a == "--csv" && more) {
+      file = argv[++i];
+    } else if (a == "--only" && more) {
+      only = argv[++i];
+    } else if (a == "--label" && more) {
+      label =
+          std::string(" ") + argv[++i];  // behind the name of every case, for a run that is not the default one
+    } else if (a == "--seconds" && more && std::atof(argv[i + 1]) > 0) {
+      deadline = seconds() + std::atof(argv[++i]);
+    } else if (a == "--tokens" && more && std::atoll(argv[i + 1]) >= 64) {
+      all_tokens = std::atoll(argv[++i]);
+    } else {
+      return usage(argv[i]);
+    }
   }
+  if (quick) budget_ms = 15;
+  const auto section = [&](const char *name) { return sections.empty() || sections.count(name) > 0; };
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
     std::printf("SKIPPED: no CUDA device\n");
     return 77;
   }
+  if (file != nullptr && (csv = std::fopen(file, append ? "a" : "w")) == nullptr) return usage(file);
   cudaDeviceProp device;
-  cudaGetDeviceProperties(&device, 0);
-  std::printf("# %s, %d multiprocessors, libpowerattn %u\n", device.name, device.multiProcessorCount,
-              powerattn_version());
-  if (csv) std::fprintf(csv, "what,config,implementation,ms,tflops,gbps\n");
+  device_must(cudaGetDeviceProperties(&device, 0), "device");
+  const char *pinned = std::getenv("POWERATTN_CUDA_IMPLEMENTATION");
+  std::printf("# %s, %d multiprocessors, libpowerattn %u%s%s\n", device.name, device.multiProcessorCount,
+              powerattn_version(), pinned ? ", only " : "", pinned ? pinned : "");
+  if (csv && !append)
+    std::fprintf(csv, "what,config,implementation,ms,tflops,gbps,share,form,chunk,memory_bytes,predicted_ms\n");
   try {
-    measure_copies();
-    in_place_rate = std::max(in_place_rate, copy_rate);
-    measure_matmul();
+    ceilings();
   } catch (const std::exception &error) {
-    std::printf("ceilings failed: %s\n", error.what());
+    failed("ceilings", error.what());
   }
-  const int32_t bf16 = POWERATTN_BFLOAT16, automatic = POWERATTN_FORM_AUTO;
-  run({bf16, 1, 65536, 8, 8, 64, 2, true, automatic, true});
-  run({bf16, 1, 65536, 8, 8, 128, 2, true, automatic, true});
-  run({bf16, 16, 4096, 8, 8, 64, 2, true, automatic, true});
-  run({bf16, 64, 1024, 8, 8, 64, 2, true, automatic, true});
-  run({bf16, 1, 65536, 8, 8, 64, 1, true, automatic, true});
-  run({POWERATTN_FLOAT16, 1, 65536, 8, 8, 64, 2, true, automatic, true});
-  run({POWERATTN_FLOAT32, 1, 65536, 8, 8, 64, 2, true, automatic, true});
-  run({bf16, 1, 65536, 8, 2, 64, 2, true, automatic, true});
-  run({bf16, 16, 4096, 8, 8, 64, 4, true, POWERATTN_FORM_ATTENTION, true});
-  for (int64_t d : {64, 128}) {
-    for (int64_t t : {1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144}) {
-      if (quick && t > 16384) continue;
-      for (int32_t form : {POWERATTN_FORM_ATTENTION, POWERATTN_FORM_CHUNKED}) {
-        if (form == POWERATTN_FORM_ATTENTION && t > 32768) continue;
-        run({bf16, std::max<int64_t>(1, 65536 / t), t, 8, 8, d, 2, true, form, true});
+
+  const int32_t bf16 = POWERATTN_BFLOAT16, f16 = POWERATTN_FLOAT16, f32 = POWERATTN_FLOAT32;
+  const int32_t automatic = POWERATTN_FORM_AUTO, attention = POWERATTN_FORM_ATTENTION,
+                chunked = POWERATTN_FORM_CHUNKED;
+  const int64_t n = all_tokens;
+  const Config targets[] = {
+      {bf16, 1, n, 8, 8, 64, 2, automatic, ""},       {bf16, 1, n, 8, 8, 128, 2, automatic, ""},
+      {bf16, 16, n / 16, 8, 8, 64, 2, automatic, ""}, {bf16, 64, n / 64, 8, 8, 64, 2, automatic, ""},
+      {bf16, 1, n, 8, 8, 64, 1, automatic, ""},       {bf16, 16, n / 16, 8, 8, 128, 2, automatic, ""},
+  };
+  if (section("targets"))
+    for (const Config &c : targets) run(c);
+  if (section("step")) {
+    for (int32_t state : {f32, bf16})
+      for (int64_t units : {8, 64, 192, 256, 512}) run_step(state, units, 64, 1, 1);
+    run_step(f32, 256, 128, 1, 1);
+    run_step(f32, 256, 64, 4, 1);
+    run_step(f32, 256, 64, 16, 1);
+    run_step(f32, 64, 64, 1, 8);
+  }
+  if (section("kernels"))
+    for (const Config &c : targets) run(c, kKernels);
+  if (section("sweep")) {
+    for (int64_t d : {64, 128})
+      for (int64_t t = n / 64; t <= 4 * n; t *= 2) {
+        const int64_t b = std::max<int64_t>(1, n / t);
+        run({bf16, b, t, 8, 8, d, 2, attention, " attention"});
+        run({bf16, b, t, 8, 8, d, 2, chunked, " chunked"});
+        run({bf16, b, t, 8, 8, d, 2, automatic, " planner"});
       }
-    }
   }
-  for (int32_t state : {POWERATTN_FLOAT32, POWERATTN_BFLOAT16})
-    for (int64_t units : {8, 64, 192, 256, 512}) run_step(state, units, 64, 1, 1);
-  run_step(POWERATTN_FLOAT32, 256, 128, 1, 1);
-  run_step(POWERATTN_FLOAT32, 256, 64, 4, 1);
-  run_step(POWERATTN_FLOAT32, 256, 64, 16, 1);
-  run_step(POWERATTN_FLOAT32, 64, 64, 1, 8);
-  if (csv) std::fclose(csv);
-  return 0;
+  if (section("other")) {
+    run({f16, 1, n, 8, 8, 64, 2, automatic, ""});
+    run({f32, 1, n, 8, 8, 64, 2, automatic, ""});
+    run({bf16, 1, n, 8, 2, 64, 2, automatic, ""});
+    run({bf16, 16, n / 16, 8, 8, 64, 4, attention, " attention"});
+  }
+  return csv != nullptr && std::fclose(csv) != 0 ? 1 : 0;
 }

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0
+// Time on a CUDA device: medians of graph replays, so that launch gaps of the host do not count, and the time
+// of each kernel of a graph. Work is captured once and replayed; data are the caller's.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <chrono>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+#if defined(__CUDACC__)
+#include <cuda.h>
+#include <cxxabi.h>
+
+#include <cstdlib>
+#endif
+
+#include "../../tests/gpu/device_problem.h"
+
+namespace powerattn_bench {
+
+using powerattn_test::device_must;
+
+inline double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// A captured piece of work.
+class Captured {
+ public:
+  explicit Captured(const std::function<void(cudaStream_t)> &work) {
+    device_must(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
+    device_must(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capture");
+    try {
+      work(stream_);
+    } catch (...) {
+      cudaStreamEndCapture(stream_, &graph_);
+      release();
+      throw;
+    }
+    const cudaError_t error = cudaStreamEndCapture(stream_, &graph_);
+    if (error != cudaSuccess) release();
+    device_must(error, "capture");
+  }
+  Captured(const Captured &) = delete;
+  Captured &operator=(const Captured &) = delete;
+  ~Captured() { release(); }
+  cudaGraph_t graph() const { return graph_; }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  void release() {
+    if (graph_ != nullptr) cudaGraphDestroy(graph_);
+    cudaStreamDestroy(stream_);
+  }
+  cudaStream_t stream_ = nullptr;
+  cudaGraph_t graph_ = nullptr;
+};
+
+class Executable {
+ public:
+  explicit Executable(cudaGraph_t graph) { device_must(cudaGraphInstantiate(&exec_, graph, 0), "instantiate"); }
+  Executable(const Executable &) = delete;
+  Executable &operator=(const Executable &) = delete;
+  ~Executable() { cudaGraphExecDestroy(exec_); }
+  void launch(cudaStream_t stream) const { device_must(cudaGraphLaunch(exec_, stream), "replay"); }
+
+ private:
+  cudaGraphExec_t exec_ = nullptr;
+};
+
+class Event {
+ public:
+  Event() { device_must(cudaEventCreate(&event_), "event"); }
+  Event(const Event &) = delete;
+  Event &operator=(const Event &) = delete;
+  ~Event() { cudaEventDestroy(event_); }
+  cudaEvent_t get() const { return event_; }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+inline double median(std::vector<float> times) {
+  std::sort(times.begin(), times.end());
+  return times.empty() ? 0 : times[times.size() / 2];
+}
+
+// Replays until `budget_ms` have been measured: at least five times, three where one replay takes a fifth of a
+// second, after two warm-ups (one there). `measure` reads what the last replay took.
+template <class Measure>
+void replay(const Executable &exec, cudaStream_t stream, double budget_ms, Measure measure) {
+  const double begin = seconds();
+  double warm = 0;
+  int warm_ups = 0;
+  do {
+    const double before = seconds();
+    exec.launch(stream);
+    device_must(cudaStreamSynchronize(stream), "kernels");
+    warm = seconds() - before;
+  } while (++warm_ups < 2 && warm < 0.2);
+  const int least = warm < 0.2 ? 5 : 3;
+  const double start = seconds();
+  for (int i = 0; i < 2000; ++i) {
+    const double spent = (seconds() - start) * 1e3;
+    if (i >= least && (spent > budget_ms || seconds() - begin > 5)) break;
+    measure();
+  }
+}
+
+// Median milliseconds of a piece of work.
+inline double median_ms(const std::function<void(cudaStream_t)> &work, double budget_ms) {
+  const Captured captured(work);
+  const Executable exec(captured.graph());
+  const Event a, b;
+  std::vector<float> times;
+  replay(exec, captured.stream(), budget_ms, [&] {
+    device_must(cudaEventRecord(a.get(), captured.stream()), "event");
+    exec.launch(captured.stream());
+    device_must(cudaEventRecord(b.get(), captured.stream()), "event");
+    device_must(cudaStreamSynchronize(captured.stream()), "kernels");
+    float ms = 0;
+    device_must(cudaEventElapsedTime(&ms, a.get(), b.get()), "event");
+    times.push_back(ms);
+  });
+  return median(times);
+}
+
+struct NodeTime {
+  std::string name;
+  double ms;
+};
+
+#if defined(__CUDACC__)
+
+// The graph calls whose form CUDA 13 changed.
+inline cudaError_t dependencies(cudaGraphNode_t node, cudaGraphNode_t *from, size_t *count) {
+#if CUDART_VERSION >= 13000
+  return cudaGraphNodeGetDependencies(node, from, nullptr, count);
+#else
+  return cudaGraphNodeGetDependencies(node, from, count);
+#endif
+}
+inline cudaError_t join(cudaGraph_t graph, cudaGraphNode_t from, cudaGraphNode_t to) {
+#if CUDART_VERSION >= 13000
+  return cudaGraphAddDependencies(graph, &from, &to, nullptr, 1);
+#else
+  return cudaGraphAddDependencies(graph, &from, &to, 1);
+#endif
+}
+inline cudaError_t part(cudaGraph_t graph, cudaGraphNode_t from, cudaGraphNode_t to) {
+#if CUDART_VERSION >= 13000
+  return cudaGraphRemoveDependencies(graph, &from, &to, nullptr, 1);
+#else
+  return cudaGraphRemoveDependencies(graph, &from, &to, 1);
+#endif
+}
+
+// "output64_kernel" out of "void powerattn::output64_kernel<2>(powerattn::Args)".
+inline std::string short_name(const char *mangled) {
+  int status = 0;
+  char *const text = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
+  std::string name = status == 0 && text != nullptr ? text : mangled;
+  std::free(text);
+  for (size_t at; (at = name.find("(anonymous namespace)::")) != std::string::npos;) name.erase(at, 23);
+  name.resize(std::min(name.find_first_of("(<"), name.size()));
+  const size_t colon = name.rfind(':'), space = name.rfind(' ');
+  const size_t begin =
+      std::max(colon == std::string::npos ? 0 : colon + 1, space == std::string::npos ? 0 : space + 1);
+  return name.substr(begin);
+}
+
+// The driver tells the name: the runtime that launched the kernel is the library's own.
+inline std::string node_name(cudaGraphNode_t node) {
+  cudaGraphNodeType type;
+  device_must(cudaGraphNodeGetType(node, &type), "graph");
+  if (type == cudaGraphNodeTypeMemset) return "memset";
+  if (type == cudaGraphNodeTypeMemcpy) return "memcpy";
+  if (type != cudaGraphNodeTypeKernel) return "node";
+#if CUDART_VERSION >= 12030
+  static void *const driver = dlopen("libcuda.so.1", RTLD_NOW);
+  if (driver == nullptr) return "kernel";
+  const auto get = reinterpret_cast<CUresult (*)(CUgraphNode, CUDA_KERNEL_NODE_PARAMS *)>(
+      dlsym(driver, "cuGraphKernelNodeGetParams_v2"));
+  const auto function_name =
+      reinterpret_cast<CUresult (*)(const char **, CUfunction)>(dlsym(driver, "cuFuncGetName"));
+  const auto kernel_name =
+      reinterpret_cast<CUresult (*)(const char **, CUkernel)>(dlsym(driver, "cuKernelGetName"));
+  CUDA_KERNEL_NODE_PARAMS params = {};
+  if (get == nullptr || get(node, &params) != CUDA_SUCCESS) return "kernel";
+  const char *name = nullptr;
+  if (params.func != nullptr && function_name != nullptr && function_name(&name, params.func) == CUDA_SUCCESS &&
+      name)
+    return short_name(name);
+  if (params.kern != nullptr && kernel_name != nullptr && kernel_name(&name, params.kern) == CUDA_SUCCESS &&
+      name)
+    return short_name(name);
+#endif
+  return "kernel";
+}
+
+// What each kernel and memset of the work takes in its place: the captured chain with an event between every
+// two nodes.
+inline std::vector<NodeTime> node_times(const std::function<void(cudaStream_t)> &work, double budget_ms) {
+  const Captured captured(work);
+  const cudaGraph_t graph = captured.graph();
+  size_t count = 0;
+  device_must(cudaGraphGetNodes(graph, nullptr, &count), "graph");
+  std::vector<cudaGraphNode_t> nodes(count), order;
+  device_must(cudaGraphGetNodes(graph, nodes.data(), &count), "graph");
+  std::map<cudaGraphNode_t, cudaGraphNode_t> after;
+  for (const cudaGraphNode_t node : nodes) {
+    size_t n = 0;
+    device_must(dependencies(node, nullptr, &n), "graph");
+    if (n > 1) throw std::runtime_error("the calls of this plan are no chain");
+    cudaGraphNode_t from = nullptr;
+    if (n == 1) device_must(dependencies(node, &from, &n), "graph");
+    after[from] = node;
+  }
+  for (auto at = after.find(nullptr); at != after.end() && order.size() < count; at = after.find(order.back()))
+    order.push_back(at->second);
+  if (order.size() != count) throw std::runtime_error("the calls of this plan are no chain");
+
+  std::vector<Event> events(count + 1);
+  cudaGraphNode_t mark = nullptr;
+  for (size_t i = 0; i <= count; ++i) {
+    const cudaGraphNode_t *const before = i > 0 ? &order[i - 1] : nullptr;
+    if (i > 0 && i < count) device_must(part(graph, order[i - 1], order[i]), "graph");
+    device_must(cudaGraphAddEventRecordNode(&mark, graph, before, i > 0 ? 1 : 0, events[i].get()), "graph");
+    if (i < count) device_must(join(graph, mark, order[i]), "graph");
+  }
+  const Executable exec(graph);
+  std::vector<std::vector<float>> times(count);
+  replay(exec, captured.stream(), budget_ms, [&] {
+    exec.launch(captured.stream());
+    device_must(cudaStreamSynchronize(captured.stream()), "kernels");
+    for (size_t i = 0; i < count; ++i) {
+      float ms = 0;
+      device_must(cudaEventElapsedTime(&ms, events[i].get(), events[i + 1].get()), "event");
+      times[i].push_back(ms);
+    }
+  });
+  std::vector<NodeTime> result;
+  for (size_t i = 0; i < count; ++i) result.push_back({node_name(order[i]), median(times[i])});
+  return result;
+}
+
+#else
+inline std::vector<NodeTime> node_times(const std::function<void(cudaStream_t)> &, double) {
+  throw std::runtime_error("the emulated device has no clock");
+}
+#endif
+
+}  // namespace powerattn_bench
