@@ -78,6 +78,7 @@ cuda_test() {
   check "no kernel spills registers" cuda_no_spills
   check "the library loads without CUDA libraries" cuda_needs_no_library
   check "a CUDA plan without a device is refused with a message" cuda_without_device
+  check "the GPU benchmark's report judges as it should" python3 -m unittest discover -s bench/gpu
   cuda_emulated
 }
 
