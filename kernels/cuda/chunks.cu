@@ -52,10 +52,28 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
+// Sequences of one length: every table at once, since nothing depends on what a device array holds. `chunks` of
+// a sequence, `tiles` of a chunk.
 __global__ void __launch_bounds__(kThreads)
-    uniform_sequences(Sequence *out, int64_t n, int64_t tokens, int64_t chunks) {
-  const int64_t m = blockIdx.x * int64_t(kThreads) + threadIdx.x;
-  if (m < n) out[m] = {0, tokens, int32_t(m * chunks), int32_t(chunks)};
+    uniform_tables(Sequence *sequences, Chunk *out_chunks, Tile *out_tiles, int64_t n, int64_t tokens,
+                   int32_t chunks, int64_t chunk, int64_t tiles, int64_t tile) {
+  const int64_t id = blockIdx.x * int64_t(kThreads) + threadIdx.x;
+  if (id < n) sequences[id] = {0, tokens, int32_t(id * chunks), chunks};
+  if (id < n * chunks) {
+    const int32_t index = int32_t(id % chunks);
+    out_chunks[id] = {index * chunk, int32_t(min(tokens - index * chunk, chunk)), int32_t(id / chunks), index,
+                      chunks};
+  }
+  if (id < n * chunks * tiles) {
+    const int64_t c = id / tiles, index = c % chunks, offset = id % tiles * tile;
+    const int64_t length = min(tokens - index * chunk, chunk);
+    Tile t{0, 0, 0, 0, 0};
+    if (offset < length) {
+      t = {index * chunk + offset, int32_t(min(length - offset, tile)), int32_t(c / chunks), int32_t(c),
+           int32_t(offset)};
+    }
+    out_tiles[id] = t;
+  }
 }
 
 // The last sequence whose first_chunk <= id: it is the one that owns chunk id, if any does, since empty
@@ -269,12 +287,14 @@ cudaError_t build_chunks(const Problem &p, int64_t chunk, int64_t tile, const in
   table->tiles = tiles;
   if (p.sequences == 0) return cudaSuccess;
 
-  if (p.packed) {
-    launch_kernel(packed_sequences, 1, 1024, 0, stream, sequences, cu_seqlens, p.sequences, p.seq_len, chunk);
-  } else {
-    launch_kernel(uniform_sequences, int(ceil_div(p.sequences, kThreads)), kThreads, 0, stream, sequences,
-                  p.sequences, p.seq_len, ceil_div(p.seq_len, chunk));
+  if (!p.packed) {
+    const int64_t per_sequence = ceil_div(p.seq_len, chunk),
+                  per_chunk = tile ? tiles_per_chunk(p, chunk, tile) : 0;
+    const int64_t entries = std::max({p.sequences, table->num_chunks, table->num_tiles});
+    return launch_kernel(uniform_tables, int(ceil_div(entries, kThreads)), kThreads, 0, stream, sequences,
+                         chunks, tiles, p.sequences, p.seq_len, int32_t(per_sequence), chunk, per_chunk, tile);
   }
+  launch_kernel(packed_sequences, 1, 1024, 0, stream, sequences, cu_seqlens, p.sequences, p.seq_len, chunk);
   if (table->num_chunks > 0) {
     launch_kernel(fill_chunks, int(ceil_div(table->num_chunks, kThreads)), kThreads, 0, stream, chunks,
                   sequences, p.sequences, table->num_chunks, chunk);

@@ -147,12 +147,15 @@ __global__ void __launch_bounds__(kThreads) boundary_kernel(const __grid_constan
   }
 }
 
-// Suffix sums of one chunk and kv head, from the chunk's end, kThreads tokens at a time.
+// Suffix sums of one chunk and kv head, from the chunk's end, kThreads * kPerThread tokens at a time: sums of a
+// thread's own, then of the warp's, then of the warps before.
+constexpr int kPerThread = 4;
+
 __global__ void __launch_bounds__(kThreads) gates_kernel(const __grid_constant__ GateArgs a) {
-  __shared__ float scan[kThreads];
+  __shared__ float warps[kThreads / 32];
   const Shape &s = a.shape;
   const int64_t slot = blockIdx.x;
-  const int head = static_cast<int>(slot % s.heads_kv), thread = threadIdx.x;
+  const int head = static_cast<int>(slot % s.heads_kv), thread = threadIdx.x, warp = thread / 32;
   const Chunk chunk = s.table.chunks[slot / s.heads_kv];
   if (chunk.length == 0) return;
   const int64_t batch = s.packed ? 0 : chunk.sequence;
@@ -164,29 +167,40 @@ __global__ void __launch_bounds__(kThreads) gates_kernel(const __grid_constant__
     float own = 0.f;
     if (a.k_state_dot != nullptr)
       for (int t = thread; t < chunk.length; t += kThreads) own += a.k_state_dot[row0 + t];
-    carry = a.boundary[slot] + inverse * block_sum(own, scan);
+    carry = a.boundary[slot] + inverse * block_sum(own, warps);
     __syncthreads();
   }
-  for (int end = chunk.length; end > 0; end -= kThreads) {
-    const int t = end - 1 - thread;  // thread 0 holds the last token
-    float v = 0.f;
-    if (t >= 0) {
-      for (int h = head * group; h < (head + 1) * group; ++h) {
-        const int64_t at = (batch * s.heads_q + h) * s.seq_len + chunk.start + t;
-        v += a.q_dot ? a.q_dot[at] * inverse : a.eps * a.r[at] * a.delta[at];
+  for (int end = chunk.length; end > 0; end -= kThreads * kPerThread) {
+    const int last = end - 1 - thread * kPerThread;  // thread 0 holds the last tokens
+    float v[kPerThread], own = 0.f;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const int t = last - i;
+      if (t >= 0) {
+        for (int h = head * group; h < (head + 1) * group; ++h) {
+          const int64_t at = (batch * s.heads_q + h) * s.seq_len + chunk.start + t;
+          own += a.q_dot ? a.q_dot[at] * inverse : a.eps * a.r[at] * a.delta[at];
+        }
+        own -= a.k_dot[row0 + t] * inverse;
       }
-      v -= a.k_dot[row0 + t] * inverse;
+      v[i] = own;
     }
-    scan[thread] = v;
+    float inclusive = own;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const float other = __shfl_up_sync(0xffffffffu, inclusive, d);
+      if ((thread & 31) >= d) inclusive += other;
+    }
+    if ((thread & 31) == 31) warps[warp] = inclusive;
     __syncthreads();
-    for (int d = 1; d < kThreads; d *= 2) {
-      const float other = thread >= d ? scan[thread - d] : 0.f;
-      __syncthreads();
-      scan[thread] += other;
-      __syncthreads();
+    float before = carry + (inclusive - own);
+    for (int w = 0; w < kThreads / 32; ++w) {
+      if (w < warp) before += warps[w];
+      carry += warps[w];
     }
-    if (t >= 0) *row_pointer<float>(a.d_log_g, batch, chunk.start + t, head) = carry + scan[thread];
-    carry += scan[kThreads - 1];
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i)
+      if (last - i >= 0) *row_pointer<float>(a.d_log_g, batch, chunk.start + last - i, head) = before + v[i];
     __syncthreads();
   }
 }
