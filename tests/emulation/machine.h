@@ -26,6 +26,11 @@ struct Copy {
   const void *src = nullptr;    // null: zeros
   std::vector<uint32_t> clock;  // bulk loads: of the thread that issued it (races.cpp)
 };
+// 16 bytes of shared memory that a tensor copy fills: `bytes` of global memory, then zeros.
+struct Piece {
+  const void *src = nullptr;
+  uint32_t bytes = 0;
+};
 struct BulkStore {
   void *dst;
   uint32_t src, bytes;
@@ -130,6 +135,7 @@ struct Block {
   struct Load {
     Thread *thread;
     Copy copy;
+    std::vector<Piece> pieces;  // of a tensor copy, in order of their shared addresses
   };
   std::vector<Load> loads;  // bulk loads under way
   std::vector<Word> words;  // races.cpp
@@ -194,6 +200,7 @@ void leave_clock(Mbarrier &b, Thread &t);
 void leave_clock(Mbarrier &b, const std::vector<uint32_t> &clock);
 void take_clock(const Mbarrier &b, Thread &t);
 
+void begin_load(Block::Load load, const char *what);
 void arrive(Block &block, uint32_t address, int count, int64_t bytes_expected, int64_t bytes_done);
 // Completes one copy that is under way somewhere; false when there is none.
 bool complete_one();

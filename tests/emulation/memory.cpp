@@ -122,11 +122,17 @@ void barrier_arrive_copies(uint32_t barrier) {
 namespace {
 
 void perform(Block &block, size_t n) {
-  const Block::Load load = block.loads[n];
+  const Block::Load load = std::move(block.loads[n]);
   block.loads.erase(block.loads.begin() + long(n));
   --machine.under_way;
   const Copy &c = load.copy;
-  std::memcpy(shared_pointer(block, c.dst, c.bytes, "cp.async.bulk"), c.src, c.bytes);
+  unsigned char *to = shared_pointer(block, c.dst, c.bytes, "cp.async.bulk");
+  if (c.src != nullptr) std::memcpy(to, c.src, c.bytes);
+  for (const Piece &piece : load.pieces) {
+    std::memset(to, 0, 16);
+    if (piece.bytes > 0) std::memcpy(to, piece.src, piece.bytes);
+    to += 16;
+  }
   for (uint32_t a = (c.dst - kSharedBase) / 16; a < (c.dst - kSharedBase + c.bytes) / 16; ++a)
     block.writes[a] = {};
   const auto thread = size_t(load.thread->index);
@@ -147,12 +153,17 @@ void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t barrier) 
   if (bytes == 0 || bytes % 16 || dst % 16 || reinterpret_cast<uintptr_t>(src) % 16)
     fail("cp.async.bulk of %u bytes from %p to 0x%x: multiples of 16", bytes, src, dst);
   if (!is_global(src, bytes)) fail("cp.async.bulk reads %u bytes at %p, which no allocation holds", bytes, src);
-  shared_pointer(*self->owner, dst, bytes, "cp.async.bulk");
-  check_race(*self->owner, *self, dst, bytes, true, "cp.async.bulk");
-  self->owner->loads.push_back({self, {dst, bytes, barrier, src, self->clock}});
+  begin_load({self, {dst, bytes, barrier, src, {}}, {}}, "cp.async.bulk");
+}
+void begin_load(Block::Load load, const char *what) {
+  Block &block = *self->owner;
+  shared_pointer(block, load.copy.dst, load.copy.bytes, what);
+  check_race(block, *self, load.copy.dst, load.copy.bytes, true, what);
+  load.copy.clock = self->clock;
+  block.loads.push_back(std::move(load));
   if (machine.races) ++self->clock[size_t(self->index)];
   ++machine.under_way;
-  if (machine.timing == Timing::kEarly) perform(*self->owner, self->owner->loads.size() - 1);
+  if (machine.timing == Timing::kEarly) perform(block, block.loads.size() - 1);
 }
 
 void bulk_store(void *dst, uint32_t src, uint32_t bytes) {
@@ -241,6 +252,8 @@ void barrier_arrive(uint32_t address, int count, uint32_t expected_bytes) {
   leave_clock(barrier_at(*self->owner, address), *self);
   arrive(*self->owner, address, count, expected_bytes, 0);
 }
+
+void barrier_expect(uint32_t address, uint32_t bytes) { arrive(*self->owner, address, 0, bytes, 0); }
 
 void barrier_wait(uint32_t address, uint32_t parity) {
   Mbarrier &b = barrier_at(*self->owner, address);

@@ -4,6 +4,7 @@
 //   EMULATION_ORDER    forward, reverse, random: of threads and blocks (default: each launch draws)
 //   EMULATION_TIMING   late, early, random: of asynchronous copies and products (default: each launch draws)
 //   EMULATION_RACES    set: look for races on shared memory (slower)
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
 
@@ -150,6 +151,8 @@ const char *cudaGetErrorName(cudaError_t error) {
       return "cudaErrorInvalidDevice";
     case cudaErrorLaunchFailure:
       return "cudaErrorLaunchFailure";
+    case cudaErrorNotSupported:
+      return "cudaErrorNotSupported";
     case cudaErrorStreamCaptureUnsupported:
       return "cudaErrorStreamCaptureUnsupported";
   }
@@ -188,6 +191,13 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int device) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() { return lost_or(cudaSuccess); }
+cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult *found) {
+  const bool known = std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
+  *function = known ? reinterpret_cast<void *>(&cuTensorMapEncodeTiled) : nullptr;
+  if (found != nullptr) *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
 
 // ---- Memory -----------------------------------------------------------------------------------------------
 

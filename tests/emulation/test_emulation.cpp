@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The emulated device itself: small kernels that keep the rules give the right numbers, and each of those that
 // break one is caught.
+#include <cuda.h>
 #include <doctest/doctest.h>
 
 #include <cstdlib>
@@ -81,6 +82,56 @@ TEST_CASE("a bulk copy is handed over through mbarriers") {
   for (size_t i = 0; i < 96; ++i) CHECK(to[i] == float(i));
   CHECK_FALSE(kernel(false, true));  // reads without a wait
   CHECK_FALSE(kernel(true, false));  // one lane lets go for the others without asking them
+}
+
+// A box of 4 rows x 64 columns of a tensor [batch 2][token 5][head 3][128], from token `token` on.
+void load_box(const CUtensorMap *map, uint16_t *to, int column, int token, int head, int batch, bool wait) {
+  const uint32_t data = shared_address(dynamic_shared<char>()), full = data + 4096;
+  if (threadIdx.x == 0) barrier_init(full, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    barrier_expect_only(full, 512);
+    tensor_load(data, map, column, token, head, batch, full);
+    barrier_arrive(full);
+  }
+  if (wait || threadIdx.x == 0) barrier_wait(full, 0);
+  for (uint32_t at = 8 * threadIdx.x; at < 512; at += 8 * 32) {  // undoes the swizzle: row at / 128
+    const uint32_t from = data + at, place = from ^ ((from >> 7 & 7) << 4);
+    float2 two;
+    two = load_f2(place);
+    std::memcpy(to + at / 2, &two, 8);
+  }
+}
+
+TEST_CASE("a tensor copy takes a swizzled box, with zeros outside of the tensor") {
+  Memory<uint16_t> from(2 * 5 * 3 * 128), to(4 * 64);
+  for (size_t i = 0; i < 2 * 5 * 3 * 128; ++i) from[i] = uint16_t(i + 1);
+  const cuuint64_t extents[4] = {128, 5, 3, 2};
+  const cuuint32_t box[4] = {64, 4, 1, 1}, steps[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const auto encode = [&](void *address, cuuint64_t token, cuuint64_t head, cuuint64_t batch) {
+    const cuuint64_t strides[3] = {token, head, batch};
+    return cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, address, extents, strides, box,
+                                  steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                  CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CHECK(encode(from.p + 1, 768, 256, 3840) == CUDA_ERROR_INVALID_VALUE);
+  CHECK(encode(from.p, 768, 250, 3840) == CUDA_ERROR_INVALID_VALUE);
+  CHECK(encode(from.p, 768, 256, 0) == CUDA_ERROR_INVALID_VALUE);
+  REQUIRE(encode(from.p, 768, 256, 3840) == CUDA_SUCCESS);
+  const auto kernel = [&](int column, int token, int head, int batch, bool wait) {
+    return runs(
+        32, [&, column, token, head, batch, wait] { load_box(&map, to.p, column, token, head, batch, wait); });
+  };
+  CHECK(kernel(64, 2, 1, 1, true));
+  for (size_t row = 0; row < 4; ++row)
+    for (size_t i = 0; i < 64; ++i)
+      CHECK(to[row * 64 + i] == (row < 3 ? 1 + ((5 + 2 + row) * 3 + 1) * 128 + 64 + i : 0));
+  CHECK(kernel(0, -2, 2, 0, true));
+  CHECK((to[64] == 0 && to[128] == 1 + 2 * 128 && to[0] == 0));
+  CHECK_FALSE(kernel(0, 0, 0, 0, false));  // most lanes read without a wait
+  map.opaque[0] = 0;
+  CHECK_FALSE(kernel(0, 0, 0, 0, true));  // not a map
 }
 
 TEST_CASE("cp.async lands at its wait, and others see it behind a barrier") {

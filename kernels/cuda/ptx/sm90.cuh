@@ -31,6 +31,10 @@ __device__ __forceinline__ void barrier_arrive_n(uint32_t bar, int count) {
 __device__ __forceinline__ void barrier_expect(uint32_t bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
+// Only makes the phase that is under way wait for the bytes; the arrival that it needs comes later.
+__device__ __forceinline__ void barrier_expect_only(uint32_t bar, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
 // Arrives when all earlier cp.async of this thread have landed.
 __device__ __forceinline__ void barrier_arrive_copies(uint32_t bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
@@ -61,6 +65,17 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void *src, uint32_
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
       "l"(src), "r"(bytes), "r"(bar)
+      : "memory");
+}
+// A box of a tensor of four dimensions, from (x0, x1, x2, x3) on; outside of the tensor it is zero. `map`: a
+// CUtensorMap, a parameter of the kernel.
+__device__ __forceinline__ void tensor_load(uint32_t dst, const void *map, int x0, int x1, int x2, int x3,
+                                            uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
+      "%4, "
+      "%5}], [%6];" ::"r"(dst),
+      "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(bar)
       : "memory");
 }
 // A group of its own.

@@ -44,6 +44,7 @@ void copy16(uint32_t dst, const void *src, bool valid);  // cp.async
 void copy_commit();
 void copy_wait(int pending);
 void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t barrier);
+void tensor_load(uint32_t dst, const void *map, const int32_t (&at)[4], uint32_t barrier);
 void bulk_store(void *dst, uint32_t src, uint32_t bytes);  // and commits it as a group
 void bulk_store_wait(int pending);
 void proxy_fence();
@@ -53,7 +54,8 @@ void proxy_fence();
 void barrier_init(uint32_t barrier, int arrivals);
 void barrier_wait(uint32_t barrier, uint32_t parity);
 void barrier_arrive(uint32_t barrier, int count, uint32_t expected_bytes);
-void barrier_arrive_copies(uint32_t barrier);  // cp.async.mbarrier.arrive.noinc
+void barrier_expect(uint32_t barrier, uint32_t bytes);  // mbarrier.expect_tx: no arrival
+void barrier_arrive_copies(uint32_t barrier);           // cp.async.mbarrier.arrive.noinc
 
 // ---- Matrices ---------------------------------------------------------------------------------------------
 

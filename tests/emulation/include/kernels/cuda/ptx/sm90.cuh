@@ -13,6 +13,7 @@ inline void barrier_wait(uint32_t bar, uint32_t parity) { emulation::barrier_wai
 inline void barrier_arrive(uint32_t bar) { emulation::barrier_arrive(bar, 1, 0); }
 inline void barrier_arrive_n(uint32_t bar, int count) { emulation::barrier_arrive(bar, count, 0); }
 inline void barrier_expect(uint32_t bar, uint32_t bytes) { emulation::barrier_arrive(bar, 1, bytes); }
+inline void barrier_expect_only(uint32_t bar, uint32_t bytes) { emulation::barrier_expect(bar, bytes); }
 inline void barrier_arrive_copies(uint32_t bar) { emulation::barrier_arrive_copies(bar); }
 template <int kId, int kThreads>
 void named_barrier() {
@@ -31,6 +32,9 @@ void registers_dec() {
 
 inline void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t bar) {
   emulation::bulk_load(dst, src, bytes, bar);
+}
+inline void tensor_load(uint32_t dst, const void *map, int x0, int x1, int x2, int x3, uint32_t bar) {
+  emulation::tensor_load(dst, map, {x0, x1, x2, x3}, bar);
 }
 inline void bulk_store(void *dst, uint32_t src, uint32_t bytes) { emulation::bulk_store(dst, src, bytes); }
 template <int kPending = 0>
