@@ -331,6 +331,13 @@ inline Inputs make_inputs(const Case &c, uint64_t seed) {
     in.dz = random.normals(c.count() * c.heads_kv * rows, 0, 0.1, state_dtype(c));
     if (!c.normalize) in.dz.assign(in.dz.size(), 0.0);
   }
+  if (c.packed && c.t > in.cu_seqlens.back()) {  // padding rows are nobody's: what they hold must not matter
+    for (Vector *x : {&in.q, &in.k, &in.v, &in.log_g, &in.dy}) {
+      const size_t width = x->size() / static_cast<size_t>(c.t);
+      std::fill(x->begin() + static_cast<long>(width * static_cast<size_t>(in.cu_seqlens.back())), x->end(),
+                std::numeric_limits<double>::quiet_NaN());
+    }
+  }
   return in;
 }
 
