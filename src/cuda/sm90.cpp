@@ -257,7 +257,8 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
     text->append("  NOT YET RUN ON A DEVICE: " + unmeasured + "; checked in emulation only\n");
   const bool wide = p.head_dim == 128;
   text->append(
-      "  wgmma m64n64k16 and m64n128k16, one producer and two consumer warpgroups, persistent blocks\n"
+      "  wgmma m64n64k16 and m64n128k16, two consumer warpgroups and one warp (update: warpgroup) that loads, "
+      "persistent blocks\n"
       "    output: 256 rows (4 x m64; a state tile from L2 serves 256 rows, so L2 gives 1/256 byte per "
       "FLOP);\n");
   text->append(
@@ -266,7 +267,7 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
             "      stages x 32 KB + 16 KB y + meta = 213 KB\n"
             "    dq, dk and dv: 128 rows (2 x m64), x and u in shared memory; 216 KB\n"
           : "      A in registers; 32 KB q + 8 stages x 16 KB + 16 KB y + meta = 181 KB\n"
-            "    dq, dk and dv: 128 rows (2 x m64: two score tiles and the gradients fill 224 registers); 188 "
+            "    dq, dk and dv: 128 rows (2 x m64: two score tiles and the gradients fill 232 registers); 188 "
             "KB\n");
   if (chunked(t)) {
     const int d = static_cast<int>(p.head_dim);
@@ -301,7 +302,10 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
     }
     text->append("\n");
   }
-  text->append("  rows that are not 16-byte aligned are loaded element by element (slower, no copy)\n");
+  text->append(
+      "  rows come through tensor maps; the last ones of a packed sequence, or of a chunk whose size is no "
+      "multiple\n"
+      "  of 64, by threads; and so, element by element (slower, no copy), what is not 16-byte aligned\n");
 }
 
 // ---- Execution.

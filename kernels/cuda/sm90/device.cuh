@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ptx/sm90.cuh"
+#include "tensor_map.h"
 
 namespace powerattn::cuda::sm90 {
 
@@ -33,32 +34,63 @@ struct Ring {
   }
 };
 
+// The same in one register, for a producer with few: the turns of all stages, a power of two, and in the top
+// bit the parity of the unit.
+template <int kStages>
+struct Turns {
+  uint32_t turn = 0;
+  __device__ __forceinline__ uint32_t stage() const { return here(turn) & (kStages - 1); }
+  __device__ __forceinline__ uint32_t phase() const { return here(turn) / kStages & 1; }
+  __device__ __forceinline__ uint32_t unit() const { return turn >> 31; }
+  __device__ __forceinline__ void next_unit() { turn ^= 1u << 31; }
+};
+
 // ---- Copies -----------------------------------------------------------------------------------------------
 
 // Loads 64 rows x kDim columns of a strided matrix into a swizzled tile (halves of 64 columns, 8 KB each) with
-// the 128 threads of a warpgroup; rows from `valid` on are zero. 16-byte copies where the tensor allows them.
-template <typename T, int kDim = 64>
+// kThreads threads; rows from `valid` on are zero. 16-byte copies where the tensor allows them.
+template <typename T, int kDim = 64, int kThreads = 128>
 __device__ __forceinline__ void load_tile(uint32_t dst, const Tensor &x, const T *base, int valid, int tid) {
-  const int row = tid >> 3, chunk = tid & 7;  // rows row + 16 i share row & 7
-  const uint32_t at = dst + row * 128 + ((chunk ^ (row & 7)) << 4);
-  const T *src = base + row * x.stride_t + chunk * 8;
-  if (x.vector) {  // rolled: the producer has few registers and time to spare
-    uint32_t to = at;
+  static_assert(kThreads == 32 || kThreads == 128);
+  constexpr int kStep = kThreads / 8;  // rows; 4 rows on, row & 7 and so the chunk's place differ in one bit
+  const int chunk = tid & 7, first = tid >> 3;
+  uint32_t to = dst + first * 128 + ((chunk ^ (first & 7)) << 4);
+  const T *src = base + first * x.stride_t + chunk * 8;
+  const auto next = [&] {
+    to = (to + kStep * 128) ^ (kStep == 4 ? 64 : 0);
+    src += kStep * x.stride_t;
+  };
+  if (x.vector) {  // rolled: the producers have few registers and time to spare
 #pragma unroll 1
-    for (int i = 0; i < 4; ++i, to += 2048, src += 16 * x.stride_t) {
-      copy16_l2(to, src, row + 16 * i < valid);
-      if constexpr (kDim == 128) copy16_l2(to + 8192, src + 64, row + 16 * i < valid);
+    for (int row = first; row < 64; row += kStep, next()) {
+      copy16_l2(to, src, row < valid);
+      if constexpr (kDim == 128) copy16_l2(to + 8192, src + 64, row < valid);
     }
   } else {  // a row that is not 16-byte aligned: element by element
 #pragma unroll 1
-    for (int n = 0; n < kDim / 2; ++n) {
-      const int half = n >> 5, i = kDim == 64 ? n >> 3 : (n >> 3) & 3;
-      uint16_t value = 0;
-      if (row + i * 16 < valid)
-        value = *reinterpret_cast<const uint16_t *>(src + i * 16 * x.stride_t + half * (kDim - 64) + (n & 7));
-      store_h1(at + half * (kDim == 64 ? 0 : 8192) + i * 2048 + (n & 7) * 2, value);
+    for (int row = first; row < 64; row += kStep, next()) {
+#pragma unroll 1
+      for (int n = 0; n < kDim / 8; n += 4) {  // four of the thread's columns, 8 in each half
+        uint32_t low = 0, high = 0;
+        if (row < valid) {
+          const uint16_t *from = reinterpret_cast<const uint16_t *>(src) + (n >> 3) * 64 + (n & 4);
+          low = from[0] | uint32_t(from[1]) << 16;
+          high = from[2] | uint32_t(from[3]) << 16;
+        }
+        store_u2(to + (n >> 3) * 8192 + (n & 4) * 2, low, high);
+      }
     }
   }
+}
+
+// The same by the copy engine: one thread asks for rows `token` on of a head, which complete on a barrier as
+// kDim * 128 bytes. Rows behind the tensor's end are zero; those of another sequence are that sequence's.
+template <int kDim>
+__device__ __forceinline__ void fetch_tile(uint32_t dst, const TileMap &x, int batch, int head, int token,
+                                           uint32_t bar) {
+#pragma unroll
+  for (int half = 0; half < kDim / 64; ++half)
+    tensor_load(dst + half * 8192, &x.map, half * 64, token, head * x.step_head, batch * x.step_batch, bar);
 }
 
 // Descriptor of a tile of 128-byte rows, 16-byte chunk index XOR (row & 7), 1024-byte aligned groups of 8 rows.

@@ -15,6 +15,9 @@ struct GradientUnit {
   int32_t states, batch;
   int64_t token;
   float state_factor;
+  // For the producer itself, as in UnitMeta.
+  int32_t mapped, blocks, head_kv;
+  const double *gate;
   float r[kUnitRows], delta[kUnitRows];  // of the rows (queries)
 };
 

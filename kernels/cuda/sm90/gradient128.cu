@@ -307,27 +307,27 @@ struct Consumer {
 };
 
 template <typename T, int kDegree, bool kKeys, bool kCorrect>
-__global__ void __launch_bounds__(384, 1) gradient128_kernel(const __grid_constant__ GradientArgs a) {
+__global__ void __launch_bounds__(384, 1)
+    gradient128_kernel(const __grid_constant__ GradientArgs a, const __grid_constant__ GradientMaps maps) {
   unsigned char *raw = dynamic_shared<unsigned char>();
   const Smem s(shared_address(raw));
   GradientUnit *slots = reinterpret_cast<GradientUnit *>(raw + (s.unit - shared_address(raw)));
   const int tid = threadIdx.x, group = __shfl_sync(0xffffffffu, tid / 128, 0);
   if (tid == 0) {
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(s.full + 8 * i, 4);
+      barrier_init(s.full + 8 * i, 1);
       barrier_init(s.empty + 8 * i, kConsumerWarps);
     }
-    barrier_init(s.rows_full, 4);
+    barrier_init(s.rows_full, 1);
     barrier_init(s.rows_empty, kConsumerWarps);
     fence_barrier_init();
   }
   __syncthreads();
-  // 2 x 224 + 56 = 2 x 208 + 88 = 504 = 3 x 168, the registers that the block was launched with.
   if (group == 2) {
-    registers_dec<kKeys ? 56 : 88>();
-    produce_gradient<T, kDegree, kKeys, 128>(a, s, slots, tid - 256);
+    registers_dec<kGradientProducerRegisters>();
+    if (tid / 32 == kProducerWarp) produce_gradient<T, kDegree, kKeys, 128>(a, maps, s, slots);
   } else {
-    registers_inc<kKeys ? 224 : 208>();
+    registers_inc<kGradientConsumerRegisters>();
     Consumer<T, kDegree, kKeys, kCorrect> c{s};
     for (;; c.turn ^= 1u << 31) {
       barrier_wait(s.rows_full, c.turn >> 31);
@@ -371,7 +371,10 @@ __global__ void __launch_bounds__(384, 1) gradient128_kernel(const __grid_consta
 template <typename T, int kDegree, bool kKeys, bool kCorrect = false>
 cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {
   constexpr int kSmem = Layout::kSmem;
-  return launch_kernel(gradient128_kernel<T, kDegree, kKeys, kCorrect>, sms, 384, kSmem, stream, a);
+  GradientMaps maps;
+  const cudaError_t error = gradient_maps(a, &maps);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(gradient128_kernel<T, kDegree, kKeys, kCorrect>, sms, 384, kSmem, stream, a, maps);
 }
 template <typename T, int kDegree>
 cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {

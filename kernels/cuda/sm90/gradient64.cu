@@ -344,27 +344,27 @@ struct Consumer {
 };
 
 template <typename T, int kDegree, bool kKeys, bool kCorrect>
-__global__ void __launch_bounds__(384, 1) gradient64_kernel(const __grid_constant__ GradientArgs a) {
+__global__ void __launch_bounds__(384, 1)
+    gradient64_kernel(const __grid_constant__ GradientArgs a, const __grid_constant__ GradientMaps maps) {
   unsigned char *raw = dynamic_shared<unsigned char>();
   const Smem s(shared_address(raw));
   GradientUnit *slots = reinterpret_cast<GradientUnit *>(raw + (s.unit - shared_address(raw)));
   const int tid = threadIdx.x, group = __shfl_sync(0xffffffffu, tid / 128, 0);
   if (tid == 0) {
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(s.full + 8 * i, 4);
+      barrier_init(s.full + 8 * i, 1);
       barrier_init(s.empty + 8 * i, kConsumerWarps);
     }
-    barrier_init(s.rows_full, 4);
+    barrier_init(s.rows_full, 1);
     barrier_init(s.rows_empty, kConsumerWarps);
     fence_barrier_init();
   }
   __syncthreads();
-  // 2 x 224 + 56 = 504 = 3 x 168, the registers that the block was launched with.
   if (group == 2) {
-    registers_dec<56>();
-    produce_gradient<T, kDegree, kKeys, 64>(a, s, slots, tid - 256);
+    registers_dec<kGradientProducerRegisters>();
+    if (tid / 32 == kProducerWarp) produce_gradient<T, kDegree, kKeys, 64>(a, maps, s, slots);
   } else {
-    registers_inc<224>();
+    registers_inc<kGradientConsumerRegisters>();
     Consumer<T, kDegree, kKeys, kCorrect> c{s, tid % 32, (tid % 128) / 32};
     uint32_t phase = 0;
     for (;;) {
@@ -414,7 +414,10 @@ __global__ void __launch_bounds__(384, 1) gradient64_kernel(const __grid_constan
 template <typename T, int kDegree, bool kKeys, bool kCorrect = false>
 cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {
   constexpr int kSmem = Layout::kSmem;
-  return launch_kernel(gradient64_kernel<T, kDegree, kKeys, kCorrect>, sms, 384, kSmem, stream, a);
+  GradientMaps maps;
+  const cudaError_t error = gradient_maps(a, &maps);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(gradient64_kernel<T, kDegree, kKeys, kCorrect>, sms, 384, kSmem, stream, a, maps);
 }
 template <typename T, int kDegree>
 cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {

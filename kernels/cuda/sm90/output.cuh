@@ -18,35 +18,44 @@ struct UnitMeta {                     // what the producer tells the consumers a
   int32_t states, batch;              // states: the chunk starts from a state
   int64_t token;
   float state_factor;  // exp(G_row0): decay of the state at the tile's first row
+  // For the producer itself, which reads what it needs at every stage instead of keeping it in registers:
+  // blocks that tensor maps can load, and the chunk's gate sums.
+  int32_t mapped, head_kv;
+  const double *gate;
 };
 
 // Key factors of block j for a tile that starts at block n, all <= 1. G is the chunk's inclusive gate sum, B_b
 // its value at the first row of block b.
 //   j < n:  factor = exp(B_n - G_j)                                                  (common to the tile)
 //   j >= n: factor = exp(B_{j+1} - G_j), advance = exp(B_{j+1} - B_j), log2 gate = (G_j - B_j) log2(e)
-// Loaded one block ahead: the latency of a load is as long as the consumers need for a block.
+// A lane of the producer warp has keys `lane` and `lane` + 32, and loads them one block ahead: the latency of a
+// load is as long as the consumers need for a block.
 struct KeyGates {
-  double g, start, reference;
+  double g[2], reference;
 };
 __device__ __forceinline__ KeyGates load_key_gates(const double *gate, int block, int first_block, int length,
-                                                   int tid) {
-  KeyGates k{0.0, 0.0, 0.0};
-  if (gate && tid < kKeys) {
-    const int b0 = block * kKeys;
-    k.g = gate[min(b0 + tid, length - 1)];
-    k.start = gate[b0];
-    k.reference = gate[block < first_block ? first_block * kKeys : min(b0 + kKeys, length - 1)];
+                                                   int lane) {
+  KeyGates k{{0.0, 0.0}, 0.0};
+  if (gate) {
+    const int b0 = block * kKeys, i = b0 + lane, last = length - 1;
+    k.g[0] = __ldg(gate + min(i, last));
+    k.g[1] = __ldg(gate + min(i + 32, last));
+    k.reference = __ldg(gate + (block < first_block ? first_block * kKeys : min(b0 + kKeys, last)));
   }
   return k;
 }
-__device__ __forceinline__ void write_key_meta(uint32_t meta, const KeyGates &k, int block, int length, int tid,
-                                               uint32_t advance_at = 512) {
-  if (tid >= kKeys) return;
-  const float factor =
-      block * kKeys + tid < length ? exp2_fast(static_cast<float>(k.reference - k.g) * kLog2e) : 0.f;
-  store_f1(meta + tid * 4, factor);
-  store_f1(meta + 256 + tid * 4, static_cast<float>(k.g - k.start) * kLog2e);
-  if (tid == 0) store_f1(meta + advance_at, exp2_fast(static_cast<float>(k.reference - k.start) * kLog2e));
+__device__ __forceinline__ void write_key_meta(uint32_t meta, const KeyGates &k, int block, int length,
+                                               int lane, uint32_t advance_at = 512) {
+  const double start = __shfl_sync(0xffffffffu, k.g[0], 0);  // B_b
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int key = lane + 32 * i;
+    const float factor =
+        block * kKeys + key < length ? exp2_fast(static_cast<float>(k.reference - k.g[i]) * kLog2e) : 0.f;
+    store_f1(meta + key * 4, factor);
+    store_f1(meta + 256 + key * 4, static_cast<float>(k.g[i] - start) * kLog2e);
+  }
+  if (lane == 0) store_f1(meta + advance_at, exp2_fast(static_cast<float>(k.reference - start) * kLog2e));
 }
 
 // Weights of a 64 x 64 block from its scores, as the A operand of the product with v:

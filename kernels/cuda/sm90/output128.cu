@@ -257,27 +257,27 @@ struct Consumer {
 };
 
 template <typename T, int kDegree>
-__global__ void __launch_bounds__(384, 1) output128_kernel(const __grid_constant__ OutputArgs a) {
+__global__ void __launch_bounds__(384, 1)
+    output128_kernel(const __grid_constant__ OutputArgs a, const __grid_constant__ OutputMaps maps) {
   unsigned char *raw = dynamic_shared<unsigned char>();
   const Smem s(shared_address(raw));
   UnitMeta *slots = reinterpret_cast<UnitMeta *>(raw + (s.unit - shared_address(raw)));
   const int tid = threadIdx.x, group = tid / 128;
   if (tid == 0) {
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(s.full + 8 * i, 4);
+      barrier_init(s.full + 8 * i, 1);
       barrier_init(s.empty + 8 * i, kConsumerWarps);
     }
-    barrier_init(s.q_full, 4);
+    barrier_init(s.q_full, 1);
     barrier_init(s.q_empty, kConsumerWarps);
     fence_barrier_init();
   }
   __syncthreads();
-  // 2 x 224 + 56 = 504 = 3 x 168, the registers that the block was launched with.
   if (group == 2) {
-    registers_dec<56>();
-    produce_output<T, kDegree, 128>(a, s, slots, tid - 256);
+    registers_dec<kOutputProducerRegisters>();
+    if (tid / 32 == kProducerWarp) produce_output<T, kDegree, 128>(a, maps, s, slots);
   } else {
-    registers_inc<224>();
+    registers_inc<kOutputConsumerRegisters>();
     Consumer<T, kDegree> c{s};
     for (;; c.turn ^= 1u << 31) {
       barrier_wait(s.q_full, c.turn >> 31);
@@ -310,7 +310,10 @@ __global__ void __launch_bounds__(384, 1) output128_kernel(const __grid_constant
 template <typename T, int kDegree>
 cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
   constexpr int kSmem = Layout::kSmem;
-  return launch_kernel(output128_kernel<T, kDegree>, sms, 384, kSmem, stream, a);
+  OutputMaps maps;
+  const cudaError_t error = output_maps(a, &maps);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(output128_kernel<T, kDegree>, sms, 384, kSmem, stream, a, maps);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 // Forward output for head_dim = value_dim = 64: rows of one chunk against the state before the chunk and the
 // chunk's own keys. Without a state this is the attention form.
 //
-// One producer warpgroup feeds a ring of 16 KB stages (two state tiles, or 64 keys and values); two consumer
+// One producer warp feeds a ring of 16 KB stages (two state tiles, or 64 keys and values); two consumer
 // warpgroups hold 2 x 64 rows each: row tiles {0, 3} and {1, 2}, so both do the same number of causal blocks.
 #include "output_producer.cuh"
 
@@ -278,26 +278,27 @@ struct Consumer {
 };
 
 template <typename T, int kDegree>
-__global__ void __launch_bounds__(384, 1) output64_kernel(const __grid_constant__ OutputArgs a) {
+__global__ void __launch_bounds__(384, 1)
+    output64_kernel(const __grid_constant__ OutputArgs a, const __grid_constant__ OutputMaps maps) {
   unsigned char *raw = dynamic_shared<unsigned char>();
   const Smem s(shared_address(raw));
   UnitMeta *slots = reinterpret_cast<UnitMeta *>(raw + (s.unit - shared_address(raw)));
   const int tid = threadIdx.x, group = tid / 128;
   if (tid == 0) {
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(s.full + 8 * i, 4);
+      barrier_init(s.full + 8 * i, 1);
       barrier_init(s.empty + 8 * i, kConsumerWarps);
     }
-    barrier_init(s.q_full, 4);
+    barrier_init(s.q_full, 1);
     barrier_init(s.q_empty, kConsumerWarps);
     fence_barrier_init();
   }
   __syncthreads();
   if (group == 2) {
-    registers_dec<56>();
-    produce_output<T, kDegree, 64>(a, s, slots, tid - 256);
+    registers_dec<kOutputProducerRegisters>();
+    if (tid / 32 == kProducerWarp) produce_output<T, kDegree, 64>(a, maps, s, slots);
   } else {
-    registers_inc<224>();
+    registers_inc<kOutputConsumerRegisters>();
     Consumer<T, kDegree> c{s, tid % 32, (tid % 128) / 32};
     const int m0 = group == 0 ? 0 : 1, m1 = 3 - m0;
     uint32_t q_phase = 0;
@@ -342,7 +343,10 @@ __global__ void __launch_bounds__(384, 1) output64_kernel(const __grid_constant_
 template <typename T, int kDegree>
 cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
   constexpr int kSmem = Layout::kSmem;
-  return launch_kernel(output64_kernel<T, kDegree>, sms, 384, kSmem, stream, a);
+  OutputMaps maps;
+  const cudaError_t error = output_maps(a, &maps);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(output64_kernel<T, kDegree>, sms, 384, kSmem, stream, a, maps);
 }
 
 }  // namespace

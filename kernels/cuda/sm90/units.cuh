@@ -17,20 +17,23 @@ struct RowTile {
 };
 
 // Unit `u` of tiles * heads. Late tiles see the most keys: in the attention form (one chunk per sequence) the
-// heaviest come first; otherwise chunk by chunk, so that the tiles that read one state run together.
-__device__ __forceinline__ RowTile row_tile_at(const Shape &p, int64_t u, int heads) {
+// heaviest come first; otherwise chunk by chunk, so that the tiles that read one state run together. Tickets
+// have 32 bits, and so has what is counted here.
+__device__ __forceinline__ RowTile row_tile_at(const Shape &p, uint32_t u, uint32_t heads) {
   RowTile t;
-  const int64_t tiles = p.table.num_tiles;
-  int64_t n;
+  const uint32_t tiles = static_cast<uint32_t>(p.table.num_tiles);
+  uint32_t n;
   if (!p.packed && p.table.num_chunks == p.table.num_sequences) {
-    const int64_t pairs = p.table.num_chunks * heads, per = tiles / p.table.num_chunks;
+    const uint32_t chunks = static_cast<uint32_t>(p.table.num_chunks), pairs = chunks * heads,
+                   per = tiles / chunks;
     n = (u % pairs) / heads * per + per - 1 - u / pairs;
     t.head = static_cast<int32_t>(u % heads);
-  } else {
-    const int64_t per = p.table.chunk > p.table.tile ? p.table.chunk / p.table.tile : 1;  // tiles of a chunk
-    const int64_t span = per * heads, base = u / span * per, left = tiles - base;
-    const int32_t here = static_cast<int32_t>(left < per ? left : per), r = static_cast<int32_t>(u % span);
-    t.head = r / here;
+  } else {  // per: tiles of a chunk
+    const uint32_t per = p.table.chunk > p.table.tile
+                             ? static_cast<uint32_t>(p.table.chunk) / static_cast<uint32_t>(p.table.tile)
+                             : 1;
+    const uint32_t span = per * heads, base = u / span * per, here = min(tiles - base, per), r = u % span;
+    t.head = static_cast<int32_t>(r / here);
     n = base + here - 1 - r % here;
   }
   const Tile x = p.table.tiles[n];
@@ -67,6 +70,11 @@ struct Tickets {
     return load_i1(slot + turn);
   }
 };
+
+// The same to the lanes of a producer warp.
+__device__ __forceinline__ int next_ticket(int32_t *counter, int lane) {
+  return __shfl_sync(0xffffffffu, lane == 0 ? atomicAdd(counter, 1) : 0, 0);
+}
 
 template <typename T>
 __device__ __forceinline__ const T *row_pointer(const Tensor &x, int batch, int head, int64_t token) {
