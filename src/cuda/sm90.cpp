@@ -11,6 +11,7 @@
 
 #include "backend.h"
 #include "kernels/cuda/chunks.h"
+#include "kernels/cuda/prepare.h"
 #include "kernels/cuda/sm80/args.h"
 #include "kernels/cuda/sm90/kernels.h"
 #include "kernels/cuda/tiles.h"
@@ -38,9 +39,12 @@ const cuda::DeviceProperties *device_of(const Problem &p) {
 struct Features {
   bool states;  // initial and final states and their gradients: exact update weights, corrected delta
   bool d128;    // head_dim = value_dim = 128
+  bool rope;    // rotary embedding: through the prepare pass
 };
-constexpr Features kMeasured = {/*states=*/true, /*d128=*/true};
-constexpr Features kWritten = {/*states=*/true, /*d128=*/true};
+constexpr Features kMeasured = {/*states=*/true, /*d128=*/true, /*rope=*/false};
+constexpr Features kWritten = {/*states=*/true, /*d128=*/true, /*rope=*/true};
+
+bool with_rope(const Problem &p) { return p.rope.style != POWERATTN_ROPE_NONE; }
 
 const char kNotMeasured[] = "not yet run on a device (POWERATTN_CUDA_IMPLEMENTATION=cuda.sm90.next tries it)";
 
@@ -52,6 +56,7 @@ std::string missing(const Problem &p, const Features &f) {
   };
   need(p.use_state, f.states, "initial and final states");
   need(p.head_dim == 128, f.d128, "head_dim 128");
+  need(with_rope(p), f.rope, "rotary embedding");
   return text;
 }
 
@@ -84,6 +89,10 @@ Cost cost(const Problem &p, int64_t chunk, int sms) {
   c.forward = std::max(q * (span + 64) * 4 * d / (kRateIntra * speed), io) + 4 * kLaunch;
   // Three products for dq, four for dk and dv.
   c.backward = q * (span + 64) * 14 * d / (kRateGradient * speed) + io + 8 * kLaunch;
+  if (with_rope(p)) {  // q and k read and written; backward also their gradients, float32 into bfloat16
+    c.forward += io + 2 * kLaunch;
+    c.backward += 3 * io + 4 * kLaunch;
+  }
   if (chunk > 0) {
     const double rows = cuda::tile_rows(p.degree, static_cast<int>(p.head_dim));
     const double chunks = kv / static_cast<double>(chunk), bytes = 3 * chunks * rows * d * 2;
@@ -115,7 +124,6 @@ bool choose(const Features &features, Op op, const Problem &p, const Pins &pins,
   if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128))
     return no("head_dim = value_dim of 64 or 128 only");
   if (p.degree != 1 && p.degree != 2 && p.degree != 4) return no("degrees 1, 2 and 4 only");
-  if (p.rope.style != POWERATTN_ROPE_NONE) return no("no rotary embedding");
   if (p.use_state && p.state_dtype != Dtype::kFloat32) return no("float32 states only");
   if (p.use_state && p.degree != 2) return no("states of degree 2 only");
   const cuda::DeviceProperties *const device = device_of(p);
@@ -189,7 +197,8 @@ struct Common {
   double *gate = nullptr;  // sums inside a chunk
   float *g = nullptr, *weight = nullptr, *decay = nullptr;
   float *z_local = nullptr;
-  float *end_local = nullptr;  // the last sum of each sequence, with states
+  float *end_local = nullptr;           // the last sum of each sequence, with states
+  uint16_t *q = nullptr, *k = nullptr;  // rotated, [b, heads, t, head_dim]
 };
 Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
   Common m;
@@ -208,6 +217,10 @@ Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
       m.end_local = c->take<float>(p.sequences * p.heads_kv * cuda::slot_elements(p.degree, d, d));
     }
   }
+  if (with_rope(p)) {
+    m.q = c->take<uint16_t>(p.batch * p.heads_q * p.seq_len * p.head_dim);
+    m.k = c->take<uint16_t>(rows * p.head_dim);
+  }
   return m;
 }
 
@@ -215,6 +228,7 @@ struct Gradients {
   float *r = nullptr, *delta = nullptr, *q_dot = nullptr, *k_dot = nullptr, *boundary = nullptr;
   float *k_state_dot = nullptr;  // with states
   float *weight = nullptr, *z_weight = nullptr;
+  float *d_q = nullptr, *d_k = nullptr;  // of the rotated q and k
   uint16_t *tiles = nullptr, *z = nullptr;
 };
 Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
@@ -224,6 +238,10 @@ Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
   g.delta = c->take<float>(rows_q);
   g.q_dot = c->take<float>(rows_q);
   g.k_dot = c->take<float>(rows_kv);
+  if (with_rope(p)) {
+    g.d_q = c->take<float>(rows_q * p.head_dim);
+    g.d_k = c->take<float>(rows_kv * p.head_dim);
+  }
   if (chunked(t)) {
     const int d = static_cast<int>(p.head_dim);
     const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
@@ -302,6 +320,9 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
     }
     text->append("\n");
   }
+  if (with_rope(p))
+    text->append(
+        "  prepare pass: q and k are rotated into contiguous copies, their gradients back from float32\n");
   text->append(
       "  rows come through tensor maps; the last ones of a packed sequence, or of a chunk whose size is no "
       "multiple\n"
@@ -392,6 +413,45 @@ struct Call {
     run([&] { return cuda::chunk_gates(p, shape.table, log_g, common.g, common.gate, stream); });
   }
 
+  // The tensor that the kernels read: x itself, or its rotated copy.
+  powerattn_tensor rotate(const powerattn_tensor &x, uint16_t *copy, int64_t heads, const int64_t *offset) {
+    if (copy == nullptr) return x;
+    cuda::PrepareArgs a;
+    a.in = x;
+    a.in_dtype = a.out_dtype = p.dtype;
+    a.out = copy;
+    a.heads = heads;
+    a.dim = p.head_dim;
+    a.rope = true;
+    a.rope_offset = offset;
+    run([&] { return cuda::prepare(p, shape.table, a, stream); });
+    return {copy, heads * p.seq_len * p.head_dim, p.head_dim, p.seq_len * p.head_dim};
+  }
+  // Where the gradient of q or k goes: out itself, or float32 that is rotated back.
+  k90::Tensor gradient_of(const powerattn_tensor &out, float *copy, int64_t heads) const {
+    k90::Tensor v = view(out);
+    if (copy == nullptr) return v;
+    v.data = copy;
+    v.stride_b = 2 * heads * p.seq_len * p.head_dim;
+    v.stride_h = 2 * p.seq_len * p.head_dim;
+    v.stride_t = 2 * p.head_dim;
+    v.vector = 0;
+    v.floats = 1;
+    return v;
+  }
+  void rotate_back(const float *x, const powerattn_tensor &out, int64_t heads, const int64_t *offset) {
+    if (x == nullptr) return;
+    cuda::FinishArgs a;
+    a.in = x;
+    a.out = out;
+    a.out_dtype = p.dtype;
+    a.heads = heads;
+    a.dim = p.head_dim;
+    a.rope = true;
+    a.rope_offset = offset;
+    run([&] { return cuda::finish(p, shape.table, a, stream); });
+  }
+
   // S and Z before every chunk, from keys and values.
   void states(const powerattn_tensor &k, const powerattn_tensor &v, const powerattn_state &initial,
               const powerattn_state &final, const States &s) {
@@ -441,12 +501,14 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   const Common common = carve_common(p, plan.tiling, &workspace);
   const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
   call.begin(common, args.cu_seqlens, args.log_g);
-  if (chunked(plan.tiling)) call.states(args.k, args.v, args.initial_state, args.final_state, states);
+  const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
+  const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
+  if (chunked(plan.tiling)) call.states(tk, args.v, args.initial_state, args.final_state, states);
 
   k90::OutputArgs o;
   o.p = call.shape;
-  o.q = view(args.q);
-  o.k = view(args.k);
+  o.q = view(tq);
+  o.k = view(tk);
   o.v = view(args.v);
   o.y = view(args.y);
   o.row_norm = view(args.row_norm);
@@ -471,6 +533,8 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   const Gradients own = carve_gradients(p, plan.tiling, &workspace);
   const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
   call.begin(common, args.cu_seqlens, args.log_g);
+  const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
+  const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
   const bool in_chunks = chunked(plan.tiling), z = in_chunks && with_z(p);
   const bool ends = args.d_final_state.s != nullptr || args.d_final_state.z != nullptr;
 
@@ -486,11 +550,11 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   rows.norm_weight = own.z_weight;
   call.run([&] { return k90::rows(rows, call.stream); });
   if (in_chunks && args.saved == nullptr)
-    call.states(args.k, args.v, args.initial_state, powerattn_state{}, states);
+    call.states(tk, args.v, args.initial_state, powerattn_state{}, states);
   const auto end_states = [&] {  // dS and dZ after every chunk
     k90::UpdateArgs u;
     u.p = call.shape;
-    u.a = view(args.q);
+    u.a = view(tq);
     u.b = rows.dy;
     u.heads_a = call.shape.heads_q;
     u.weight = own.weight;
@@ -507,11 +571,11 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
 
   k90::GradientArgs q;
   q.p = call.shape;
-  q.x = view(args.q);
+  q.x = view(tq);
   q.u = rows.dy;
-  q.z = view(args.k);
+  q.z = view(tk);
   q.y = view(args.v);
-  q.dx = view(args.d_q);
+  q.dx = call.gradient_of(args.d_q, own.d_q, p.heads_q);
   q.gate = call.gate;
   q.r = own.r;
   q.delta = own.delta;
@@ -533,11 +597,11 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   k.delta_out = k.norm_weight = nullptr;
   k.weight = nullptr;
   k.keys = 1;
-  k.x = view(args.k);
+  k.x = view(tk);
   k.u = view(args.v);
-  k.z = view(args.q);
+  k.z = view(tq);
   k.y = rows.dy;
-  k.dx = view(args.d_k);
+  k.dx = call.gradient_of(args.d_k, own.d_k, p.heads_kv);
   k.dv = view(args.d_v);
   k.state = own.tiles;
   k.norm = own.z;
@@ -546,6 +610,8 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   k.state_dot = args.d_log_g.data != nullptr ? own.k_state_dot : nullptr;
   k.ticket = call.tickets();
   call.run([&] { return gradient(k, call.sms, call.stream); });
+  call.rotate_back(own.d_q, args.d_q, p.heads_q, args.rope_offset);
+  call.rotate_back(own.d_k, args.d_k, p.heads_kv, args.rope_offset);
 
   if (args.d_log_g.data != nullptr) {
     k80::GateArgs w;

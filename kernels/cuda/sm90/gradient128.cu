@@ -299,7 +299,8 @@ struct Consumer {
     };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      store_rows<T>(dx + 32 * half, f0, f1, staging, a.dx, at(a.dx) + 64 * half, unit.length - row, lane);
+      store_rows<T, true>(dx + 32 * half, f0, f1, staging, a.dx, at(a.dx) + (a.dx.floats ? 128 : 64) * half,
+                          unit.length - row, lane);
       if constexpr (kKeys)
         store_rows<T>(dv + 32 * half, 1.f, 1.f, staging, a.dv, at(a.dv) + 64 * half, unit.length - row, lane);
     }

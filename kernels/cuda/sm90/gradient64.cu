@@ -338,7 +338,7 @@ struct Consumer {
       return static_cast<T *>(o.data) + unit.batch * o.stride_b + unit.head * o.stride_h +
              (unit.token + row) * o.stride_t;
     };
-    store_rows<T>(dx, f0, f1, staging, a.dx, at(a.dx), unit.length - row, lane);
+    store_rows<T, true>(dx, f0, f1, staging, a.dx, at(a.dx), unit.length - row, lane);
     if constexpr (kKeys) store_rows<T>(dv, 1.f, 1.f, staging, a.dv, at(a.dv), unit.length - row, lane);
   }
 };

@@ -20,6 +20,7 @@ struct Tensor {  // element (b, t, h, i) at data[b*stride_b + t*stride_t + h*str
   void *data = nullptr;
   int64_t stride_b = 0, stride_t = 0, stride_h = 0;
   int32_t vector = 0;  // every row starts at a multiple of 16 bytes
+  int32_t floats = 0;  // dx only: float32, not rounded; the strides count 2 bytes
 };
 
 // What all kernels of a call share.

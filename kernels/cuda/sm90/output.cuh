@@ -114,8 +114,8 @@ __device__ __forceinline__ float quad_sum(float x) {
 }
 
 // Writes 16 rows x 64 columns held as 32 accumulators (already final) through 2 KB of this warp's shared
-// memory.
-template <typename T>
+// memory. kFloats: y may be float32.
+template <typename T, bool kFloats = false>
 __device__ __forceinline__ void store_rows(const float *o, float f0, float f1, uint32_t staging,
                                            const Tensor &y, T *base, int valid, int lane) {
   if (y.vector) {
@@ -135,6 +135,16 @@ __device__ __forceinline__ void store_rows(const float *o, float f0, float f1, u
       if (row < valid) *reinterpret_cast<uint4 *>(base + row * y.stride_t + chunk * 8) = v;
     }
     __syncwarp();
+  } else if (kFloats && y.floats) {
+    const int row = lane / 4;
+    float *p = reinterpret_cast<float *>(base + row * y.stride_t) + (lane & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      if (row < valid) *reinterpret_cast<float2 *>(p + n * 8) = make_float2(o[4 * n] * f0, o[4 * n + 1] * f0);
+      if (row + 8 < valid)
+        *reinterpret_cast<float2 *>(p + n * 8 + 4 * y.stride_t) =
+            make_float2(o[4 * n + 2] * f1, o[4 * n + 3] * f1);
+    }
   } else {
     const int row = lane / 4, col = (lane & 3) * 2;
 #pragma unroll
