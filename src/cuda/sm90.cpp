@@ -275,17 +275,16 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
     text->append("  NOT YET RUN ON A DEVICE: " + unmeasured + "; checked in emulation only\n");
   const bool wide = p.head_dim == 128;
   text->append(
-      "  wgmma m64n64k16 and m64n128k16, two consumer warpgroups and one warp (update: warpgroup) that loads, "
-      "persistent blocks\n"
+      "  wgmma m64n64k16 and m64n128k16, one producer and two consumer warpgroups, persistent blocks\n"
       "    output: 256 rows (4 x m64; a state tile from L2 serves 256 rows, so L2 gives 1/256 byte per "
       "FLOP);\n");
   text->append(
       wide
           ? "      q is the A operand in shared memory (sums of 2 x 64 x 128 fill 128 registers); 64 KB q + 4\n"
             "      stages x 32 KB + 16 KB y + meta = 213 KB\n"
-            "    dq, dk and dv: 128 rows (2 x m64), x and u in shared memory; 216 KB\n"
+            "    dq, dk and dv: 128 rows (2 x m64), x and u in shared memory; 217 KB\n"
           : "      A in registers; 32 KB q + 8 stages x 16 KB + 16 KB y + meta = 181 KB\n"
-            "    dq, dk and dv: 128 rows (2 x m64: two score tiles and the gradients fill 232 registers); 188 "
+            "    dq, dk and dv: 128 rows (2 x m64: two score tiles and the gradients fill 240 registers); 189 "
             "KB\n");
   if (chunked(t)) {
     const int d = static_cast<int>(p.head_dim);

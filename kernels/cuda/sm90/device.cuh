@@ -34,13 +34,13 @@ struct Ring {
   }
 };
 
-// The same in one register, for a producer with few: the turns of all stages, a power of two, and in the top
-// bit the parity of the unit.
+// The same in one register, for producers with few: the turns of all stages, a power of two, and in the top bit
+// the parity of the unit.
 template <int kStages>
 struct Turns {
   uint32_t turn = 0;
-  __device__ __forceinline__ uint32_t stage() const { return here(turn) & (kStages - 1); }
-  __device__ __forceinline__ uint32_t phase() const { return here(turn) / kStages & 1; }
+  __device__ __forceinline__ uint32_t stage(int ahead) const { return here(turn + ahead) & (kStages - 1); }
+  __device__ __forceinline__ uint32_t phase(int ahead) const { return here(turn + ahead) / kStages & 1; }
   __device__ __forceinline__ uint32_t unit() const { return turn >> 31; }
   __device__ __forceinline__ void next_unit() { turn ^= 1u << 31; }
 };

@@ -7,17 +7,20 @@
 namespace powerattn::cuda::sm90 {
 
 constexpr int kUnitRows = 128;
-// Per stage: factor, log2 gate, r, delta of 64 columns, and the advance (floats).
-constexpr uint32_t kGate = 256, kR = 512, kDelta = 768, kAdvance = 1024, kMeta = 1040;
+// Per stage: factor, log2 gate, r, delta of 64 columns, and the advance (floats); which columns they are.
+constexpr uint32_t kGate = 256, kR = 512, kDelta = 768, kAdvance = 1024, kHead = 1028, kBlock = 1032,
+                   kMeta = 1040;
 
 struct GradientUnit {
   int32_t head, row, length, main, first, second;  // blocks: seen by all rows; of the own two blocks
   int32_t states, batch;
   int64_t token;
   float state_factor;
-  // For the producer itself, as in UnitMeta.
+  // For the producers themselves, as in UnitMeta; `advance`: of the columns' factors.
   int32_t mapped, blocks, head_kv;
+  float advance;
   const double *gate;
+  int64_t state;
   float r[kUnitRows], delta[kUnitRows];  // of the rows (queries)
 };
 

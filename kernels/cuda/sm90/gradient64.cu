@@ -361,10 +361,10 @@ __global__ void __launch_bounds__(384, 1)
   }
   __syncthreads();
   if (group == 2) {
-    registers_dec<kGradientProducerRegisters>();
-    if (tid / 32 == kProducerWarp) produce_gradient<T, kDegree, kKeys, 64>(a, maps, s, slots);
+    registers_dec<kProducerRegisters>();
+    produce_gradient<T, kDegree, kKeys, 64>(a, maps, s, slots);
   } else {
-    registers_inc<kGradientConsumerRegisters>();
+    registers_inc<kConsumerRegisters>();
     Consumer<T, kDegree, kKeys, kCorrect> c{s, tid % 32, (tid % 128) / 32};
     uint32_t phase = 0;
     for (;;) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The producer warp of the gradient kernels: x and u of a unit of 128 rows, then the state's tiles, then the
+// The producers of the gradient kernels: x and u of a unit of 128 rows, then the state's tiles, then the
 // columns z and y by 64 with their factors.
 #pragma once
 
@@ -16,9 +16,9 @@ struct GradientLayout {
   static constexpr int kNormStages = 4 * kDim * kDim / kStage;
   // d = 64 (128): 1024 (alignment) + rows 32 KB (64) + ring 8 x 16 KB (4 x 32) + staging 8 x 2 KB + meta 8 (4)
   // x 1040
-  // + units + barriers: 188 KB (216).
+  // + units + barriers: 189 KB (217).
   static constexpr int kSmem = 1024 + 4 * kTile + kStages * kStage + kConsumerWarps * 2048 + kStages * kMeta +
-                               2 * static_cast<int>(sizeof(GradientUnit)) + 256;
+                               3 * static_cast<int>(sizeof(GradientUnit)) + 256;
 };
 
 template <int kDim>
@@ -31,15 +31,12 @@ struct GradientSmem {
     staging = ring + L::kStages * L::kStage;
     meta = staging + kConsumerWarps * 2048;
     unit = meta + L::kStages * kMeta;
-    full = unit + 2 * sizeof(GradientUnit);
+    full = unit + 3 * sizeof(GradientUnit);
     empty = full + 8 * L::kStages;
     rows_full = empty + 8 * L::kStages;
     rows_empty = rows_full + 8;
   }
 };
-
-// 2 x 232 + 40 = 504: the factors of queries take more registers than those of keys.
-constexpr int kGradientConsumerRegisters = 232, kGradientProducerRegisters = 40;
 
 // Tensor maps of what the kernels read.
 struct GradientMaps {
@@ -59,38 +56,34 @@ inline cudaError_t gradient_maps(const GradientArgs &a, GradientMaps *maps) {
 //   dk, dv: f_i = c r_i exp(G_i - G_ref), ref = the tile's last row for later blocks, the first block's last
 //   row
 //           for the second block; advance = exp(G_tile end - G_first block's end)
-struct QueryMeta {  // loaded one block ahead; a lane has queries `lane` and `lane` + 32
-  double g[2], reference;
-  float r[2], delta[2];
-};
-__device__ __forceinline__ QueryMeta load_query_meta(const GradientArgs &a, const double *gate, int64_t row,
-                                                     int block, int first, int length, int lane) {
-  QueryMeta q{{0.0, 0.0}, 0.0, {0.f, 0.f}, {0.f, 0.f}};
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const int i = block * 64 + lane + 32 * n;
-    if (i < length) {
-      q.r[n] = a.r ? a.r[row + i] : 1.f;
-      q.delta[n] = a.delta ? a.delta[row + i] : 0.f;
+// The head and the block lie with the factors.
+__device__ __forceinline__ void write_query_meta(uint32_t meta, const GradientArgs &a,
+                                                 const volatile GradientUnit &u, int lane) {
+#pragma unroll 1
+  for (int n = lane; n < 64; n += 32) {
+    const int i = load_i1(meta + kBlock) * 64 + n;
+    const bool valid = i < u.length;
+    float factor = valid ? a.scale_p : 0.f, g = valid ? 0.f : -INFINITY;
+    if (const double *gate = u.gate; valid && gate) {
+      const double own = __ldg(gate + i);
+      g = static_cast<float>(own - __ldg(gate + (i & ~63))) * kLog2e;
+      const int later = (i - u.row) >> 6;  // blocks behind the tile's first
+      if (later > 0) {
+        const double reference = __ldg(gate + min(u.row + (later == 1 ? 63 : 127), u.length - 1));
+        factor *= exp2_fast(static_cast<float>(own - reference) * kLog2e);
+      }
     }
-    if (gate) q.g[n] = __ldg(gate + min(i, length - 1));
-  }
-  if (gate) q.reference = __ldg(gate + min(first * 64 + (block == first + 1 ? 63 : 127), length - 1));
-  return q;
-}
-__device__ __forceinline__ void write_query_meta(uint32_t meta, const QueryMeta &q, float scale_p, int block,
-                                                 int first, int length, int lane) {
-  const double start = __shfl_sync(0xffffffffu, q.g[0], 0);  // of the block
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const int i = lane + 32 * n;
-    const bool valid = block * 64 + i < length;
-    const float r = scale_p * q.r[n];  // 0 past the end
-    store_f1(meta + i * 4,
-             valid && block > first ? r * exp2_fast(static_cast<float>(q.g[n] - q.reference) * kLog2e) : r);
-    store_f1(meta + kGate + i * 4, valid ? static_cast<float>(q.g[n] - start) * kLog2e : -INFINITY);
-    store_f1(meta + kR + i * 4, r);
-    store_f1(meta + kDelta + i * 4, q.delta[n]);
+    store_f1(meta + n * 4, factor);
+    store_f1(meta + kGate + n * 4, g);
+    float r = valid ? 1.f : 0.f, delta = 0.f;
+    if (valid) {
+      const int64_t row = token_row(a.p, u.batch, a.p.heads_q, load_i1(meta + kHead), u.token) + i;
+      if (a.r) r = a.r[row];
+      if (a.delta) delta = a.delta[row];
+    }
+    store_f1(meta + n * 4, load_f1(meta + n * 4) * r);
+    store_f1(meta + kR + n * 4, a.scale_p * r);
+    store_f1(meta + kDelta + n * 4, delta);
   }
 }
 
@@ -100,11 +93,13 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
   using L = GradientLayout<kDim>;
   constexpr int kTile = L::kTile, kStage = L::kStage, kStages = L::kStages;
   constexpr int kStateTiles = tile_count(kDegree == 1 ? 1 : 2, kDim);
+  static_assert(kStages % kProducers == 0);
   const Shape &p = a.p;
   const int heads = kKeys ? p.heads_kv : p.heads_q;
-  // Turns, lanes, barriers and what is read anew at every stage: as in output_producer.cuh.
+  // Turns, lanes, warps, barriers and what is read anew at every stage: as in output_producer.cuh.
   Turns<kStages> at{1u << 31};
   const auto lane = [] { return thread_here() & 31; };
+  const auto warp = [] { return thread_here() >> 5 & (kProducers - 1); };
   const auto hand_over = [&](uint32_t bar) {
     __syncwarp();
     if (lane() == 0) barrier_arrive(bar);
@@ -115,178 +110,159 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
     fence_async_proxy();
     hand_over(bar);
   };
-  const auto bulk_stage = [&](const char *src, uint32_t bytes) {
-    barrier_wait(s.empty + 8 * at.stage(), at.phase() ^ 1);
-    const uint32_t bar = s.full + 8 * at.stage();
-    barrier_expect(bar, bytes);
-    bulk_load(s.ring + at.stage() * kStage, src, bytes, bar);
-    ++at.turn;
-  };
   for (;;) {
-    const int ticket = next_ticket(a.ticket, lane());
-    if (ticket >= p.table.num_tiles * heads * 2) break;
-    RowTile t = row_tile_at(p, static_cast<uint32_t>(ticket) >> 1, heads);
-    t.row += kKeys ? (ticket & 1) * kUnitRows : (~ticket & 1) * kUnitRows;
-    if (t.row >= t.chunk.length) continue;
-
-    barrier_wait(s.rows_empty, at.unit());
-    at.next_unit();
-    volatile GradientUnit &u = slots[at.unit()];
-    const int head_kv = kKeys ? t.head : t.head / p.group;
-    const bool has_state =
-        a.state && (a.end_has_state || (kKeys ? t.chunk.index + 1 < t.chunk.count : t.chunk.index > 0));
-    if (lane() == 0) {
-      const int heads_z = kKeys ? p.group : 1, first = t.row / 64, length = t.chunk.length,
-                blocks = (length + 63) / 64;
-      u.head = t.head;
-      u.row = t.row;
-      u.length = length;
-      u.main = kKeys ? max(0, blocks - first - 2) * heads_z : first;
-      u.first = kKeys ? (first + 1 < blocks ? heads_z : 0) : 1;
-      u.second = kKeys ? heads_z : first + 1 < blocks;
-      u.states = has_state;
-      u.batch = t.batch;
-      u.token = t.chunk.start;
-      u.mapped = mapped_blocks(maps.z, maps.y, p, t.chunk, blocks);
-      u.blocks = blocks;
-      u.head_kv = head_kv;
-      const double *gate = a.gate ? a.gate + token_row(p, u.batch, p.heads_kv, u.head_kv, u.token) : nullptr;
-      u.gate = gate;
-      const double g = !gate   ? 0.0
-                       : kKeys ? gate[u.length - 1] - gate[min(u.row + kUnitRows, u.length) - 1]
-                               : gate[u.row];
-      u.state_factor = exp2f(static_cast<float>(g) * kLog2e);
-    }
-    __syncwarp();
-    if (!kKeys) {
-      const int64_t row = token_row(p, u.batch, p.heads_q, u.head, u.token) + u.row;
-#pragma unroll 1
-      for (int i = lane(); i < kUnitRows; i += 32) {
-        const bool in = u.row + i < u.length;
-        u.r[i] = in && a.r ? a.r[row + i] : 1.f;
-        u.delta[i] = in && a.delta ? a.delta[row + i] : 0.f;
-      }
-    }
-    if (maps.x.tiled && maps.u.tiled) {  // rows behind the chunk's end are nobody's
-      if (lane() == 0) {
-        barrier_expect_only(s.rows_full, 4 * kTile);
-#pragma unroll 1
-        for (int m = 0; m < 2; ++m) {
-          const int token = static_cast<int>(u.token) + u.row + m * 64;
-          fetch_tile<kDim>(s.rows + m * kTile, maps.x, u.batch, u.head, token, s.rows_full);
-          fetch_tile<kDim>(s.rows + (2 + m) * kTile, maps.u, u.batch, u.head, token, s.rows_full);
+    if (warp() == 0) {
+      volatile GradientUnit &next = slots[2];
+      for (;;) {
+        const int ticket = next_ticket(a.ticket, lane());
+        if (ticket >= p.table.num_tiles * heads * 2) {
+          if (lane() == 0) next.head = -1;
+          break;
         }
-      }
-      hand_over(s.rows_full);
-    } else {
-#pragma unroll 1
-      for (int n = 0; n < 4; ++n) {  // x: two tiles, u: two tiles
-        const Tensor &x = n < 2 ? a.x : a.u;
-        const int row = u.row + (n & 1) * 64;
-        load_tile<T, kDim, 32>(s.rows + n * kTile, x, row_pointer<T>(x, u.batch, u.head, u.token + row),
-                               u.length - row, lane());
-      }
-      hand_over_copies(s.rows_full);
-    }
-
-    if (has_state) {
-      if (lane() == 0) {
-        const int64_t slot = int64_t(t.chunk_index) * p.heads_kv + head_kv;
-        if (kDegree == 2 && a.norm) {
-          const char *norm = static_cast<const char *>(a.norm) + slot * (L::kNormStages * kStage);
-#pragma unroll
-          for (int i = 0; i < L::kNormStages; ++i) bulk_stage(norm + i * kStage, kStage);
+        RowTile t = row_tile_at(p, static_cast<uint32_t>(ticket) >> 1, heads);
+        t.row += kKeys ? (ticket & 1) * kUnitRows : (~ticket & 1) * kUnitRows;
+        if (t.row >= t.chunk.length) continue;
+        if (lane() == 0) {
+          const int heads_z = kKeys ? p.group : 1, first = t.row / 64, length = t.chunk.length,
+                    blocks = (length + 63) / 64;
+          next.head = t.head;
+          next.row = t.row;
+          next.length = length;
+          next.main = kKeys ? max(0, blocks - first - 2) * heads_z : first;
+          next.first = kKeys ? (first + 1 < blocks ? heads_z : 0) : 1;
+          next.second = kKeys ? heads_z : first + 1 < blocks;
+          next.states =
+              a.state && (a.end_has_state || (kKeys ? t.chunk.index + 1 < t.chunk.count : t.chunk.index > 0));
+          next.batch = t.batch;
+          next.token = t.chunk.start;
+          next.mapped = mapped_blocks(maps.z, maps.y, p, t.chunk, blocks);
+          next.blocks = blocks;
+          next.head_kv = kKeys ? t.head : t.head / p.group;
+          next.state = int64_t(t.chunk_index) * p.heads_kv + next.head_kv;
+          const double *gate =
+              a.gate ? a.gate + token_row(p, next.batch, p.heads_kv, next.head_kv, next.token) : nullptr;
+          next.gate = gate;
+          const double g = !gate   ? 0.0
+                           : kKeys ? gate[next.length - 1] - gate[min(next.row + kUnitRows, next.length) - 1]
+                                   : gate[next.row];
+          next.state_factor = exp2f(static_cast<float>(g) * kLog2e);
+          next.advance = 1.f;
+          if (kKeys && gate && next.second && next.first)
+            next.advance = exp2_fast(
+                static_cast<float>(gate[min(next.row + 127, next.length - 1)] - gate[next.row + 63]) * kLog2e);
         }
-        const char *state = static_cast<const char *>(a.state) + slot * (kStateTiles * kTile);
+        __syncwarp();
+        if (!kKeys) {
+          const int64_t row = token_row(p, next.batch, p.heads_q, next.head, next.token) + next.row;
 #pragma unroll 1
-        for (int i = 0; i < (kStateTiles + 1) / 2; ++i, state += kStage)
-          bulk_stage(state, kStateTiles == 1 ? kTile : kStage);
-      } else {
-        at.turn += (kStateTiles + 1) / 2 + (kDegree == 2 && a.norm ? L::kNormStages : 0);
+          for (int i = lane(); i < kUnitRows; i += 32) {
+            const bool in = next.row + i < next.length;
+            next.r[i] = in && a.r ? a.r[row + i] : 1.f;
+            next.delta[i] = in && a.delta ? a.delta[row + i] : 0.f;
+          }
+        }
+        break;
       }
       __syncwarp();
-    }
-    const auto fetch_columns = [&](int head, int block) {  // one thread
-      const uint32_t stage = s.ring + at.stage() * kStage, bar = s.full + 8 * at.stage();
-      const int token = static_cast<int>(u.token) + block * 64, batch = u.batch;
-      barrier_expect_only(bar, kStage);
-      fetch_tile<kDim>(stage, maps.z, batch, head, token, bar);
-      fetch_tile<kDim>(stage + kTile, maps.y, batch, head, token, bar);
-    };
-    const auto load_columns = [&](int head, int block) {  // all
+      barrier_wait(s.rows_empty, at.unit());
+      volatile GradientUnit &u = slots[at.unit() ^ 1];
+      copy_words(&u, &next, sizeof(GradientUnit) / 4, lane());
+      __syncwarp();
+      if ((maps.x.tiled && maps.u.tiled) || u.head < 0) {  // rows behind the chunk's end are nobody's
+        if (u.head >= 0 && lane() == 0) {
+          barrier_expect_only(s.rows_full, 4 * kTile);
 #pragma unroll 1
-      for (int n = 0; n < 2; ++n) {
-        const Tensor &x = n ? a.y : a.z;
-        load_tile<T, kDim, 32>(s.ring + at.stage() * kStage + n * kTile, x,
-                               row_pointer<T>(x, u.batch, head, u.token + block * 64), u.length - block * 64,
-                               lane());
-      }
-    };
-    if constexpr (kKeys) {
-      // Later blocks, head by head of the group; then the tile's second block, then its first, for all heads.
-      const auto load = [&](int head, int block) {
-        return load_query_meta(a, u.gate, token_row(p, u.batch, p.heads_q, head, u.token), block, u.row / 64,
-                               u.length, lane());
-      };
-      int head = u.head * p.group, block = min(u.row / 64 + 2, u.blocks - 1);
-      float advance = 1.f;
-      if (const double *gate = u.gate; gate && u.row / 64 + 1 < u.blocks && lane() == 0)
-        advance =
-            exp2_fast(static_cast<float>(gate[min(u.row + 127, u.length - 1)] - gate[u.row + 63]) * kLog2e);
-      QueryMeta q = load(head, block);
-#pragma unroll 1
-      for (;;) {
-        barrier_wait(s.empty + 8 * at.stage(), at.phase() ^ 1);
-        const bool mapped = block < u.mapped;
-        if (mapped && lane() == 0) fetch_columns(head, block);
-        write_query_meta(s.meta + at.stage() * kMeta, q, a.scale_p, block, u.row / 64, u.length, lane());
-        if (lane() == 0) store_f1(s.meta + at.stage() * kMeta + kAdvance, advance);
-        if (mapped) {
-          hand_over(s.full + 8 * at.stage());
-        } else {
-          load_columns(head, block);
-          hand_over_copies(s.full + 8 * at.stage());
+          for (int m = 0; m < 2; ++m) {
+            const int token = static_cast<int>(u.token) + u.row + m * 64;
+            fetch_tile<kDim>(s.rows + m * kTile, maps.x, u.batch, u.head, token, s.rows_full);
+            fetch_tile<kDim>(s.rows + (2 + m) * kTile, maps.u, u.batch, u.head, token, s.rows_full);
+          }
         }
-        ++at.turn;
-        const int first = u.row / 64;
-        const bool later = block > first + 1;
-        if (!later || ++block == u.blocks) {
-          const bool last = ++head == (u.head + 1) * p.group;
-          if (last) head = u.head * p.group;
-          if (later)
-            block = last ? first + 1 : first + 2;
-          else if (last && --block < first)
-            break;
+        hand_over(s.rows_full);
+      } else {
+#pragma unroll 1
+        for (int n = 0; n < 4; ++n) {  // x: two tiles, u: two tiles
+          const Tensor &x = n < 2 ? a.x : a.u;
+          const int row = u.row + (n & 1) * 64;
+          load_tile<T, kDim, 32>(s.rows + n * kTile, x, row_pointer<T>(x, u.batch, u.head, u.token + row),
+                                 u.length - row, lane());
         }
-        q = load(head, block);
-      }
-    } else {
-      const auto gates_of = [&](int block) {
-        return load_key_gates(u.gate, block, u.row / 64, u.length, lane());
-      };
-      const auto blocks = [&] { return min(u.row / 64 + 2, u.blocks); };
-      KeyGates gates = gates_of(0);
-      int block = 0;
-#pragma unroll 1
-      for (; block < min(blocks(), u.mapped); ++block, ++at.turn) {
-        barrier_wait(s.empty + 8 * at.stage(), at.phase() ^ 1);
-        if (lane() == 0) fetch_columns(u.head_kv, block);
-        write_key_meta(s.meta + at.stage() * kMeta, gates, block, u.length, lane(), kAdvance);
-        hand_over(s.full + 8 * at.stage());
-        if (block + 1 < u.mapped) gates = gates_of(block + 1);
-      }
-#pragma unroll 1
-      for (; block < blocks(); ++block, ++at.turn) {
-        barrier_wait(s.empty + 8 * at.stage(), at.phase() ^ 1);
-        load_columns(u.head_kv, block);
-        write_key_meta(s.meta + at.stage() * kMeta, gates_of(block), block, u.length, lane(), kAdvance);
-        hand_over_copies(s.full + 8 * at.stage());
+        hand_over_copies(s.rows_full);
       }
     }
+    named_barrier<1, 32 * kProducers>();
+    at.next_unit();
+    const volatile GradientUnit &u = slots[at.unit()];
+    if (u.head < 0) break;
+
+    int n = (warp() - at.turn) & (kProducers - 1);  // this warp's next stage of the unit
+    if (u.states) {
+      const int norms = kDegree == 2 && a.norm ? L::kNormStages : 0, total = norms + (kStateTiles + 1) / 2;
+#pragma unroll 1
+      for (; n < total; n += kProducers) {
+        if (lane() != 0) continue;
+        const char *src =
+            n < norms
+                ? static_cast<const char *>(a.norm) + (u.state * L::kNormStages + n) * kStage
+                : static_cast<const char *>(a.state) + u.state * (kStateTiles * kTile) + (n - norms) * kStage;
+        const uint32_t bar = s.full + 8 * at.stage(n), bytes = kStateTiles == 1 && n >= norms ? kTile : kStage;
+        barrier_wait(s.empty + 8 * at.stage(n), at.phase(n) ^ 1);
+        barrier_expect(bar, bytes);
+        bulk_load(s.ring + at.stage(n) * kStage, src, bytes, bar);
+      }
+      __syncwarp();
+      at.turn += total;
+      n -= total;
+    }
+    const int columns = kKeys ? u.main + u.first + u.second : min(u.row / 64 + 2, u.blocks);
+#pragma unroll 1
+    for (; n < columns; n += kProducers) {
+      barrier_wait(s.empty + 8 * at.stage(n), at.phase(n) ^ 1);
+      const auto meta = [&] { return s.meta + at.stage(n) * kMeta; };
+      const auto full = [&] { return s.full + 8 * at.stage(n); };
+      if constexpr (kKeys) {
+        // Later blocks, head by head of the group; then the tile's second block, then its first, for all heads.
+        // Kept with the factors, for want of registers.
+        if (lane() == 0) {
+          const int main = u.main, m = n < main ? n : n - main;
+          const int span =
+              n < main ? u.blocks - u.row / 64 - 2 : p.group;  // blocks of a head, or heads of a block
+          const int part = m / span, rest = m - part * span;
+          store_i1(meta() + kHead, u.head * p.group + (n < main ? part : rest));
+          store_i1(meta() + kBlock, u.row / 64 + (n < main ? 2 + rest : (u.first > 0 ? 1 : 0) - part));
+          store_f1(meta() + kAdvance, u.advance);
+        }
+        __syncwarp();
+      }
+      const auto head = [&] { return kKeys ? load_i1(meta() + kHead) : u.head_kv; };
+      const auto block = [&] { return kKeys ? load_i1(meta() + kBlock) : n; };
+      if (block() < u.mapped && lane() == 0) {
+        const uint32_t stage = s.ring + at.stage(n) * kStage, bar = full();
+        const int token = static_cast<int>(u.token) + block() * 64, batch = u.batch;
+        barrier_expect_only(bar, kStage);
+        fetch_tile<kDim>(stage, maps.z, batch, head(), token, bar);
+        fetch_tile<kDim>(stage + kTile, maps.y, batch, head(), token, bar);
+      }
+      if constexpr (kKeys)
+        write_query_meta(meta(), a, u, lane());
+      else
+        write_key_meta(meta(), load_key_gates(u.gate, n, u.row / 64, u.length, lane()), n, u.length, lane(),
+                       kAdvance);
+      if (block() < u.mapped) {
+        hand_over(full());
+      } else {
+#pragma unroll 1
+        for (int m = 0; m < 2; ++m) {
+          const Tensor &x = m ? a.y : a.z;
+          load_tile<T, kDim, 32>(s.ring + at.stage(n) * kStage + m * kTile, x,
+                                 row_pointer<T>(x, u.batch, head(), u.token + block() * 64),
+                                 u.length - block() * 64, lane());
+        }
+        hand_over_copies(full());
+      }
+    }
+    at.turn += columns;
   }
-  barrier_wait(s.rows_empty, at.unit());
-  if (lane() == 0) slots[at.unit() ^ 1].head = -1;
-  hand_over(s.rows_full);
 }
 
 }  // namespace powerattn::cuda::sm90

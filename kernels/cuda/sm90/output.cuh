@@ -18,17 +18,18 @@ struct UnitMeta {                     // what the producer tells the consumers a
   int32_t states, batch;              // states: the chunk starts from a state
   int64_t token;
   float state_factor;  // exp(G_row0): decay of the state at the tile's first row
-  // For the producer itself, which reads what it needs at every stage instead of keeping it in registers:
-  // blocks that tensor maps can load, and the chunk's gate sums.
+  // For the producers themselves, which read what they need at every stage instead of keeping it in registers:
+  // blocks that tensor maps can load, the chunk's gate sums, and which state it starts from.
   int32_t mapped, head_kv;
   const double *gate;
+  int64_t state;
 };
 
 // Key factors of block j for a tile that starts at block n, all <= 1. G is the chunk's inclusive gate sum, B_b
 // its value at the first row of block b.
 //   j < n:  factor = exp(B_n - G_j)                                                  (common to the tile)
 //   j >= n: factor = exp(B_{j+1} - G_j), advance = exp(B_{j+1} - B_j), log2 gate = (G_j - B_j) log2(e)
-// A lane of the producer warp has keys `lane` and `lane` + 32, and loads them one block ahead: the latency of a
+// A lane of a producer warp has keys `lane` and `lane` + 32, and loads them a block ahead: the latency of a
 // load is as long as the consumers need for a block.
 struct KeyGates {
   double g[2], reference;

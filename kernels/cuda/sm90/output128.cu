@@ -274,10 +274,10 @@ __global__ void __launch_bounds__(384, 1)
   }
   __syncthreads();
   if (group == 2) {
-    registers_dec<kOutputProducerRegisters>();
-    if (tid / 32 == kProducerWarp) produce_output<T, kDegree, 128>(a, maps, s, slots);
+    registers_dec<kProducerRegisters>();
+    produce_output<T, kDegree, 128>(a, maps, s, slots);
   } else {
-    registers_inc<kOutputConsumerRegisters>();
+    registers_inc<kConsumerRegisters>();
     Consumer<T, kDegree> c{s};
     for (;; c.turn ^= 1u << 31) {
       barrier_wait(s.q_full, c.turn >> 31);

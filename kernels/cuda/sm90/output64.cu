@@ -2,7 +2,7 @@
 // Forward output for head_dim = value_dim = 64: rows of one chunk against the state before the chunk and the
 // chunk's own keys. Without a state this is the attention form.
 //
-// One producer warp feeds a ring of 16 KB stages (two state tiles, or 64 keys and values); two consumer
+// Four producer warps feed a ring of 16 KB stages (two state tiles, or 64 keys and values); two consumer
 // warpgroups hold 2 x 64 rows each: row tiles {0, 3} and {1, 2}, so both do the same number of causal blocks.
 #include "output_producer.cuh"
 
@@ -295,10 +295,10 @@ __global__ void __launch_bounds__(384, 1)
   }
   __syncthreads();
   if (group == 2) {
-    registers_dec<kOutputProducerRegisters>();
-    if (tid / 32 == kProducerWarp) produce_output<T, kDegree, 64>(a, maps, s, slots);
+    registers_dec<kProducerRegisters>();
+    produce_output<T, kDegree, 64>(a, maps, s, slots);
   } else {
-    registers_inc<kOutputConsumerRegisters>();
+    registers_inc<kConsumerRegisters>();
     Consumer<T, kDegree> c{s, tid % 32, (tid % 128) / 32};
     const int m0 = group == 0 ? 0 : 1, m1 = 3 - m0;
     uint32_t q_phase = 0;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The producer warp of the forward `output` kernels: q of a unit of 256 rows, then the state's tiles, then keys
-// and values by 64 with the gate factors of the keys. One lane starts the copies; all write the factors.
+// The producers of the forward `output` kernels: q of a unit of 256 rows, then the state's tiles, then keys and
+// values by 64 with the gate factors of the keys. Four warps take the stages in turn; of each, one lane starts
+// the copies and all write the factors.
 #pragma once
 
 #include "output.cuh"
@@ -8,10 +9,10 @@
 namespace powerattn::cuda::sm90 {
 
 constexpr int kConsumerWarps = 8;
-constexpr int kProducerWarp = 8;  // the first of the third warpgroup; its other warps have nothing to do
+constexpr int kProducers = 4;  // warps of the third warpgroup: each has every fourth stage of the ring
 // Registers a thread: 2 x 240 + 24 = 504 = 3 x 168, those that the block was launched with. More would wait
 // forever.
-constexpr int kOutputConsumerRegisters = 240, kOutputProducerRegisters = 24;
+constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 
 // Tensor maps of what the kernels read.
 struct OutputMaps {
@@ -63,17 +64,27 @@ __device__ __forceinline__ int mapped_blocks(const TileMap &x, const TileMap &y,
   return c.start + c.length < p.tokens ? min(blocks, c.length / 64) : blocks;
 }
 
+// Within shared memory, by the lanes of a warp.
+__device__ __forceinline__ void copy_words(volatile void *to, const volatile void *from, int words, int lane) {
+#pragma unroll 1
+  for (int i = lane; i < words; i += 32)
+    static_cast<volatile uint32_t *>(to)[i] = static_cast<const volatile uint32_t *>(from)[i];
+}
+
 template <typename T, int kDegree, int kDim>
 __device__ __forceinline__ void produce_output(const OutputArgs &a, const OutputMaps &maps,
                                                const OutputSmem<kDim> &s, UnitMeta *slots) {
   using L = OutputLayout<kDim>;
   constexpr int kTile = L::kTile, kStage = L::kStage, kStages = L::kStages;
-  constexpr int kStateTiles = tile_count(kDegree == 1 ? 1 : 2, kDim);
+  constexpr int kStateTiles = tile_count(kDegree == 1 ? 1 : 2, kDim), kStateStages = (kStateTiles + 1) / 2;
+  static_assert(kStages % kProducers == 0);  // a stage of the ring belongs to one warp
   const Shape &p = a.p;
   Turns<kStages> at{1u << 31};  // unit(): the parity that `q_empty` has, and the slot in use, inverted
   const auto lane = [] { return thread_here() & 31; };
-  // Every barrier that consumers wait for counts one arrival: lane 0's, when all lanes have done their part. (A
-  // lane that waits for a barrier must not be able to miss a whole turn of it: these lanes meet between turns.)
+  const auto warp = [] { return thread_here() >> 5 & (kProducers - 1); };
+  // Every barrier that consumers wait for counts one arrival: that of lane 0, when all lanes of its warp have
+  // done their part. (A lane that waits for a barrier must not be able to miss a whole turn of it: the lanes of
+  // a warp meet between turns, and no other warp waits for this one's stages.)
   const auto hand_over = [&](uint32_t bar) {
     __syncwarp();
     if (lane() == 0) barrier_arrive(bar);
@@ -84,114 +95,124 @@ __device__ __forceinline__ void produce_output(const OutputArgs &a, const Output
     fence_async_proxy();
     hand_over(bar);
   };
-  const auto bulk_stage = [&](const char *src, uint32_t bytes) {
-    barrier_wait(s.empty + 8 * at.stage(), at.phase() ^ 1);
-    const uint32_t bar = s.full + 8 * at.stage();
-    barrier_expect(bar, bytes);
-    bulk_load(s.ring + at.stage() * kStage, src, bytes, bar);
-    ++at.turn;
-  };
   for (;;) {
-    const int ticket = next_ticket(a.ticket, lane());
-    if (ticket >= p.table.num_tiles * p.heads_q) break;
-    const RowTile t = row_tile_at(p, ticket, p.heads_q);
-    if (t.row >= t.chunk.length) continue;
-
-    barrier_wait(s.q_empty, at.unit());
-    at.next_unit();
-    volatile UnitMeta &u = slots[at.unit()];
-    const int head_kv = t.head / p.group;
-    const bool has_state = a.state && (t.chunk.index > 0 || a.first_has_state);
-    if (lane() == 0) {
-      const int blocks = min(t.row / kKeys + kRowTiles, (t.chunk.length + kKeys - 1) / kKeys);
-      u.head = t.head;
-      u.row = t.row;
-      u.length = t.chunk.length;
-      u.blocks = blocks;
-      u.states = has_state;
-      u.batch = t.batch;
-      u.token = t.chunk.start;
-      u.mapped = mapped_blocks(maps.k, maps.v, p, t.chunk, blocks);
-      u.head_kv = head_kv;
-      const double *gate = a.gate ? a.gate + token_row(p, u.batch, p.heads_kv, u.head_kv, u.token) : nullptr;
-      u.gate = gate;
-      u.state_factor = gate ? exp2f(static_cast<float>(gate[u.row]) * kLog2e) : 1.f;
-    }
-    __syncwarp();
-    if (maps.q.tiled) {  // rows behind the chunk's end are nobody's: each row of the products stays its own
-      if (lane() == 0) {
-        barrier_expect_only(s.q_full, kRowTiles * kTile);
-#pragma unroll 1
-        for (int m = 0; m < kRowTiles; ++m)
-          fetch_tile<kDim>(s.q + m * kTile, maps.q, u.batch, u.head, static_cast<int>(u.token) + u.row + m * 64,
-                           s.q_full);
-      }
-      hand_over(s.q_full);
-    } else {
-#pragma unroll 1
-      for (int m = 0; m < kRowTiles; ++m) {
-        const int row = u.row + m * 64;
-        load_tile<T, kDim, 32>(s.q + m * kTile, a.q, row_pointer<T>(a.q, u.batch, u.head, u.token + row),
-                               u.length - row, lane());
-      }
-      hand_over_copies(s.q_full);
-    }
-
-    if (has_state) {
-      if (lane() == 0) {
-        const int64_t slot = int64_t(t.chunk_index) * p.heads_kv + head_kv;
-        const auto load_norm = [&] {
-          const char *norm = static_cast<const char *>(a.norm) + slot * (L::kNormStages * kStage);
-#pragma unroll
-          for (int i = 0; i < L::kNormStages; ++i) bulk_stage(norm + i * kStage, kStage);
-        };
-        if (L::kNormFirst && kDegree == 2 && a.norm) load_norm();
-        const char *state = static_cast<const char *>(a.state) + slot * (kStateTiles * kTile);
-#pragma unroll 1
-        for (int i = 0; i < (kStateTiles + 1) / 2; ++i, state += kStage)
-          bulk_stage(state, kStateTiles == 1 ? kTile : kStage);
-        if (!L::kNormFirst && kDegree == 2 && a.norm) load_norm();
-      } else {
-        at.turn += (kStateTiles + 1) / 2 + (kDegree == 2 && a.norm ? L::kNormStages : 0);
+    // The first warp takes the unit, prepares what is known of it while the consumers work, and loads q.
+    if (warp() == 0) {
+      volatile UnitMeta &next = slots[2];
+      for (;;) {
+        const int ticket = next_ticket(a.ticket, lane());
+        if (ticket >= p.table.num_tiles * p.heads_q) {
+          if (lane() == 0) next.head = -1;
+          break;
+        }
+        const RowTile t = row_tile_at(p, ticket, p.heads_q);
+        if (t.row >= t.chunk.length) continue;
+        if (lane() == 0) {
+          const int blocks = min(t.row / kKeys + kRowTiles, (t.chunk.length + kKeys - 1) / kKeys);
+          next.head = t.head;
+          next.row = t.row;
+          next.length = t.chunk.length;
+          next.blocks = blocks;
+          next.states = a.state && (t.chunk.index > 0 || a.first_has_state);
+          next.batch = t.batch;
+          next.token = t.chunk.start;
+          next.mapped = mapped_blocks(maps.k, maps.v, p, t.chunk, blocks);
+          next.head_kv = t.head / p.group;
+          next.state = int64_t(t.chunk_index) * p.heads_kv + next.head_kv;
+          const double *gate =
+              a.gate ? a.gate + token_row(p, next.batch, p.heads_kv, next.head_kv, next.token) : nullptr;
+          next.gate = gate;
+          next.state_factor = gate ? exp2f(static_cast<float>(gate[next.row]) * kLog2e) : 1.f;
+        }
+        break;
       }
       __syncwarp();
-    }
-    // By tensor maps; the gates are loaded a block ahead.
-    const auto gates_of = [&](int j) { return load_key_gates(u.gate, j, u.row / kKeys, u.length, lane()); };
-    KeyGates gates = gates_of(0);
-    int j = 0;
+      barrier_wait(s.q_empty, at.unit());
+      volatile UnitMeta &u = slots[at.unit() ^ 1];
+      copy_words(&u, &next, sizeof(UnitMeta) / 4, lane());
+      __syncwarp();
+      if (maps.q.tiled ||
+          u.head < 0) {  // rows behind the chunk's end are nobody's: each row of the products is its own
+        if (u.head >= 0 && lane() == 0) {
+          barrier_expect_only(s.q_full, kRowTiles * kTile);
 #pragma unroll 1
-    for (; j < u.mapped; ++j, ++at.turn) {
-      barrier_wait(s.empty + 8 * at.stage(), at.phase() ^ 1);
-      const uint32_t stage = s.ring + at.stage() * kStage, bar = s.full + 8 * at.stage();
+          for (int m = 0; m < kRowTiles; ++m)
+            fetch_tile<kDim>(s.q + m * kTile, maps.q, u.batch, u.head,
+                             static_cast<int>(u.token) + u.row + m * 64, s.q_full);
+        }
+        hand_over(s.q_full);
+      } else {
+#pragma unroll 1
+        for (int m = 0; m < kRowTiles; ++m) {
+          const int row = u.row + m * 64;
+          load_tile<T, kDim, 32>(s.q + m * kTile, a.q, row_pointer<T>(a.q, u.batch, u.head, u.token + row),
+                                 u.length - row, lane());
+        }
+        hand_over_copies(s.q_full);
+      }
+    }
+    // Nobody reads the slot that the first warp writes next: that is of the unit before this one.
+    named_barrier<1, 32 * kProducers>();
+    at.next_unit();
+    const volatile UnitMeta &u = slots[at.unit()];
+    if (u.head < 0) break;
+
+    int n = (warp() - at.turn) & (kProducers - 1);  // this warp's next stage of the unit
+    if (u.states) {
+      const int norms = kDegree == 2 && a.norm ? L::kNormStages : 0, total = kStateStages + norms;
+#pragma unroll 1
+      for (; n < total; n += kProducers) {
+        if (lane() != 0) continue;
+        const int tile = L::kNormFirst ? n - norms : n;  // stage of the state; the others are Z's
+        const bool z = tile < 0 || tile >= kStateStages;
+        const char *src =
+            z ? static_cast<const char *>(a.norm) +
+                    (u.state * L::kNormStages + (L::kNormFirst ? n : n - kStateStages)) * kStage
+              : static_cast<const char *>(a.state) + u.state * (kStateTiles * kTile) + tile * kStage;
+        const uint32_t bar = s.full + 8 * at.stage(n), bytes = kStateTiles == 1 && !z ? kTile : kStage;
+        barrier_wait(s.empty + 8 * at.stage(n), at.phase(n) ^ 1);
+        barrier_expect(bar, bytes);
+        bulk_load(s.ring + at.stage(n) * kStage, src, bytes, bar);
+      }
+      __syncwarp();
+      at.turn += total;
+      n -= total;
+    }
+    // Keys and values: by tensor maps, with the gates loaded a block ahead (of d = 64, whose blocks are short);
+    constexpr bool kEarly = kDim == 64;
+    const auto gates_of = [&](int j) { return load_key_gates(u.gate, j, u.row / kKeys, u.length, lane()); };
+    KeyGates gates;
+    if constexpr (kEarly) gates = gates_of(n);
+#pragma unroll 1
+    for (; n < u.mapped; n += kProducers) {
+      barrier_wait(s.empty + 8 * at.stage(n), at.phase(n) ^ 1);
+      const uint32_t stage = s.ring + at.stage(n) * kStage, bar = s.full + 8 * at.stage(n);
       if (lane() == 0) {
-        const int token = static_cast<int>(u.token) + j * kKeys, head = u.head_kv, batch = u.batch;
+        const int token = static_cast<int>(u.token) + n * kKeys, head = u.head_kv, batch = u.batch;
         barrier_expect_only(bar, kStage);
         fetch_tile<kDim>(stage, maps.k, batch, head, token, bar);
         fetch_tile<kDim>(stage + kTile, maps.v, batch, head, token, bar);
       }
-      write_key_meta(s.meta + at.stage() * kMetaBytes, gates, j, u.length, lane());
+      write_key_meta(s.meta + at.stage(n) * kMetaBytes, kEarly ? gates : gates_of(n), n, u.length, lane());
       hand_over(bar);
-      if (j + 1 < u.mapped) gates = gates_of(j + 1);
+      if (kEarly && n + kProducers < u.mapped) gates = gates_of(n + kProducers);
     }
-    // The others by threads.
+    // the others by threads.
 #pragma unroll 1
-    for (; j < u.blocks; ++j, ++at.turn) {
-      barrier_wait(s.empty + 8 * at.stage(), at.phase() ^ 1);
-      const uint32_t stage = s.ring + at.stage() * kStage;
+    for (; n < u.blocks; n += kProducers) {
+      barrier_wait(s.empty + 8 * at.stage(n), at.phase(n) ^ 1);
 #pragma unroll 1
-      for (int n = 0; n < 2; ++n) {
-        const Tensor &x = n ? a.v : a.k;
-        load_tile<T, kDim, 32>(stage + n * kTile, x, row_pointer<T>(x, u.batch, u.head_kv, u.token + j * kKeys),
-                               u.length - j * kKeys, lane());
+      for (int m = 0; m < 2; ++m) {
+        const Tensor &x = m ? a.v : a.k;
+        load_tile<T, kDim, 32>(s.ring + at.stage(n) * kStage + m * kTile, x,
+                               row_pointer<T>(x, u.batch, u.head_kv, u.token + n * kKeys), u.length - n * kKeys,
+                               lane());
       }
-      write_key_meta(s.meta + at.stage() * kMetaBytes, gates_of(j), j, u.length, lane());
-      hand_over_copies(s.full + 8 * at.stage());
+      write_key_meta(s.meta + at.stage(n) * kMetaBytes, gates_of(n), n, u.length, lane());
+      hand_over_copies(s.full + 8 * at.stage(n));
     }
+    at.turn += u.blocks;
   }
-  barrier_wait(s.q_empty, at.unit());
-  if (lane() == 0) slots[at.unit() ^ 1].head = -1;
-  hand_over(s.q_full);
 }
 
 }  // namespace powerattn::cuda::sm90
