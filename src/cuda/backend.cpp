@@ -16,6 +16,9 @@ extern const Implementation kCudaGeneric;
 #if defined(POWERATTN_HAVE_SM80)
 extern const Implementation kCudaSm80;
 #endif
+#if defined(POWERATTN_HAVE_LINEAR)
+extern const Implementation kCudaLinear;
+#endif
 #if defined(POWERATTN_HAVE_SM90)
 extern const Implementation kCudaSm90, kCudaSm90Next;
 #endif
@@ -38,6 +41,9 @@ const Implementation *const kAll[] = {
 
 // Rows whose kernels have not run on a device: reached by their name only.
 const Implementation *const kUnmeasured[] = {
+#if defined(POWERATTN_HAVE_LINEAR)
+    &kCudaLinear,
+#endif
 #if defined(POWERATTN_HAVE_SM90)
     &kCudaSm90Next,
 #endif

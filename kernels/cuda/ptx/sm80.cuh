@@ -50,6 +50,9 @@ __device__ __forceinline__ void store16(uint32_t dst, uint4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(dst), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
+__device__ __forceinline__ void store4(uint32_t dst, uint32_t v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(dst), "r"(v) : "memory");
+}
 __device__ __forceinline__ uint4 load16(uint32_t src) {
   uint4 v;
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"

@@ -26,6 +26,7 @@ void copy_wait() {
 }
 
 inline void store16(uint32_t dst, uint4 v) { emulation::shared_store(dst, &v, 16); }
+inline void store4(uint32_t dst, uint32_t v) { emulation::shared_store(dst, &v, 4); }
 inline uint4 load16(uint32_t src) {
   uint4 v;
   emulation::shared_load(&v, src, 16);

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+// The walk of one chunk and head with its output. Per step of 64 tokens, on the same accumulators:
+//   1. state:  O = X State, times e^{g_r}
+//   2. pairs:  O += (X Z^T, weighed and masked) U
+//   3. update: State = e^{g_end} State + sum_t w_t z_t u_t^T, in float32 registers; rounded to bfloat16 into
+//   shared
+//              memory, where the next step's first product reads it
+// A warp owns 16 rows and 64 columns of O, and 16 rows of the state. One barrier a step: copies of the next
+// step are in flight meanwhile, and whatever is written for it lies in the other of two buffers.
+#pragma once
+
+#include "block.cuh"
+#include "kernels/cuda/launch.cuh"
+
+namespace powerattn::cuda::linear {
+
+template <int D>
+struct OutputForm : Form<D> {
+  static constexpr int kHalves = D / 64;  // warps that share 16 rows of O
+  static constexpr int kStageBytes = 3 * Form<D>::kTileBytes, kStateBytes = D * D * 2;
+  // Stages of x, z and u | two states | gates of two blocks | two z
+  //   d = 64: 48 + 16 + 2 KB, three blocks a multiprocessor; d = 128: 96 + 64 + 2.5 KB, one (162.5 of 163 KB on
+  //   sm_80)
+  static constexpr int kStates = 2 * kStageBytes;
+  static constexpr int kGates = kStates + 2 * kStateBytes;
+  static constexpr int kZ = kGates + 2 * sizeof(Gates);
+  static constexpr int kShared = kZ + 2 * D * 4;
+  static constexpr int kBlocksPerSM = D == 64 ? 3 : 1;
+};
+
+// A 4 x 4 exchange in every quad: lane i gives v[j] to lane j, and holds afterwards what lane j gave it in
+// v[j].
+__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4], int quad) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool high = quad & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, high ? v[i] : v[i | bit], bit);
+      if (high)
+        v[i] = got;
+      else
+        v[i | bit] = got;
+    }
+  }
+}
+
+template <int D, bool kNorm>
+__global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlocksPerSM)
+    output_kernel(const __grid_constant__ OutputArgs a) {
+  using F = OutputForm<D>;
+  unsigned char *shared = dynamic_shared<unsigned char>();
+  const uint32_t base = shared_address(shared);
+  Gates *const gates = reinterpret_cast<Gates *>(shared + F::kGates);
+  float *const z_shared = reinterpret_cast<float *>(shared + F::kZ);
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, quad = lane & 3;
+
+  const Shape &shape = a.shape;
+  const int group = shape.heads_q / shape.heads_kv;
+  const int heads_x = a.reverse ? shape.heads_kv : shape.heads_q;
+  const int head_x = static_cast<int>(blockIdx.x % heads_x);
+  const int64_t chunk_id = blockIdx.x / heads_x;
+  const Chunk chunk = chunk_at(shape, chunk_id);
+  if (chunk.length == 0) return;
+  const int64_t batch = batch_of(shape.packed, chunk.sequence);
+  const int head_kv = a.reverse ? head_x : head_x / group;
+  const Walk walk(chunk, a.reverse, group);
+  const int total = walk.blocks * walk.parts;
+
+  const T *const x = row_pointer<T>(a.x, batch, chunk.start, head_x);
+  const int head_z = a.reverse ? head_kv * group : head_kv;
+  const T *const z = row_pointer<T>(a.z, batch, chunk.start, head_z);
+  const T *const u = row_pointer<T>(a.u, batch, chunk.start, head_z);
+  const auto fetch = [&](int n) {
+    if (n < total) {
+      const Step s = walk.at(n);
+      const uint32_t dst = base + (n & 1) * F::kStageBytes;
+      if (s.part == 0)
+        load_rows<kBlock, D, F::kThreads>(dst, x + s.token * a.x.stride_t, a.x.stride_t, s.valid, thread);
+      load_rows<kBlock, D, F::kThreads>(dst + F::kTileBytes, z + s.part * a.z.stride_h + s.token * a.z.stride_t,
+                                        a.z.stride_t, s.valid, thread);
+      load_rows<kBlock, D, F::kThreads>(dst + 2 * F::kTileBytes,
+                                        u + s.part * a.u.stride_h + s.token * a.u.stride_t, a.u.stride_t,
+                                        s.valid, thread);
+    }
+    copy_commit();
+  };
+  fetch(0);
+
+  // Rows of O: warps of one scheduler (warp modulo 4) get other rows in other blocks, since the last rows see
+  // four times as many columns as the first.
+  const int turn = static_cast<int>(blockIdx.x + (blockIdx.x >> 7));
+  const int strip = (warp / F::kHalves + turn) & 3, half = warp % F::kHalves;
+  const float *const log_g =
+      shape.log_g.data != nullptr ? row_pointer<float>(shape.log_g, batch, chunk.start, head_kv) : nullptr;
+  const bool weighted = log_g != nullptr || a.sum_scale != 1.f;
+  float2 ahead = make_float2(0.f, 0.f);
+  if (warp == 0) {
+    const int64_t stride = shape.log_g.stride_t;
+    put_gates(&gates[0], load_gates(log_g, stride, walk.token(0), walk.length, lane), a.reverse, a.state_scale,
+              a.sum_scale, lane);
+    if (walk.blocks > 1) ahead = load_gates(log_g, stride, walk.token(1), walk.length, lane);
+  }
+
+  // The state: rows 16 warp + g (+ 8), columns 8c + 2 quad, + 1.
+  float sum[D / 8][4] = {}, z_sum[4] = {};
+  const int row0 = 16 * warp + lane / 4;
+  const float *from = nullptr, *z_from = nullptr;
+  if (a.state != nullptr) {
+    const int64_t slot = chunk_id * shape.heads_kv + head_kv;
+    from = a.state + slot * D * D;
+    if (kNorm) z_from = a.z_state + slot * D;
+  } else if (a.initial.s != nullptr) {
+    from = static_cast<const float *>(a.initial.s) + chunk.sequence * a.initial.s_stride_n +
+           head_kv * a.initial.s_stride_h;
+    if (kNorm && a.initial.z != nullptr)
+      z_from = static_cast<const float *>(a.initial.z) + chunk.sequence * a.initial.z_stride_n +
+               head_kv * a.initial.z_stride_h;
+  }
+  if (from != nullptr) {
+    const int row_step = a.transposed ? 1 : D, column_step = a.transposed ? D : 1;
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        sum[c][e] = from[(row0 + 8 * (e >> 1)) * row_step + (8 * c + 2 * quad + (e & 1)) * column_step];
+  }
+  if (kNorm && z_from != nullptr) z_sum[0] = z_from[row0], z_sum[2] = z_from[row0 + 8];
+  const auto publish = [&](int buffer) {
+    const SharedTile<D> to{base + F::kStates + buffer * F::kStateBytes, D};
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c) {
+      store4(to.at(row0, c) + 4 * quad, Pair<T>::pack(sum[c][0], sum[c][1]));
+      store4(to.at(row0 + 8, c) + 4 * quad, Pair<T>::pack(sum[c][2], sum[c][3]));
+    }
+    if (kNorm && quad == 0) {
+      z_shared[buffer * D + row0] = z_sum[0];
+      z_shared[buffer * D + row0 + 8] = z_sum[2];
+    }
+  };
+  publish(0);
+
+  uint32_t xf[D / 16][4];
+  float o[8][4], l[2];
+#pragma unroll 1
+  for (int n = 0; n < total; ++n) {
+    const Step s = walk.at(n);
+    const int buffer = s.block & 1;
+    copy_wait<0>();
+    __syncthreads();
+    fetch(n + 1);
+    const uint32_t src = base + (n & 1) * F::kStageBytes;
+    const SharedTile<D> xs{src, kBlock}, zs{src + F::kTileBytes, kBlock}, us{src + 2 * F::kTileBytes, kBlock};
+    const Gates &now = gates[buffer];
+
+    // ---- 1. O = e^{g_r} X State
+    if (s.part == 0) {
+      if (warp == 0 && s.block + 1 < walk.blocks) {
+        put_gates(&gates[buffer ^ 1], ahead, a.reverse, a.state_scale, a.sum_scale, lane);
+        if (s.block + 2 < walk.blocks)
+          ahead = load_gates(log_g, shape.log_g.stride_t, walk.token(s.block + 2), walk.length, lane);
+      }
+      const SharedTile<D> states{base + F::kStates + buffer * F::kStateBytes, D};
+#pragma unroll
+      for (int c = 0; c < 8; ++c) o[c][0] = o[c][1] = o[c][2] = o[c][3] = 0.f;
+      l[0] = l[1] = 0.f;
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) {
+        xs.a(xf[k], 16 * strip, k, lane);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          uint32_t b[4];
+          states.b_trans(b, 16 * k, 4 * half + c, lane);
+          mma<T>(o[2 * c], xf[k], b[0], b[1]);
+          mma<T>(o[2 * c + 1], xf[k], b[2], b[3]);
+        }
+        if constexpr (kNorm) {
+          const float *const zk = z_shared + buffer * D + 16 * k + 2 * quad;
+          const float2 z0 = *reinterpret_cast<const float2 *>(zk),
+                       z1 = *reinterpret_cast<const float2 *>(zk + 8);
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            l[h] += Pair<T>::lo(xf[k][h]) * z0.x + Pair<T>::hi(xf[k][h]) * z0.y +
+                    Pair<T>::lo(xf[k][2 + h]) * z1.x + Pair<T>::hi(xf[k][2 + h]) * z1.y;
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float f = now.row[16 * strip + 8 * h + lane / 4];
+#pragma unroll
+        for (int c = 0; c < 8; ++c) o[c][2 * h] *= f, o[c][2 * h + 1] *= f;
+        l[h] *= f;
+      }
+    }
+
+    // ---- 2. O += w U, w = pair_scale e^{g_r - g_c} (X Z^T) where c is visible, 16 columns at a time
+    const float g_row[2] = {now.g[16 * strip + lane / 4], now.g[16 * strip + 8 + lane / 4]};
+    const int first = a.reverse ? strip : 0, last = a.reverse ? kBlock / 16 - 1 : strip;
+#pragma unroll 1
+    for (int j = first; j <= last; ++j) {
+      float w[2][4] = {};
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) {
+        uint32_t b[4];
+        zs.b(b, 16 * j, k, lane);
+        mma<T>(w[0], xf[k], b[0], b[1]);
+        mma<T>(w[1], xf[k], b[2], b[3]);
+      }
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const int at = 16 * j + 8 * t + 2 * quad;
+        const float2 g_column = *reinterpret_cast<const float2 *>(now.g + at);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int behind = 16 * strip + 8 * (e >> 1) + lane / 4 - at - (e & 1);  // row - column
+          const float d = g_row[e >> 1] - ((e & 1) ? g_column.y : g_column.x);
+          const bool seen = a.reverse ? behind <= 0 : behind >= 0;
+          w[t][e] = seen ? w[t][e] * a.pair_scale * __expf(d) : 0.f;
+        }
+        if constexpr (kNorm) {
+          l[0] += w[t][0] + w[t][1];
+          l[1] += w[t][2] + w[t][3];
+        }
+      }
+      const uint32_t p[4] = {Pair<T>::pack(w[0][0], w[0][1]), Pair<T>::pack(w[0][2], w[0][3]),
+                             Pair<T>::pack(w[1][0], w[1][1]), Pair<T>::pack(w[1][2], w[1][3])};
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        uint32_t b[4];
+        us.b_trans(b, 16 * j, 4 * half + c, lane);
+        mma<T>(o[2 * c], p, b[0], b[1]);
+        mma<T>(o[2 * c + 1], p, b[2], b[3]);
+      }
+    }
+
+    // ---- 3. The state after these tokens, where there are more
+    if (s.block + 1 < walk.blocks) {
+      if (s.part == 0 && log_g != nullptr) {
+        const float decay = now.decay;
+#pragma unroll
+        for (int c = 0; c < D / 8; ++c)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[c][e] *= decay;
+        z_sum[0] *= decay, z_sum[2] *= decay;
+      }
+      add_block<D, 1, kNorm>(sum, z_sum, zs, us, now.weight, weighted, warp, lane);
+      if (s.part == walk.parts - 1) publish(buffer ^ 1);
+    }
+
+    if (s.part != walk.parts - 1) continue;
+    if constexpr (kNorm) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = 16 * strip + 8 * h + lane / 4;
+        const float norm = sm80::quad_sum(l[h]) + a.eps;
+        if (half == 0 && quad == 0 && row < s.valid)
+          *row_pointer<float>(a.row_norm, batch, chunk.start + s.token + row, head_x) = norm;
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = 16 * strip + 8 * h + lane / 4;
+      T *const out = row_pointer<T>(a.out, batch, chunk.start + s.token + row, head_x) + 64 * half;
+      const bool pieces =
+          (((reinterpret_cast<uintptr_t>(a.out.data) >> 1) | static_cast<uint64_t>(a.out.stride_b) |
+            static_cast<uint64_t>(a.out.stride_t) | static_cast<uint64_t>(a.out.stride_h)) &
+           7) == 0;
+      if (pieces) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          uint32_t v[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) v[i] = Pair<T>::pack(o[4 * m + i][2 * h], o[4 * m + i][2 * h + 1]);
+          transpose_quad(v, quad);
+          if (row < s.valid)
+            *reinterpret_cast<uint4 *>(out + 8 * (4 * m + quad)) = make_uint4(v[0], v[1], v[2], v[3]);
+        }
+      } else if (row < s.valid) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) sm80::store_pair(out + 8 * c + 2 * quad, o[c][2 * h], o[c][2 * h + 1]);
+      }
+    }
+  }
+}
+
+template <int D>
+cudaError_t launch_output(const OutputArgs &a, cudaStream_t stream) {
+  using F = OutputForm<D>;
+  const int64_t blocks = a.shape.table.num_chunks * (a.reverse ? a.shape.heads_kv : a.shape.heads_q);
+  if (blocks == 0) return cudaSuccess;
+  return launch_kernel(a.row_norm.data != nullptr ? output_kernel<D, true> : output_kernel<D, false>,
+                       static_cast<unsigned>(blocks), F::kThreads, F::kShared, stream, a);
+}
+
+}  // namespace powerattn::cuda::linear

@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: Apache-2.0
+// "cuda.linear": degree 1 in the chunked form, bfloat16, for devices from compute capability 8.0 on. The
+// kernels are bound by memory: this file chooses chunks that fill the device in one wave, and lays out memory;
+// kernels/cuda/linear computes.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cinttypes>
+#include <cmath>
+#include <cstdio>
+
+#include "backend.h"
+#include "kernels/cuda/chunks.h"
+#include "kernels/cuda/linear/args.h"
+#include "kernels/cuda/prepare.h"
+#include "src/cuda/common.h"
+#include "status.h"
+
+namespace powerattn {
+namespace {
+
+namespace k1 = cuda::linear;
+
+// Null where the device cannot be read: then nothing is chosen.
+const cuda::DeviceProperties *device_of(const Problem &p) {
+  const cuda::DeviceProperties *properties = nullptr;
+  return cuda::device_properties(p.device_index, &properties) == POWERATTN_OK ? properties : nullptr;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- The plan. Rates are predictions: these kernels have not run on a device yet.
+
+constexpr double kBandwidth = 3.0e12;  // of a device with 132 multiprocessors
+constexpr double kLaunch = 3e-6;
+constexpr int kReferenceSms = 132;
+constexpr int64_t kShortest = 128, kLongest = 4096;
+
+// A sequence longer than a chunk has states between its chunks.
+bool in_pieces(const Problem &p, int64_t chunk) { return p.seq_len > chunk; }
+
+int64_t wave(const Problem &p, int sms) { return std::max(sms, 1) * k1::resident_blocks(p.head_dim); }
+
+// As many chunks as one wave of blocks, each a multiple of 64 tokens: every block then starts and ends together
+// with all others. Whole sequences (keys and values are read once, not twice) where their last wave is full
+// enough.
+int64_t automatic_chunk(const Problem &p, int sms) {
+  const int64_t blocks = wave(p, sms), heads = std::max<int64_t>(p.heads_q, 1);
+  const int64_t pieces = std::max<int64_t>(blocks / heads, 1);  // of all sequences together
+  const auto rounded = [](int64_t tokens) {
+    return std::clamp(ceil_div(tokens, k1::kBlock) * k1::kBlock, kShortest, kLongest);
+  };
+  if (p.packed) return rounded(ceil_div(p.seq_len, pieces));
+  const int64_t whole = p.batch * heads, waves = std::max<int64_t>(ceil_div(whole, blocks), 1);
+  const double full = static_cast<double>(whole) / static_cast<double>(waves * blocks);
+  if (full > 2. / 3) return std::max<int64_t>(p.seq_len, 1);
+  return rounded(ceil_div(p.seq_len, std::max<int64_t>(blocks / std::max<int64_t>(whole, 1), 1)));
+}
+
+double forward_seconds(const Problem &p, int64_t chunk, int sms) {
+  const double tokens = static_cast<double>(p.batch) * static_cast<double>(p.seq_len);
+  const double d = static_cast<double>(p.head_dim);
+  const double q = tokens * static_cast<double>(p.heads_q), kv = tokens * static_cast<double>(p.heads_kv);
+  double bytes = 4 * d * (q + kv);  // q, k, v, y
+  int launches = 1;
+  if (in_pieces(p, chunk)) {
+    bytes +=
+        4 * d * kv + 16 * d * d * kv / static_cast<double>(chunk);  // k, v again, and the states four times
+    launches += 2;
+  }
+  return bytes / (kBandwidth * std::max(sms, 1) / kReferenceSms) + launches * kLaunch;
+}
+
+bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::string *why) {
+  auto no = [&](const char *reason) {
+    *why = reason;
+    return false;
+  };
+  if (op != Op::kForward) return no("forward only");
+  if (p.degree != 1) return no("degree 1 only");
+  if (p.dtype != Dtype::kBfloat16) return no("bfloat16 only");
+  if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128))
+    return no("head_dim = value_dim of 64 or 128 only");
+  if (p.normalize) return no("unnormalised only");
+  if (p.use_state && p.state_dtype != Dtype::kFloat32) return no("float32 states only");
+  if (pins.form == POWERATTN_FORM_ATTENTION) return no("no attention form");
+  const cuda::DeviceProperties *const device = device_of(p);
+  if (device == nullptr || device->major < 8) return no("needs compute capability 8.0 or newer");
+  const size_t shared = k1::shared_bytes(p.head_dim);
+  if (device->shared_per_block < shared) {
+    char text[96];
+    std::snprintf(text, sizeof(text),
+                  "head_dim %d needs %zu bytes of shared memory per block, the device has %zu",
+                  static_cast<int>(p.head_dim), shared, device->shared_per_block);
+    return no(text);
+  }
+  tiling->form = Form::kChunked;
+  tiling->chunk = pins.chunk > 0 ? pins.chunk : automatic_chunk(p, device->sm_count);
+  tiling->forward_s = forward_seconds(p, tiling->chunk, device->sm_count);
+  tiling->backward_s = 0;
+  return true;
+}
+
+// ---- Memory: the same walk gives the sizes (base = null) and the pointers of a call.
+
+using cuda::Carver;
+
+struct States {
+  float *s = nullptr, *z = nullptr;
+};
+States carve_states(const Problem &p, const Tiling &t, Carver *c) {
+  States s;
+  if (!in_pieces(p, t.chunk) && !p.use_state) return s;
+  const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
+  s.s = c->take<float>(slots * p.head_dim * p.head_dim);
+  s.z = c->take<float>(slots * p.head_dim);
+  return s;
+}
+
+bool with_rope(const Problem &p) { return p.rope.style != POWERATTN_ROPE_NONE; }
+
+struct Common {
+  void *tables = nullptr;
+  float *decay = nullptr;
+  uint16_t *q = nullptr, *k = nullptr;  // rotated, [b, heads, t, head_dim]
+};
+Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
+  Common m;
+  if (p.packed) m.tables = c->take<char>(cuda::chunk_table_bytes(p, t.chunk, 0));
+  m.decay = c->take<float>(cuda::chunk_bound(p, t.chunk) * p.heads_kv);
+  if (with_rope(p)) {
+    m.q = c->take<uint16_t>(p.batch * p.heads_q * p.seq_len * p.head_dim);
+    m.k = c->take<uint16_t>(p.batch * p.heads_kv * p.seq_len * p.head_dim);
+  }
+  return m;
+}
+
+Sizes sizes(const Problem &p, const Tiling &t) {
+  Sizes s;
+  Carver saved(nullptr), forward(nullptr);
+  carve_states(p, t, &saved);
+  carve_common(p, t, &forward);
+  s.saved = saved.used();
+  s.forward = forward.used() + s.saved;
+  return s;
+}
+
+void describe(const Problem &p, const Tiling &t, std::string *text) {
+  char line[512];
+  std::snprintf(
+      line, sizeof(line),
+      "  a block of %d warps walks one chunk and head 64 tokens at a time, its state in float32 registers;\n"
+      "    mma.sync.m16n8k16, copies of the next 64 tokens in flight; %d blocks a multiprocessor\n",
+      static_cast<int>(p.head_dim) / 16, k1::resident_blocks(p.head_dim));
+  text->append(line);
+  std::snprintf(line, sizeof(line),
+                "  %" PRId64 " chunks of %" PRId64 " tokens and %" PRId64 " heads: %" PRId64 " blocks; %s\n",
+                cuda::chunk_bound(p, t.chunk), t.chunk, p.heads_q, cuda::chunk_bound(p, t.chunk) * p.heads_q,
+                in_pieces(p, t.chunk)
+                    ? "keys and values are read twice: for the float32 sums of the chunks, and for the outputs"
+                    : "whole sequences: keys and values are read once");
+  text->append(line);
+  if (with_rope(p)) text->append("  prepare pass: q and k are rotated into contiguous copies\n");
+  text->append("  rows that are not 16-byte aligned are loaded element by element (slower, no copy)\n");
+}
+
+// ---- Execution.
+
+// The call's view of the problem. Launches stop at the first error.
+struct Call {
+  const Problem &p;
+  const Tiling &t;
+  cudaStream_t stream;
+  cudaError_t error = cudaSuccess;
+  Common common;
+  k1::Shape shape;
+
+  Call(const powerattn_plan &plan, void *s)
+      : p(plan.problem), t(plan.tiling), stream(static_cast<cudaStream_t>(s)) {}
+  bool ok() const { return error == cudaSuccess; }
+  void run(cudaError_t e) {
+    if (ok()) error = e;
+  }
+  float scale() const { return static_cast<float>(p.scale); }
+
+  void begin(const Common &memory, const int64_t *cu_seqlens, const powerattn_tensor &log_g) {
+    common = memory;
+    cuda::ChunkTable &table = shape.table;
+    table.num_sequences = p.sequences;
+    table.num_chunks = cuda::chunk_bound(p, t.chunk);
+    table.chunk = t.chunk;
+    if (p.packed) run(cuda::build_chunks(p, t.chunk, 0, cu_seqlens, common.tables, &table, stream));
+    shape.packed = p.packed;
+    shape.heads_q = static_cast<int32_t>(p.heads_q);
+    shape.heads_kv = static_cast<int32_t>(p.heads_kv);
+    shape.head_dim = static_cast<int32_t>(p.head_dim);
+    shape.per_sequence = static_cast<int32_t>(ceil_div(p.seq_len, t.chunk));
+    shape.seq_len = p.seq_len;
+    shape.log_g = log_g;
+  }
+
+  // The tensor that the kernels read: x itself, or its rotated copy.
+  powerattn_tensor rotate(const powerattn_tensor &x, uint16_t *copy, int64_t heads, const int64_t *offset) {
+    if (copy == nullptr) return x;
+    cuda::PrepareArgs a;
+    a.in = x;
+    a.in_dtype = a.out_dtype = p.dtype;
+    a.out = copy;
+    a.heads = heads;
+    a.dim = p.head_dim;
+    a.rope = true;
+    a.rope_offset = offset;
+    if (ok()) run(cuda::prepare(p, shape.table, a, stream));
+    return {copy, heads * p.seq_len * p.head_dim, p.head_dim, p.seq_len * p.head_dim};
+  }
+
+  // S and z before every chunk, from keys and values.
+  void states(const powerattn_tensor &k, const powerattn_tensor &v, const powerattn_state &initial,
+              const powerattn_state &final, const States &s) {
+    k1::UpdateArgs u;
+    u.shape = shape;
+    u.x = k;
+    u.u = v;
+    u.exact = p.use_state;
+    u.local = s.s;
+    u.z_local = s.z;
+    u.decay = common.decay;
+    if (ok()) run(k1::update(u, stream));
+    k1::ScanArgs a;
+    a.shape = shape;
+    a.decay = shape.log_g.data != nullptr ? common.decay : nullptr;
+    a.state = s.s;
+    a.z = s.z;
+    a.initial = initial;
+    a.final = final;
+    if (ok()) run(k1::scan(a, stream));
+  }
+
+  void zero_padding(const powerattn_tensor &out, Dtype dtype, int64_t heads, int64_t dim) {
+    if (ok() && p.packed && out.data != nullptr)
+      run(cuda::zero_padding(p, shape.table, out, dtype, heads, dim, stream));
+  }
+};
+
+powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_args &args) {
+  const Problem &p = plan.problem;
+  const cuda::DeviceGuard guard(p.device_index);
+  if (guard.error() != cudaSuccess) return cuda::check_launch(guard.error(), "cuda.linear: select the device");
+  Call call(plan, args.stream);
+  Carver workspace(args.workspace), saved(args.saved);
+  const Common common = carve_common(p, plan.tiling, &workspace);
+  const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
+  call.begin(common, args.cu_seqlens, args.log_g);
+  const powerattn_tensor q = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
+  const powerattn_tensor k = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
+  // One chunk per sequence starts from the initial state itself.
+  const bool scanned = in_pieces(p, plan.tiling.chunk) || args.final_state.s != nullptr ||
+                       (args.saved != nullptr && p.use_state);
+  if (scanned) call.states(k, args.v, args.initial_state, args.final_state, states);
+
+  k1::OutputArgs o;
+  o.shape = call.shape;
+  o.x = q;
+  o.z = k;
+  o.u = args.v;
+  o.out = args.y;
+  o.state = scanned ? states.s : nullptr;
+  o.z_state = scanned ? states.z : nullptr;
+  o.initial = args.initial_state;
+  o.state_scale = o.pair_scale = call.scale();
+  o.row_norm = args.row_norm;
+  o.eps = static_cast<float>(p.eps);
+  if (call.ok()) call.run(k1::output(o, call.stream));
+  call.zero_padding(args.y, p.dtype, p.heads_q, p.value_dim);
+  call.zero_padding(args.row_norm, Dtype::kFloat32, p.heads_q, 1);
+  return cuda::check_launch(call.error, "cuda.linear forward");
+}
+
+}  // namespace
+
+extern const Implementation kCudaLinear;
+const Implementation kCudaLinear = {"cuda.linear", choose,  sizes,   describe, forward,
+                                    nullptr,       nullptr, nullptr, nullptr};
+
+}  // namespace powerattn
