@@ -42,10 +42,10 @@ bool in_pieces(const Problem &p, int64_t chunk) { return p.seq_len > chunk; }
 int64_t wave(const Problem &p, int sms) { return std::max(sms, 1) * k1::resident_blocks(p.head_dim); }
 
 // As many chunks as one wave of blocks, each a multiple of 64 tokens: every block then starts and ends together
-// with all others. Whole sequences (keys and values are read once, not twice) where their last wave is full
-// enough.
+// with all others. The blocks of dk and dv, one per kv head, are the fewest. Whole sequences (keys and values are
+// read once, not twice) where their last wave is full enough.
 int64_t automatic_chunk(const Problem &p, int sms) {
-  const int64_t blocks = wave(p, sms), heads = std::max<int64_t>(p.heads_q, 1);
+  const int64_t blocks = wave(p, sms), heads = std::max<int64_t>(p.heads_kv, 1);
   const int64_t pieces = std::max<int64_t>(blocks / heads, 1);  // of all sequences together
   const auto rounded = [](int64_t tokens) {
     return std::clamp(ceil_div(tokens, k1::kBlock) * k1::kBlock, kShortest, kLongest);
@@ -57,18 +57,27 @@ int64_t automatic_chunk(const Problem &p, int sms) {
   return rounded(ceil_div(p.seq_len, std::max<int64_t>(blocks / std::max<int64_t>(whole, 1), 1)));
 }
 
-double forward_seconds(const Problem &p, int64_t chunk, int sms) {
+struct Cost {
+  double forward = 0, backward = 0;
+};
+
+Cost cost(const Problem &p, int64_t chunk, int sms) {
   const double tokens = static_cast<double>(p.batch) * static_cast<double>(p.seq_len);
   const double d = static_cast<double>(p.head_dim);
   const double q = tokens * static_cast<double>(p.heads_q), kv = tokens * static_cast<double>(p.heads_kv);
-  double bytes = 4 * d * (q + kv);  // q, k, v, y
-  int launches = 1;
+  // Rows that are read or written: y from q, k, v; dq from dy, v, k and q; dv from k, q, dy; dk from v, dy, q
+  // and k.
+  double forward = 2 * q + 2 * kv, backward = 3 * q + 2 * kv + 2 * (2 * q + 2 * kv) + kv;
+  int launches = 1, backward_launches = 4;
   if (in_pieces(p, chunk)) {
-    bytes +=
-        4 * d * kv + 16 * d * d * kv / static_cast<double>(chunk);  // k, v again, and the states four times
+    const double states = 2 * d * kv / static_cast<double>(chunk);  // a state, in rows of 2-byte elements
+    forward += 2 * kv + 4 * states;
+    backward += 2 * q + 2 * kv + 10 * states;  // without `saved`
     launches += 2;
+    backward_launches += 4;
   }
-  return bytes / (kBandwidth * std::max(sms, 1) / kReferenceSms) + launches * kLaunch;
+  const double rate = kBandwidth * std::max(sms, 1) / kReferenceSms;
+  return {2 * d * forward / rate + launches * kLaunch, 2 * d * backward / rate + backward_launches * kLaunch};
 }
 
 bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::string *why) {
@@ -76,7 +85,7 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
     *why = reason;
     return false;
   };
-  if (op != Op::kForward) return no("forward only");
+  if (op == Op::kStep || op == Op::kSummary) return no("forward and backward only");
   if (p.degree != 1) return no("degree 1 only");
   if (p.dtype != Dtype::kBfloat16) return no("bfloat16 only");
   if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128))
@@ -88,7 +97,7 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
   if (device == nullptr || device->major < 8) return no("needs compute capability 8.0 or newer");
   const size_t shared = k1::shared_bytes(p.head_dim);
   if (device->shared_per_block < shared) {
-    char text[96];
+    char text[128];
     std::snprintf(text, sizeof(text),
                   "head_dim %d needs %zu bytes of shared memory per block, the device has %zu",
                   static_cast<int>(p.head_dim), shared, device->shared_per_block);
@@ -96,8 +105,9 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
   }
   tiling->form = Form::kChunked;
   tiling->chunk = pins.chunk > 0 ? pins.chunk : automatic_chunk(p, device->sm_count);
-  tiling->forward_s = forward_seconds(p, tiling->chunk, device->sm_count);
-  tiling->backward_s = 0;
+  const Cost c = cost(p, tiling->chunk, device->sm_count);
+  tiling->forward_s = c.forward;
+  tiling->backward_s = c.backward;
   return true;
 }
 
@@ -105,15 +115,22 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
 
 using cuda::Carver;
 
+// States before every chunk and, with states at the ends, after every sequence: what `saved` holds.
 struct States {
   float *s = nullptr, *z = nullptr;
+  float *end = nullptr, *z_end = nullptr;
 };
+bool with_states(const Problem &p, const Tiling &t) { return in_pieces(p, t.chunk) || p.use_state; }
 States carve_states(const Problem &p, const Tiling &t, Carver *c) {
   States s;
-  if (!in_pieces(p, t.chunk) && !p.use_state) return s;
-  const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
+  if (!with_states(p, t)) return s;
+  const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv, ends = p.sequences * p.heads_kv;
   s.s = c->take<float>(slots * p.head_dim * p.head_dim);
   s.z = c->take<float>(slots * p.head_dim);
+  if (p.use_state) {
+    s.end = c->take<float>(ends * p.head_dim * p.head_dim);
+    s.z_end = c->take<float>(ends * p.head_dim);
+  }
   return s;
 }
 
@@ -135,13 +152,39 @@ Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
   return m;
 }
 
+struct Gradients {
+  float *s = nullptr, *z = nullptr;          // of the state after every chunk
+  float *q_dot = nullptr, *k_dot = nullptr;  // [head_dim / 64][b, heads, t]
+  float *d_q = nullptr, *d_k = nullptr;      // of the rotated q, k
+};
+Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
+  Gradients g;
+  const int64_t rows_q = p.batch * p.heads_q * p.seq_len, rows_kv = p.batch * p.heads_kv * p.seq_len;
+  g.q_dot = c->take<float>(p.head_dim / 64 * rows_q);
+  g.k_dot = c->take<float>(p.head_dim / 64 * rows_kv);
+  if (with_rope(p)) {
+    g.d_q = c->take<float>(rows_q * p.head_dim);
+    g.d_k = c->take<float>(rows_kv * p.head_dim);
+  }
+  if (with_states(p, t)) {
+    const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
+    g.s = c->take<float>(slots * p.head_dim * p.head_dim);
+    if (p.use_state) g.z = c->take<float>(slots * p.head_dim);
+  }
+  return g;
+}
+
 Sizes sizes(const Problem &p, const Tiling &t) {
   Sizes s;
-  Carver saved(nullptr), forward(nullptr);
+  Carver saved(nullptr), forward(nullptr), backward(nullptr);
   carve_states(p, t, &saved);
   carve_common(p, t, &forward);
+  carve_common(p, t, &backward);
+  carve_gradients(p, t, &backward);
   s.saved = saved.used();
   s.forward = forward.used() + s.saved;
+  s.backward_saved = backward.used();
+  s.backward = backward.used() + s.saved;
   return s;
 }
 
@@ -160,7 +203,9 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
                     ? "keys and values are read twice: for the float32 sums of the chunks, and for the outputs"
                     : "whole sequences: keys and values are read once");
   text->append(line);
-  if (with_rope(p)) text->append("  prepare pass: q and k are rotated into contiguous copies\n");
+  if (with_rope(p))
+    text->append(
+        "  prepare pass: q and k are rotated into contiguous copies, their gradients back from float32\n");
   text->append("  rows that are not 16-byte aligned are loaded element by element (slower, no copy)\n");
 }
 
@@ -214,6 +259,19 @@ struct Call {
     return {copy, heads * p.seq_len * p.head_dim, p.head_dim, p.seq_len * p.head_dim};
   }
 
+  void rotate_back(const float *x, const powerattn_tensor &out, int64_t heads, const int64_t *offset) {
+    if (x == nullptr) return;
+    cuda::FinishArgs a;
+    a.in = x;
+    a.out = out;
+    a.out_dtype = p.dtype;
+    a.heads = heads;
+    a.dim = p.head_dim;
+    a.rope = true;
+    a.rope_offset = offset;
+    if (ok()) run(cuda::finish(p, shape.table, a, stream));
+  }
+
   // S and z before every chunk, from keys and values.
   void states(const powerattn_tensor &k, const powerattn_tensor &v, const powerattn_state &initial,
               const powerattn_state &final, const States &s) {
@@ -233,6 +291,37 @@ struct Call {
     a.z = s.z;
     a.initial = initial;
     a.final = final;
+    a.end = s.end;
+    a.z_end = s.z_end;
+    if (ok()) run(k1::scan(a, stream));
+  }
+
+  // Their gradients after every chunk, from queries and d_y. Nothing is normalised, so z has a gradient only
+  // from the end of the sequence.
+  void state_gradients(const powerattn_tensor &q, const powerattn_tensor &d_y, const powerattn_state &d_final,
+                       const powerattn_state &d_initial, const Gradients &g) {
+    k1::UpdateArgs u;
+    u.shape = shape;
+    u.reverse = true;
+    u.x = q;
+    u.u = d_y;
+    u.exact = p.use_state;
+    u.scale = scale();
+    u.local = g.s;
+    u.decay = common.decay;
+    if (ok()) run(k1::update(u, stream));
+    if (ok() && g.z != nullptr)
+      run(cudaMemsetAsync(g.z, 0,
+                          static_cast<size_t>(shape.table.num_chunks * p.heads_kv * p.head_dim) * sizeof(float),
+                          stream));
+    k1::ScanArgs a;
+    a.shape = shape;
+    a.reverse = true;
+    a.decay = shape.log_g.data != nullptr ? common.decay : nullptr;
+    a.state = g.s;
+    a.z = g.z;
+    a.initial = d_final;
+    a.final = d_initial;
     if (ok()) run(k1::scan(a, stream));
   }
 
@@ -276,10 +365,97 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   return cuda::check_launch(call.error, "cuda.linear forward");
 }
 
+powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_args &args) {
+  const Problem &p = plan.problem;
+  const cuda::DeviceGuard guard(p.device_index);
+  if (guard.error() != cudaSuccess) return cuda::check_launch(guard.error(), "cuda.linear: select the device");
+  Call call(plan, args.stream);
+  Carver workspace(args.workspace), saved(const_cast<void *>(args.saved));
+  const Common common = carve_common(p, plan.tiling, &workspace);
+  const Gradients own = carve_gradients(p, plan.tiling, &workspace);
+  const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
+  call.begin(common, args.cu_seqlens, args.log_g);
+  const powerattn_tensor q = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
+  const powerattn_tensor k = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
+  const bool gates = args.d_log_g.data != nullptr;
+  if (with_states(p, plan.tiling)) {
+    if (args.saved == nullptr) call.states(k, args.v, args.initial_state, powerattn_state{}, states);
+    call.state_gradients(q, args.d_y, args.d_final_state, args.d_initial_state, own);
+  }
+
+  // Walks, see args.h. The gate gradient wants q . dq and k . dk, which are not rounded inside them.
+  k1::OutputArgs dq;
+  dq.shape = call.shape;
+  dq.pair_scale = call.scale();
+  k1::OutputArgs dv = dq;
+  dq.transposed = true;
+  dq.x = args.d_y;
+  dq.z = args.v;
+  dq.u = k;
+  dq.out = args.d_q;
+  dq.out_float = own.d_q;
+  dq.state = states.s;
+  dq.state_scale = call.scale();
+  if (gates) {
+    dq.partner = q;
+    dq.dot = own.q_dot;
+    dq.dot_plane = p.batch * p.heads_q * p.seq_len;
+  }
+  if (call.ok()) call.run(k1::output(dq, call.stream));
+
+  dv.reverse = true;
+  dv.state = own.s;
+  dv.sum_scale = call.scale();
+  k1::OutputArgs dk = dv;
+  dv.x = k;
+  dv.z = q;
+  dv.u = args.d_y;
+  dv.out = args.d_v;
+  if (call.ok()) call.run(k1::output(dv, call.stream));
+
+  dk.transposed = true;
+  dk.x = args.v;
+  dk.z = args.d_y;
+  dk.u = q;
+  dk.out = args.d_k;
+  dk.out_float = own.d_k;
+  dk.bias = own.z;
+  if (gates) {
+    dk.partner = k;
+    dk.dot = own.k_dot;
+    dk.dot_plane = p.batch * p.heads_kv * p.seq_len;
+  }
+  if (call.ok()) call.run(k1::output(dk, call.stream));
+  call.rotate_back(own.d_q, args.d_q, p.heads_q, args.rope_offset);
+  call.rotate_back(own.d_k, args.d_k, p.heads_kv, args.rope_offset);
+
+  if (gates) {
+    k1::GateArgs g;
+    g.shape = call.shape;
+    g.q_dot = own.q_dot;
+    g.k_dot = own.k_dot;
+    g.q_plane = dq.dot_plane;
+    g.k_plane = dk.dot_plane;
+    g.state = states.s;
+    g.z = states.z;
+    g.end = states.end;
+    g.z_end = states.z_end;
+    g.d_state = own.s;
+    g.d_z = own.z;
+    g.d_log_g = args.d_log_g;
+    if (call.ok()) call.run(k1::gate_gradient(g, call.stream));
+  }
+  call.zero_padding(args.d_q, p.dtype, p.heads_q, p.head_dim);
+  call.zero_padding(args.d_k, p.dtype, p.heads_kv, p.head_dim);
+  call.zero_padding(args.d_v, p.dtype, p.heads_kv, p.value_dim);
+  call.zero_padding(args.d_log_g, Dtype::kFloat32, p.heads_kv, 1);
+  return cuda::check_launch(call.error, "cuda.linear backward");
+}
+
 }  // namespace
 
 extern const Implementation kCudaLinear;
 const Implementation kCudaLinear = {"cuda.linear", choose,  sizes,   describe, forward,
-                                    nullptr,       nullptr, nullptr, nullptr};
+                                    backward,      nullptr, nullptr, nullptr};
 
 }  // namespace powerattn

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Times of the kernels of degree 1 alone, below the C interface: milliseconds, bytes that must move, GB/s of
-// each, for several chunk sizes, with the copy rate of the same run. Their results are checked through the C
-// interface (tests/cases/linear.txt).
+// Times of the kernels of degree 1 alone, forward, and backward with the states saved, below the C interface:
+// milliseconds, bytes that must move, GB/s of each, for several chunk sizes, with the copy rate of the same
+// run. Their results are checked through the C interface (tests/cases/linear.txt).
 //
 //   linear_kernels [only=<part of a line's name>]
 #include <cuda_runtime.h>
@@ -104,16 +104,19 @@ void time_line(const Line &c) {
   const double size_q = 2.0 * double(rows_q * c.d), size_kv = 2.0 * double(rows_kv * c.d);
   const double size_g = c.gated ? 4.0 * double(rows_kv) : 0;
   const Array q(size_t(size_q), Array::kRandom), k(size_t(size_kv), Array::kRandom),
-      v(size_t(size_kv), Array::kRandom), y(size_t(size_q), Array::kNone),
-      norm(size_t(rows_q) * 4, Array::kNone), g(size_t(rows_kv) * 4, Array::kGates);
+      v(size_t(size_kv), Array::kRandom), y(size_t(size_q), Array::kNone), dy(size_t(size_q), Array::kRandom),
+      dk(size_t(size_kv), Array::kNone), dv(size_t(size_kv), Array::kNone),
+      dg(size_t(rows_kv) * 4, Array::kNone), q_dot(size_t(rows_q * c.d / 64) * 4, Array::kNone),
+      k_dot(size_t(rows_kv * c.d / 64) * 4, Array::kNone), norm(size_t(rows_q) * 4, Array::kNone),
+      g(size_t(rows_kv) * 4, Array::kGates);
   const auto tensor = [&](const Array &x, int64_t heads, int64_t d) {  // [b, t, heads, d]
     return powerattn_tensor{x.get(), c.t * heads * d, heads * d, d};
   };
   for (const int64_t chunk : c.chunks) {
     const int64_t per = (c.t + chunk - 1) / chunk, slots = c.b * per * c.hkv;
     const double state = 4.0 * double(slots * c.d * c.d);
-    const Array s(size_t(state), Array::kNone), z(size_t(slots * c.d) * 4, Array::kNone),
-        decay(size_t(slots) * 4, Array::kNone);
+    const Array s(size_t(state), Array::kNone), ds(size_t(state), Array::kNone),
+        z(size_t(slots * c.d) * 4, Array::kNone), decay(size_t(slots) * 4, Array::kNone);
     k1::Shape shape;
     shape.table.num_sequences = c.b;
     shape.table.num_chunks = c.b * per;
@@ -173,6 +176,75 @@ void time_line(const Line &c) {
     print("forward", milliseconds([&] {
             if (per > 1) update(), scan();
             output();
+          }),
+          all, 0);
+
+    k1::UpdateArgs du = u;
+    du.reverse = true;
+    du.x = o.x;
+    du.u = tensor(dy, c.hq, c.d);
+    du.scale = o.pair_scale;
+    du.local = ds.floats();
+    du.z_local = nullptr;
+    k1::ScanArgs da = a;
+    da.reverse = true;
+    da.state = ds.floats();
+    da.z = nullptr;
+    k1::OutputArgs dq;
+    dq.shape = shape;
+    dq.pair_scale = dq.state_scale = o.pair_scale;
+    dq.transposed = true;
+    dq.x = du.u, dq.z = o.u, dq.u = o.z, dq.out = o.out, dq.state = o.state;
+    k1::OutputArgs dval = dq;
+    dval.reverse = true;
+    dval.transposed = false;
+    dval.state_scale = 1;
+    dval.sum_scale = o.pair_scale;
+    dval.state = per > 1 ? ds.floats() : nullptr;
+    k1::OutputArgs dkey = dval;
+    dkey.transposed = true;
+    dval.x = o.z, dval.z = o.x, dval.u = du.u, dval.out = tensor(dv, c.hkv, c.d);
+    dkey.x = o.u, dkey.z = du.u, dkey.u = o.x, dkey.out = tensor(dk, c.hkv, c.d);
+    if (c.gated) {
+      dq.partner = o.x, dq.dot = q_dot.floats(), dq.dot_plane = rows_q;
+      dkey.partner = o.z, dkey.dot = k_dot.floats(), dkey.dot_plane = rows_kv;
+    }
+    k1::GateArgs w;
+    w.shape = shape;
+    w.q_dot = q_dot.floats(), w.q_plane = rows_q;
+    w.k_dot = k_dot.floats(), w.k_plane = rows_kv;
+    w.state = o.state, w.d_state = dval.state;
+    w.d_log_g = tensor(dg, c.hkv, 1);
+    const auto reverse_update = [&] { CK(k1::update(du, nullptr)); };
+    const auto reverse_scan = [&] { CK(k1::scan(da, nullptr)); };
+    const auto d_query = [&] { CK(k1::output(dq, nullptr)); };
+    const auto d_value = [&] { CK(k1::output(dval, nullptr)); };
+    const auto d_key = [&] { CK(k1::output(dkey, nullptr)); };
+    const auto gates = [&] { CK(k1::gate_gradient(w, nullptr)); };
+    const double states = per > 1 ? state : 0, dots = c.gated ? 4.0 * double(c.d / 64) : 0;
+    const double dq_bytes = (c.gated ? 3 : 2) * size_q + 2 * size_kv + size_g + states + dots * double(rows_q);
+    const double dv_bytes = 2 * size_q + 2 * size_kv + size_g + states;
+    const double dk_bytes = dv_bytes + (c.gated ? size_kv : 0) + dots * double(rows_kv);
+    const double gate_bytes = c.gated ? dots * double(rows_q + rows_kv) + 2 * states + size_g : 0;
+    all = dq_bytes + dv_bytes + dk_bytes + gate_bytes;
+    if (per > 1) {
+      print("dS update", milliseconds(reverse_update), 2 * size_q + size_g + state, slots);
+      reverse_update();
+      print("dS scan", milliseconds(reverse_scan), 2 * state, 0);
+      reverse_update();
+      reverse_scan();
+      all += 2 * size_q + size_g + 3 * state;
+    }
+    print("dq", milliseconds(d_query), dq_bytes, c.b * per * c.hq);
+    print("dv", milliseconds(d_value), dv_bytes, slots);
+    print("dk", milliseconds(d_key), dk_bytes, slots);
+    if (c.gated) print("gates", milliseconds(gates), gate_bytes, slots);
+    print("backward", milliseconds([&] {
+            if (per > 1) reverse_update(), reverse_scan();
+            d_query();
+            d_value();
+            d_key();
+            if (c.gated) gates();
           }),
           all, 0);
   }

@@ -67,6 +67,8 @@ struct ScanArgs {
   float *z = nullptr;         // or null
   powerattn_state initial{};  // canonical float32, or s = null: zero
   powerattn_state final{};    // canonical float32 out, or s = null
+  float *end = nullptr;       // optional: the final states as slots [sequence * heads_kv], S then z as above
+  float *z_end = nullptr;
 };
 cudaError_t scan(const ScanArgs &a, cudaStream_t stream);
 
@@ -83,7 +85,31 @@ struct OutputArgs {
   float state_scale = 1.f, pair_scale = 1.f, sum_scale = 1.f;
   powerattn_tensor row_norm{};  // optional out [b, t, heads of x] float: the same sum with u = 1, + eps
   float eps = 0.f;
+  // Of gradients, which have no row_norm:
+  const float *bias = nullptr;   // optional [slot][head_dim]: added to x_r . State, decays with it (of z: dz)
+  float *out_float = nullptr;    // if given, instead of out: contiguous [b, heads of x, t, head_dim]
+  powerattn_tensor partner{};    // optional, as out: the input whose gradient out is
+  // With partner, out [head_dim / 64][b, heads of x, t]: partner_r . out_r over 64 columns each, not rounded.
+  float *dot = nullptr;
+  int64_t dot_plane = 0;  // b heads t
 };
 cudaError_t output(const OutputArgs &a, cudaStream_t stream);
+
+// dlog_g_t = <S_C, R_C> + z_C . r_C + sum over tokens i >= t of the chunk (q_i . dq_i - k_i . dk_i), with the state
+// S, z after the chunk and its gradient R, r.
+struct GateArgs {
+  Shape shape;
+  const float *q_dot = nullptr;  // [head_dim / 64][b, heads_q, t]
+  const float *k_dot = nullptr;  // [head_dim / 64][b, heads_kv, t]
+  int64_t q_plane = 0, k_plane = 0;
+  const float *state = nullptr;  // before every chunk; null: nothing crosses a chunk's end
+  const float *z = nullptr;
+  const float *end = nullptr;  // after the last chunk of every sequence, or null: its gradient is zero
+  const float *z_end = nullptr;
+  const float *d_state = nullptr;  // after every chunk
+  const float *d_z = nullptr;      // or null: zero
+  powerattn_tensor d_log_g{};
+};
+cudaError_t gate_gradient(const GateArgs &a, cudaStream_t stream);
 
 }  // namespace powerattn::cuda::linear

@@ -106,7 +106,7 @@ __device__ __forceinline__ void add_block(float (&sum)[D / 8][4], float (&z)[4],
                                           const SharedTile<D> &us, const float *weight, bool weighted,
                                           int strip, int lane) {
   constexpr uint32_t kOnes = 0x3f803f80u;
-#pragma unroll(kParts == 3 ? 1 : kBlock / 16)
+#pragma unroll(kParts == 3 ? 1 : D == 128 ? 2 : kBlock / 16)
   for (int k = 0; k < kBlock / 16; ++k) {
     // x^T: feature g of the first eight (f[0..1]) and the other eight (f[2..3]), tokens 2c, 2c + 1 (+ 8)
     uint32_t f[4], parts[kParts][4];

@@ -18,7 +18,7 @@ template <int D>
 struct OutputForm : Form<D> {
   static constexpr int kHalves = D / 64;  // warps that share 16 rows of O
   static constexpr int kStageBytes = 3 * Form<D>::kTileBytes, kStateBytes = D * D * 2;
-  // Stages of x, z and u | two states | gates of two blocks | two z
+  // Stages of x, z and u | two states, or high and low parts of one | gates of two blocks | two z
   //   d = 64: 48 + 16 + 2 KB, three blocks a multiprocessor; d = 128: 96 + 64 + 2.5 KB, one (162.5 of 163 KB on
   //   sm_80)
   static constexpr int kStates = 2 * kStageBytes;
@@ -46,10 +46,31 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4], int quad) {
   }
 }
 
-template <int D, bool kNorm>
+// Whether every row can be read and written 16 bytes at a time.
+__device__ __forceinline__ bool in_pieces(const powerattn_tensor &x) {
+  const uint64_t strides =
+      static_cast<uint64_t>(x.stride_b) | static_cast<uint64_t>(x.stride_t) | static_cast<uint64_t>(x.stride_h);
+  return (((reinterpret_cast<uintptr_t>(x.data) >> 1) | strides) & 7) == 0;
+}
+__device__ __forceinline__ uint4 load_piece(const T *from, bool aligned) {
+  if (aligned) return *reinterpret_cast<const uint4 *>(from);
+  const unsigned short *const p = reinterpret_cast<const unsigned short *>(from);
+  uint32_t w[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) w[k] = p[2 * k] | static_cast<uint32_t>(p[2 * k + 1]) << 16;
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// What a walk has beside its output. The gate gradient is a small difference of sums over a chunk of q . dq and
+// k . dk: what they hold of pairs inside a step is the same rounded number in both, and what comes through the
+// state is not rounded (kGradient: states and the weights of what is added to them in two bfloat16 parts).
+enum class Extra { kNone, kNorm, kGradient };
+
+template <int D, Extra kExtra>
 __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlocksPerSM)
     output_kernel(const __grid_constant__ OutputArgs a) {
   using F = OutputForm<D>;
+  constexpr bool kNorm = kExtra == Extra::kNorm, kGradient = kExtra == Extra::kGradient;
   unsigned char *shared = dynamic_shared<unsigned char>();
   const uint32_t base = shared_address(shared);
   Gates *const gates = reinterpret_cast<Gates *>(shared + F::kGates);
@@ -127,17 +148,26 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
         sum[c][e] = from[(row0 + 8 * (e >> 1)) * row_step + (8 * c + 2 * quad + (e & 1)) * column_step];
   }
   if (kNorm && z_from != nullptr) z_sum[0] = z_from[row0], z_sum[2] = z_from[row0 + 8];
+  float bias = 0.f;
+  if (kGradient && a.bias != nullptr && thread < D)
+    bias = a.bias[(chunk_id * shape.heads_kv + head_kv) * D + thread];
   const auto publish = [&](int buffer) {
-    const SharedTile<D> to{base + F::kStates + buffer * F::kStateBytes, D};
+    const SharedTile<D> to{base + F::kStates + (kGradient ? 0 : buffer * F::kStateBytes), D};
+    const int row0 = 16 * warp + (D == 128 ? anew(lane) : lane) / 4;
 #pragma unroll
-    for (int c = 0; c < D / 8; ++c) {
-      store4(to.at(row0, c) + 4 * quad, Pair<T>::pack(sum[c][0], sum[c][1]));
-      store4(to.at(row0 + 8, c) + 4 * quad, Pair<T>::pack(sum[c][2], sum[c][3]));
-    }
+    for (int c = 0; c < D / 8; ++c)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float x = sum[c][2 * h], y = sum[c][2 * h + 1];
+        const uint32_t at = to.at(row0 + 8 * h, c) + 4 * quad, high = Pair<T>::pack(x, y);
+        store4(at, high);
+        if (kGradient) store4(at + F::kStateBytes, Pair<T>::pack(x - Pair<T>::lo(high), y - Pair<T>::hi(high)));
+      }
     if (kNorm && quad == 0) {
       z_shared[buffer * D + row0] = z_sum[0];
       z_shared[buffer * D + row0 + 8] = z_sum[2];
     }
+    if (kGradient && thread < D) z_shared[buffer * D + thread] = bias;
   };
   publish(0);
 
@@ -147,6 +177,8 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
   for (int n = 0; n < total; ++n) {
     const Step s = walk.at(n);
     const int buffer = s.block & 1;
+    // d = 128: addresses made from it are not kept over the loop, there are no registers for them.
+    const int lane_here = D == 128 ? anew(lane) : lane;
     copy_wait<0>();
     __syncthreads();
     fetch(n + 1);
@@ -161,19 +193,25 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
         if (s.block + 2 < walk.blocks)
           ahead = load_gates(log_g, shape.log_g.stride_t, walk.token(s.block + 2), walk.length, lane);
       }
-      const SharedTile<D> states{base + F::kStates + buffer * F::kStateBytes, D};
+      const SharedTile<D> states{base + F::kStates + (kGradient ? 0 : buffer * F::kStateBytes), D};
+      const SharedTile<D> low{base + F::kStates + F::kStateBytes, D};
 #pragma unroll
       for (int c = 0; c < 8; ++c) o[c][0] = o[c][1] = o[c][2] = o[c][3] = 0.f;
       l[0] = l[1] = 0.f;
 #pragma unroll
       for (int k = 0; k < D / 16; ++k) {
-        xs.a(xf[k], 16 * strip, k, lane);
+        xs.a(xf[k], 16 * strip, k, lane_here);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           uint32_t b[4];
-          states.b_trans(b, 16 * k, 4 * half + c, lane);
+          states.b_trans(b, 16 * k, 4 * half + c, lane_here);
           mma<T>(o[2 * c], xf[k], b[0], b[1]);
           mma<T>(o[2 * c + 1], xf[k], b[2], b[3]);
+          if constexpr (kGradient) {
+            low.b_trans(b, 16 * k, 4 * half + c, lane_here);
+            mma<T>(o[2 * c], xf[k], b[0], b[1]);
+            mma<T>(o[2 * c + 1], xf[k], b[2], b[3]);
+          }
         }
         if constexpr (kNorm) {
           const float *const zk = z_shared + buffer * D + 16 * k + 2 * quad;
@@ -183,6 +221,14 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
           for (int h = 0; h < 2; ++h)
             l[h] += Pair<T>::lo(xf[k][h]) * z0.x + Pair<T>::hi(xf[k][h]) * z0.y +
                     Pair<T>::lo(xf[k][2 + h]) * z1.x + Pair<T>::hi(xf[k][2 + h]) * z1.y;
+        }
+      }
+      if (kGradient && a.bias != nullptr) {
+        const float *const from = z_shared + buffer * D + 64 * half + 2 * (lane_here & 3);
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          const float2 r = *reinterpret_cast<const float2 *>(from + 8 * c);
+          o[c][0] += r.x, o[c][1] += r.y, o[c][2] += r.x, o[c][3] += r.y;
         }
       }
 #pragma unroll
@@ -203,7 +249,7 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
 #pragma unroll
       for (int k = 0; k < D / 16; ++k) {
         uint32_t b[4];
-        zs.b(b, 16 * j, k, lane);
+        zs.b(b, 16 * j, k, lane_here);
         mma<T>(w[0], xf[k], b[0], b[1]);
         mma<T>(w[1], xf[k], b[2], b[3]);
       }
@@ -228,11 +274,29 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         uint32_t b[4];
-        us.b_trans(b, 16 * j, 4 * half + c, lane);
+        us.b_trans(b, 16 * j, 4 * half + c, lane_here);
         mma<T>(o[2 * c], p, b[0], b[1]);
         mma<T>(o[2 * c + 1], p, b[2], b[3]);
       }
     }
+
+    // Rows of the partner, 16 bytes a lane, in flight while the state is updated (d = 128 has no registers for
+    // it).
+    const bool finished = s.part == walk.parts - 1, with_dot = kGradient && a.dot != nullptr && finished;
+    uint4 partner[2][2];
+    const auto load_partner = [&] {
+      const bool pieces = in_pieces(a.partner);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = 16 * strip + 8 * h + lane / 4;
+        const T *const from = row_pointer<T>(a.partner, batch, chunk.start + s.token + row, head_x) + 64 * half;
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+          partner[h][m] =
+              row < s.valid ? load_piece(from + 8 * (4 * m + quad), pieces) : make_uint4(0, 0, 0, 0);
+      }
+    };
+    if (D == 64 && with_dot) load_partner();
 
     // ---- 3. The state after these tokens, where there are more
     if (s.block + 1 < walk.blocks) {
@@ -243,12 +307,16 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
 #pragma unroll
           for (int e = 0; e < 4; ++e) sum[c][e] *= decay;
         z_sum[0] *= decay, z_sum[2] *= decay;
+        bias *= decay;
       }
-      add_block<D, 1, kNorm>(sum, z_sum, zs, us, now.weight, weighted, warp, lane);
-      if (s.part == walk.parts - 1) publish(buffer ^ 1);
+      add_block<D, kGradient ? 2 : 1, kNorm>(sum, z_sum, zs, us, now.weight, weighted, warp, lane_here);
+      if (finished) {
+        if (kGradient) __syncthreads();  // one buffer: everyone has read it
+        publish(buffer ^ 1);
+      }
     }
 
-    if (s.part != walk.parts - 1) continue;
+    if (!finished) continue;
     if constexpr (kNorm) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -258,15 +326,39 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
           *row_pointer<float>(a.row_norm, batch, chunk.start + s.token + row, head_x) = norm;
       }
     }
+    const int64_t rows0 = (batch * heads_x + head_x) * shape.seq_len + chunk.start + s.token;  // [b, heads, t]
+    if (with_dot) {
+      if (D != 64) load_partner();
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = 16 * strip + 8 * h + lane / 4;
+        float dot = 0.f;
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          uint32_t v[4] = {partner[h][m].x, partner[h][m].y, partner[h][m].z, partner[h][m].w};
+          transpose_quad(v, quad);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            dot += o[4 * m + i][2 * h] * Pair<T>::lo(v[i]) + o[4 * m + i][2 * h + 1] * Pair<T>::hi(v[i]);
+        }
+        dot = sm80::quad_sum(dot);
+        if (quad == 0 && row < s.valid) a.dot[half * a.dot_plane + rows0 + row] = dot;
+      }
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = 16 * strip + 8 * h + lane / 4;
+      if (kGradient && a.out_float != nullptr) {
+        float *const out = a.out_float + (rows0 + row) * D + 64 * half + 2 * quad;
+        if (row < s.valid) {
+#pragma unroll
+          for (int c = 0; c < 8; ++c)
+            *reinterpret_cast<float2 *>(out + 8 * c) = make_float2(o[c][2 * h], o[c][2 * h + 1]);
+        }
+        continue;
+      }
       T *const out = row_pointer<T>(a.out, batch, chunk.start + s.token + row, head_x) + 64 * half;
-      const bool pieces =
-          (((reinterpret_cast<uintptr_t>(a.out.data) >> 1) | static_cast<uint64_t>(a.out.stride_b) |
-            static_cast<uint64_t>(a.out.stride_t) | static_cast<uint64_t>(a.out.stride_h)) &
-           7) == 0;
-      if (pieces) {
+      if (in_pieces(a.out)) {
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           uint32_t v[4];
@@ -289,7 +381,10 @@ cudaError_t launch_output(const OutputArgs &a, cudaStream_t stream) {
   using F = OutputForm<D>;
   const int64_t blocks = a.shape.table.num_chunks * (a.reverse ? a.shape.heads_kv : a.shape.heads_q);
   if (blocks == 0) return cudaSuccess;
-  return launch_kernel(a.row_norm.data != nullptr ? output_kernel<D, true> : output_kernel<D, false>,
+  const bool gradient = a.dot != nullptr || a.bias != nullptr || a.out_float != nullptr;
+  return launch_kernel(gradient                     ? output_kernel<D, Extra::kGradient>
+                       : a.row_norm.data != nullptr ? output_kernel<D, Extra::kNorm>
+                                                    : output_kernel<D, Extra::kNone>,
                        static_cast<unsigned>(blocks), F::kThreads, F::kShared, stream, a);
 }
 

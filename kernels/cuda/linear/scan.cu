@@ -55,6 +55,8 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ 
       }
     }
   }
+  float *const slot = is_z ? a.z_end : a.end;
+  if (slot != nullptr) slot[pair * (is_z ? d : elements) + v] = carry;
   float *const end = static_cast<float *>(is_z ? a.final.z : a.final.s);
   if (end != nullptr)
     end[sequence * (is_z ? a.final.z_stride_n : a.final.s_stride_n) +
