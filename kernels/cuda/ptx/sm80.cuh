@@ -132,6 +132,12 @@ __device__ __forceinline__ int anew(int v) {
   asm volatile("" : "+r"(v));
   return v;
 }
+// 2^x, denormal results are zero.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // x rounded to TF32 (10 bits of fraction), ties away from zero.
 __device__ __forceinline__ uint32_t round_tf32(float x) {
   uint32_t y;

@@ -194,10 +194,5 @@ __device__ __forceinline__ int thread_here() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(r));
   return r;
 }
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 }  // namespace powerattn::cuda::ptx

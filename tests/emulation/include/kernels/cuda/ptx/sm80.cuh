@@ -65,6 +65,10 @@ inline uint32_t round_tf32(float x) {  // half of the last place of the fraction
   return (u & 0x7f800000u) == 0x7f800000u ? u : (u + 0x1000u) & ~0x1fffu;
 }
 
+inline float exp2_fast(float x) {
+  const float y = std::exp2(std::fabs(x) < 0x1p-126f ? 0.f : x);
+  return y < 0x1p-126f ? 0.f : y;
+}
 inline int anew(int v) { return v; }
 
 }  // namespace powerattn::cuda::ptx

@@ -107,9 +107,5 @@ inline uint32_t low2_here(uint32_t v) { return __byte_perm(v, v, 0x1010); }
 inline uint32_t high2_here(uint32_t v) { return __byte_perm(v, v, 0x3232); }
 inline uint32_t here(uint32_t v) { return v; }
 inline int thread_here() { return static_cast<int>(threadIdx.x); }
-inline float exp2_fast(float x) {
-  const float y = std::exp2(std::fabs(x) < 0x1p-126f ? 0.f : x);
-  return y < 0x1p-126f ? 0.f : y;
-}
 
 }  // namespace powerattn::cuda::ptx
