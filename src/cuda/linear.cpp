@@ -42,8 +42,8 @@ bool in_pieces(const Problem &p, int64_t chunk) { return p.seq_len > chunk; }
 int64_t wave(const Problem &p, int sms) { return std::max(sms, 1) * k1::resident_blocks(p.head_dim); }
 
 // As many chunks as one wave of blocks, each a multiple of 64 tokens: every block then starts and ends together
-// with all others. The blocks of dk and dv, one per kv head, are the fewest. Whole sequences (keys and values are
-// read once, not twice) where their last wave is full enough.
+// with all others. The blocks of dk and dv, one per kv head, are the fewest. Whole sequences (keys and values
+// are read once, not twice) where their last wave is full enough.
 int64_t automatic_chunk(const Problem &p, int sms) {
   const int64_t blocks = wave(p, sms), heads = std::max<int64_t>(p.heads_kv, 1);
   const int64_t pieces = std::max<int64_t>(blocks / heads, 1);  // of all sequences together
@@ -401,7 +401,6 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     dq.dot = own.q_dot;
     dq.dot_plane = p.batch * p.heads_q * p.seq_len;
   }
-  if (call.ok()) call.run(k1::output(dq, call.stream));
 
   dv.reverse = true;
   dv.state = own.s;
@@ -411,7 +410,10 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   dv.z = q;
   dv.u = args.d_y;
   dv.out = args.d_v;
+  // dv backwards, dq forwards, dk backwards: each begins where the one before it ended, among rows in the
+  // cache.
   if (call.ok()) call.run(k1::output(dv, call.stream));
+  if (call.ok()) call.run(k1::output(dq, call.stream));
 
   dk.transposed = true;
   dk.x = args.v;

@@ -241,8 +241,8 @@ void time_line(const Line &c) {
     if (c.gated) print("gates", milliseconds(gates), gate_bytes, slots);
     print("backward", milliseconds([&] {
             if (per > 1) reverse_update(), reverse_scan();
-            d_query();
             d_value();
+            d_query();
             d_key();
             if (c.gated) gates();
           }),

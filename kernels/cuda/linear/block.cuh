@@ -29,39 +29,34 @@ __device__ __forceinline__ Chunk chunk_at(const Shape &s, int64_t id) {
   return {start, static_cast<int32_t>(min(s.table.chunk, s.seq_len - start)), sequence, index, s.per_sequence};
 }
 
-// Where step n of a walk stands: its block of tokens and, reverse, the query head of the group.
+// Where a walk stands: its block of tokens and, reverse, the query head of the group.
 struct Step {
-  int block;  // in the order of the walk
-  int part;
-  int token;  // first token in the chunk
-  int valid;  // tokens, at most 64
+  int block = 0;  // in the order of the walk
+  int part = 0;
 };
 struct Walk {
   int length, blocks, parts;
   bool reverse;
-  __device__ __forceinline__ Walk(const Chunk &chunk, bool backwards, int group)
-      : length(chunk.length),
-        blocks((chunk.length + kBlock - 1) / kBlock),
-        parts(backwards ? group : 1),
-        reverse(backwards) {}
+  __device__ __forceinline__ Walk(const Chunk &chunk, bool backwards, int heads)
+      : length(chunk.length), blocks((chunk.length + kBlock - 1) / kBlock), parts(heads), reverse(backwards) {}
+  // First token of a block in its chunk.
   __device__ __forceinline__ int token(int block) const {
     return (reverse ? blocks - 1 - block : block) * kBlock;
   }
-  __device__ __forceinline__ Step at(int n) const {
-    const int block = n / parts, first = token(block);
-    return {block, n - block * parts, first, min(kBlock, length - first)};
+  __device__ __forceinline__ Step after(Step s) const {
+    const bool last = s.part + 1 == parts;
+    return {s.block + last, last ? 0 : s.part + 1};
   }
 };
 
 // The gates of 64 tokens, g = cumulative log gate in the block:
 //   row    e^{g_r}             reverse: e^{g_end - g_r}   of a row, for what the state gives
 //   weight e^{g_end - g_t}     reverse: e^{g_t}           of what a token adds to the state
-//   g      g                   reverse: -g                so that a pair has e^{g_row - g_column}
+//   g      g / log 2           reverse: -g / log 2        so that a pair has 2^{g_row - g_column}
 struct Gates {
   float g[kBlock], row[kBlock], weight[kBlock];
   float decay;  // e^{g_end}
-  float end;    // g_end
-  float unused[2];
+  float unused[3];
 };
 
 // Two of the 64 per lane.
@@ -74,8 +69,9 @@ __device__ __forceinline__ float2 load_gates(const float *log_g, int64_t stride,
   return v;
 }
 
-__device__ __forceinline__ void put_gates(Gates *to, float2 v, bool reverse, float row_scale,
-                                          float weight_scale, int lane) {
+// Returns g_end.
+__device__ __forceinline__ float put_gates(Gates *to, float2 v, bool reverse, float row_scale,
+                                           float weight_scale, int lane) {
   v.x = v.x < kResetLogGate ? kResetLogGate : v.x;  // keeps NaN
   v.y = v.y < kResetLogGate ? kResetLogGate : v.y;
   float sum = v.x + v.y;
@@ -89,13 +85,12 @@ __device__ __forceinline__ void put_gates(Gates *to, float2 v, bool reverse, flo
   const float2 from_start = make_float2(expf(g.x), expf(g.y));
   const float2 to_end = make_float2(expf(end - g.x), expf(end - g.y));
   const float2 row = reverse ? to_end : from_start, weight = reverse ? from_start : to_end;
-  reinterpret_cast<float2 *>(to->g)[lane] = reverse ? make_float2(-g.x, -g.y) : g;
+  const float unit = reverse ? -1.4426950408889634f : 1.4426950408889634f;
+  reinterpret_cast<float2 *>(to->g)[lane] = make_float2(unit * g.x, unit * g.y);
   reinterpret_cast<float2 *>(to->row)[lane] = make_float2(row_scale * row.x, row_scale * row.y);
   reinterpret_cast<float2 *>(to->weight)[lane] = make_float2(weight_scale * weight.x, weight_scale * weight.y);
-  if (lane == 0) {
-    to->decay = expf(end);
-    to->end = end;
-  }
+  if (lane == 0) to->decay = expf(end);
+  return end;
 }
 
 // sum += sum_t w_t x_t u_t^T over 64 tokens, rows 16 `strip` .. + 15 (features of x), all columns of u; kZ: z

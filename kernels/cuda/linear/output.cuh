@@ -53,13 +53,15 @@ __device__ __forceinline__ bool in_pieces(const powerattn_tensor &x) {
   return (((reinterpret_cast<uintptr_t>(x.data) >> 1) | strides) & 7) == 0;
 }
 __device__ __forceinline__ uint4 load_piece(const T *from, bool aligned) {
-  if (aligned) return *reinterpret_cast<const uint4 *>(from);
+  if (aligned) return __ldg(reinterpret_cast<const uint4 *>(from));
   const unsigned short *const p = reinterpret_cast<const unsigned short *>(from);
   uint32_t w[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) w[k] = p[2 * k] | static_cast<uint32_t>(p[2 * k + 1]) << 16;
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
+
+constexpr float kNever = -1e30f;  // 2^kNever = 0: no branch around the exponential
 
 // What a walk has beside its output. The gate gradient is a small difference of sums over a chunk of q . dq and
 // k . dk: what they hold of pairs inside a step is the same rounded number in both, and what comes through the
@@ -86,28 +88,31 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
   if (chunk.length == 0) return;
   const int64_t batch = batch_of(shape.packed, chunk.sequence);
   const int head_kv = a.reverse ? head_x : head_x / group;
-  const Walk walk(chunk, a.reverse, group);
-  const int total = walk.blocks * walk.parts;
+  const Walk walk(chunk, a.reverse, a.reverse ? group : 1);
 
   const T *const x = row_pointer<T>(a.x, batch, chunk.start, head_x);
   const int head_z = a.reverse ? head_kv * group : head_kv;
   const T *const z = row_pointer<T>(a.z, batch, chunk.start, head_z);
   const T *const u = row_pointer<T>(a.u, batch, chunk.start, head_z);
-  const auto fetch = [&](int n) {
-    if (n < total) {
-      const Step s = walk.at(n);
-      const uint32_t dst = base + (n & 1) * F::kStageBytes;
-      if (s.part == 0)
-        load_rows<kBlock, D, F::kThreads>(dst, x + s.token * a.x.stride_t, a.x.stride_t, s.valid, thread);
-      load_rows<kBlock, D, F::kThreads>(dst + F::kTileBytes, z + s.part * a.z.stride_h + s.token * a.z.stride_t,
-                                        a.z.stride_t, s.valid, thread);
-      load_rows<kBlock, D, F::kThreads>(dst + 2 * F::kTileBytes,
-                                        u + s.part * a.u.stride_h + s.token * a.u.stride_t, a.u.stride_t,
-                                        s.valid, thread);
+  Step next;                           // to be copied
+  uint32_t write = base, read = base;  // stages
+  const auto fetch = [&] {
+    if (next.block < walk.blocks) {
+      const int token = walk.token(next.block), valid = min(kBlock, walk.length - token);
+      if (next.part == 0)
+        load_rows<kBlock, D, F::kThreads>(write, x + token * a.x.stride_t, a.x.stride_t, valid, thread);
+      load_rows<kBlock, D, F::kThreads>(write + F::kTileBytes,
+                                        z + next.part * a.z.stride_h + token * a.z.stride_t, a.z.stride_t,
+                                        valid, thread);
+      load_rows<kBlock, D, F::kThreads>(write + 2 * F::kTileBytes,
+                                        u + next.part * a.u.stride_h + token * a.u.stride_t, a.u.stride_t,
+                                        valid, thread);
+      next = walk.after(next);
+      write = 2 * base + F::kStageBytes - write;
     }
     copy_commit();
   };
-  fetch(0);
+  fetch();
 
   // Rows of O: warps of one scheduler (warp modulo 4) get other rows in other blocks, since the last rows see
   // four times as many columns as the first.
@@ -174,16 +179,17 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
   uint32_t xf[D / 16][4];
   float o[8][4], l[2];
 #pragma unroll 1
-  for (int n = 0; n < total; ++n) {
-    const Step s = walk.at(n);
+  for (Step s; s.block < walk.blocks; s = walk.after(s)) {
     const int buffer = s.block & 1;
     // d = 128: addresses made from it are not kept over the loop, there are no registers for them.
     const int lane_here = D == 128 ? anew(lane) : lane;
     copy_wait<0>();
     __syncthreads();
-    fetch(n + 1);
-    const uint32_t src = base + (n & 1) * F::kStageBytes;
-    const SharedTile<D> xs{src, kBlock}, zs{src + F::kTileBytes, kBlock}, us{src + 2 * F::kTileBytes, kBlock};
+    fetch();
+    const SharedTile<D> xs{read, kBlock}, zs{read + F::kTileBytes, kBlock},
+        us{read + 2 * F::kTileBytes, kBlock};
+    read = 2 * base + F::kStageBytes - read;
+    const int token = walk.token(s.block), valid = min(kBlock, walk.length - token);
     const Gates &now = gates[buffer];
 
     // ---- 1. O = e^{g_r} X State
@@ -262,7 +268,7 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
           const int behind = 16 * strip + 8 * (e >> 1) + lane / 4 - at - (e & 1);  // row - column
           const float d = g_row[e >> 1] - ((e & 1) ? g_column.y : g_column.x);
           const bool seen = a.reverse ? behind <= 0 : behind >= 0;
-          w[t][e] = seen ? w[t][e] * a.pair_scale * __expf(d) : 0.f;
+          w[t][e] *= a.pair_scale * exp2_fast(seen ? d : kNever);
         }
         if constexpr (kNorm) {
           l[0] += w[t][0] + w[t][1];
@@ -289,11 +295,10 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = 16 * strip + 8 * h + lane / 4;
-        const T *const from = row_pointer<T>(a.partner, batch, chunk.start + s.token + row, head_x) + 64 * half;
+        const T *const from = row_pointer<T>(a.partner, batch, chunk.start + token + row, head_x) + 64 * half;
 #pragma unroll
         for (int m = 0; m < 2; ++m)
-          partner[h][m] =
-              row < s.valid ? load_piece(from + 8 * (4 * m + quad), pieces) : make_uint4(0, 0, 0, 0);
+          partner[h][m] = row < valid ? load_piece(from + 8 * (4 * m + quad), pieces) : make_uint4(0, 0, 0, 0);
       }
     };
     if (D == 64 && with_dot) load_partner();
@@ -322,11 +327,11 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
       for (int h = 0; h < 2; ++h) {
         const int row = 16 * strip + 8 * h + lane / 4;
         const float norm = sm80::quad_sum(l[h]) + a.eps;
-        if (half == 0 && quad == 0 && row < s.valid)
-          *row_pointer<float>(a.row_norm, batch, chunk.start + s.token + row, head_x) = norm;
+        if (half == 0 && quad == 0 && row < valid)
+          *row_pointer<float>(a.row_norm, batch, chunk.start + token + row, head_x) = norm;
       }
     }
-    const int64_t rows0 = (batch * heads_x + head_x) * shape.seq_len + chunk.start + s.token;  // [b, heads, t]
+    const int64_t rows0 = (batch * heads_x + head_x) * shape.seq_len + chunk.start + token;  // [b, heads, t]
     if (with_dot) {
       if (D != 64) load_partner();
 #pragma unroll
@@ -342,7 +347,7 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
             dot += o[4 * m + i][2 * h] * Pair<T>::lo(v[i]) + o[4 * m + i][2 * h + 1] * Pair<T>::hi(v[i]);
         }
         dot = sm80::quad_sum(dot);
-        if (quad == 0 && row < s.valid) a.dot[half * a.dot_plane + rows0 + row] = dot;
+        if (quad == 0 && row < valid) a.dot[half * a.dot_plane + rows0 + row] = dot;
       }
     }
 #pragma unroll
@@ -350,14 +355,14 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
       const int row = 16 * strip + 8 * h + lane / 4;
       if (kGradient && a.out_float != nullptr) {
         float *const out = a.out_float + (rows0 + row) * D + 64 * half + 2 * quad;
-        if (row < s.valid) {
+        if (row < valid) {
 #pragma unroll
           for (int c = 0; c < 8; ++c)
             *reinterpret_cast<float2 *>(out + 8 * c) = make_float2(o[c][2 * h], o[c][2 * h + 1]);
         }
         continue;
       }
-      T *const out = row_pointer<T>(a.out, batch, chunk.start + s.token + row, head_x) + 64 * half;
+      T *const out = row_pointer<T>(a.out, batch, chunk.start + token + row, head_x) + 64 * half;
       if (in_pieces(a.out)) {
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
@@ -365,10 +370,10 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
 #pragma unroll
           for (int i = 0; i < 4; ++i) v[i] = Pair<T>::pack(o[4 * m + i][2 * h], o[4 * m + i][2 * h + 1]);
           transpose_quad(v, quad);
-          if (row < s.valid)
-            *reinterpret_cast<uint4 *>(out + 8 * (4 * m + quad)) = make_uint4(v[0], v[1], v[2], v[3]);
+          if (row < valid)
+            __stcs(reinterpret_cast<uint4 *>(out + 8 * (4 * m + quad)), make_uint4(v[0], v[1], v[2], v[3]));
         }
-      } else if (row < s.valid) {
+      } else if (row < valid) {
 #pragma unroll
         for (int c = 0; c < 8; ++c) sm80::store_pair(out + 8 * c + 2 * quad, o[c][2 * h], o[c][2 * h + 1]);
       }

@@ -38,9 +38,9 @@ __global__ void __launch_bounds__(UpdateForm<D>::kThreads, update_blocks<D, kExa
   if (chunk.length == 0) return;
   const int64_t batch = batch_of(shape.packed, chunk.sequence);
   const int group = shape.heads_q / shape.heads_kv;
-  // The sum is at the chunk's end, so it grows from its start; reverse the other way round.
-  const Walk walk(chunk, a.reverse, group);
-  const int total = walk.blocks * walk.parts;
+  // From the chunk's end to its start (reverse: the other way), which is where the walk that follows begins: it
+  // finds the last rows of this one in the cache.
+  const Walk walk(chunk, !a.reverse, a.reverse ? group : 1);
   const int head_x = a.reverse ? head_kv * group : head_kv;
   const T *const x = row_pointer<T>(a.x, batch, chunk.start, head_x);
   const T *const u = row_pointer<T>(a.u, batch, chunk.start, head_x);
@@ -48,53 +48,48 @@ __global__ void __launch_bounds__(UpdateForm<D>::kThreads, update_blocks<D, kExa
       shape.log_g.data != nullptr ? row_pointer<float>(shape.log_g, batch, chunk.start, head_kv) : nullptr;
   const bool weighted = log_g != nullptr || a.scale != 1.f;
 
-  const auto fetch = [&](int n) {
-    if (n < total) {
-      const Step s = walk.at(n);
-      const uint32_t dst = base + n % F::kStages * 2 * F::kTileBytes;
-      load_rows<kBlock, D, F::kThreads>(dst, x + s.part * a.x.stride_h + s.token * a.x.stride_t, a.x.stride_t,
-                                        s.valid, thread);
-      load_rows<kBlock, D, F::kThreads>(dst + F::kTileBytes, u + s.part * a.u.stride_h + s.token * a.u.stride_t,
-                                        a.u.stride_t, s.valid, thread);
+  Step next;  // to be copied
+  int stage = 0;
+  const auto fetch = [&] {
+    if (next.block < walk.blocks) {
+      const int token = walk.token(next.block), valid = min(kBlock, walk.length - token);
+      const uint32_t dst = base + stage * 2 * F::kTileBytes;
+      load_rows<kBlock, D, F::kThreads>(dst, x + next.part * a.x.stride_h + token * a.x.stride_t, a.x.stride_t,
+                                        valid, thread);
+      load_rows<kBlock, D, F::kThreads>(dst + F::kTileBytes,
+                                        u + next.part * a.u.stride_h + token * a.u.stride_t, a.u.stride_t,
+                                        valid, thread);
+      next = walk.after(next);
+      stage = stage + 1 == F::kStages ? 0 : stage + 1;
     }
     copy_commit();
   };
-  fetch(0);
-  fetch(1);
+  fetch();
+  fetch();
   float2 ahead = make_float2(0.f, 0.f);
+  float seen = 0.f;  // warp 0: the log gates between this block and the place of the sum
   if (warp == 0) {
     const int64_t stride = shape.log_g.stride_t;
-    put_gates(&gates[0], load_gates(log_g, stride, walk.token(0), walk.length, lane), a.reverse, 1.f, a.scale,
-              lane);
+    seen = put_gates(&gates[0], load_gates(log_g, stride, walk.token(0), walk.length, lane), a.reverse, 1.f,
+                     a.scale, lane);
     if (walk.blocks > 1) ahead = load_gates(log_g, stride, walk.token(1), walk.length, lane);
   }
 
   float sum[D / 8][4] = {}, z[4] = {};
-  float log_decay = 0.f;
+  int read = 0;  // stage
 #pragma unroll 1
-  for (int n = 0; n < total; ++n) {
-    const Step s = walk.at(n);
+  for (Step s; s.block < walk.blocks; s = walk.after(s)) {
     copy_wait<1>();
     __syncthreads();
-    fetch(n + 2);
+    fetch();
     const Gates &now = gates[s.block & 1];
-    if (s.part == 0) {
-      if (warp == 0 && s.block + 1 < walk.blocks) {
-        put_gates(&gates[(s.block + 1) & 1], ahead, a.reverse, 1.f, a.scale, lane);
-        if (s.block + 2 < walk.blocks)
-          ahead = load_gates(log_g, shape.log_g.stride_t, walk.token(s.block + 2), walk.length, lane);
-      }
-      if (log_g != nullptr) {
-        const float decay = now.decay;
-        log_decay += now.end;
-#pragma unroll
-        for (int c = 0; c < D / 8; ++c)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) sum[c][e] *= decay;
-        z[0] *= decay, z[2] *= decay;
-      }
+    if (s.part == 0 && warp == 0 && s.block + 1 < walk.blocks) {
+      seen += put_gates(&gates[(s.block + 1) & 1], ahead, a.reverse, 1.f, a.scale * expf(seen), lane);
+      if (s.block + 2 < walk.blocks)
+        ahead = load_gates(log_g, shape.log_g.stride_t, walk.token(s.block + 2), walk.length, lane);
     }
-    const uint32_t src = base + n % F::kStages * 2 * F::kTileBytes;
+    const uint32_t src = base + read * 2 * F::kTileBytes;
+    read = read + 1 == F::kStages ? 0 : read + 1;
     const SharedTile<D> xs{src, kBlock}, us{src + F::kTileBytes, kBlock};
     add_block<D, kExact ? 3 : 2, true>(sum, z, xs, us, now.weight, weighted, warp, lane);
   }
@@ -109,7 +104,7 @@ __global__ void __launch_bounds__(UpdateForm<D>::kThreads, update_blocks<D, kExa
           make_float2(sum[c][2 * h], sum[c][2 * h + 1]);
     if (a.z_local != nullptr && quad == 0) a.z_local[slot * D + row] = z[2 * h];
   }
-  if (log_g != nullptr && thread == 0) a.decay[slot] = expf(log_decay);
+  if (log_g != nullptr && thread == 0) a.decay[slot] = expf(seen);
 }
 
 template <int D>
