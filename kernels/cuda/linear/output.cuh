@@ -122,10 +122,12 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
       shape.log_g.data != nullptr ? row_pointer<float>(shape.log_g, batch, chunk.start, head_kv) : nullptr;
   const bool weighted = log_g != nullptr || a.sum_scale != 1.f;
   float2 ahead = make_float2(0.f, 0.f);
-  if (warp == 0) {
+  const bool gate_warp = half == 0 && strip == (a.reverse ? 3 : 0);  // the one with the fewest columns
+  if (gate_warp) {
     const int64_t stride = shape.log_g.stride_t;
     put_gates(&gates[0], load_gates(log_g, stride, walk.token(0), walk.length, lane), a.reverse, a.state_scale,
               a.sum_scale, lane);
+    if (log_g == nullptr) put_gates(&gates[1], ahead, a.reverse, a.state_scale, a.sum_scale, lane);
     if (walk.blocks > 1) ahead = load_gates(log_g, stride, walk.token(1), walk.length, lane);
   }
 
@@ -194,7 +196,7 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
 
     // ---- 1. O = e^{g_r} X State
     if (s.part == 0) {
-      if (warp == 0 && s.block + 1 < walk.blocks) {
+      if (gate_warp && log_g != nullptr && s.block + 1 < walk.blocks) {
         put_gates(&gates[buffer ^ 1], ahead, a.reverse, a.state_scale, a.sum_scale, lane);
         if (s.block + 2 < walk.blocks)
           ahead = load_gates(log_g, shape.log_g.stride_t, walk.token(s.block + 2), walk.length, lane);

@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(UpdateForm<D>::kThreads, update_blocks<D, kExa
     const int64_t stride = shape.log_g.stride_t;
     seen = put_gates(&gates[0], load_gates(log_g, stride, walk.token(0), walk.length, lane), a.reverse, 1.f,
                      a.scale, lane);
+    if (log_g == nullptr) put_gates(&gates[1], ahead, a.reverse, 1.f, a.scale, lane);
     if (walk.blocks > 1) ahead = load_gates(log_g, stride, walk.token(1), walk.length, lane);
   }
 
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(UpdateForm<D>::kThreads, update_blocks<D, kExa
     __syncthreads();
     fetch();
     const Gates &now = gates[s.block & 1];
-    if (s.part == 0 && warp == 0 && s.block + 1 < walk.blocks) {
+    if (s.part == 0 && warp == 0 && log_g != nullptr && s.block + 1 < walk.blocks) {
       seen += put_gates(&gates[(s.block + 1) & 1], ahead, a.reverse, 1.f, a.scale * expf(seen), lane);
       if (s.block + 2 < walk.blocks)
         ahead = load_gates(log_g, shape.log_g.stride_t, walk.token(s.block + 2), walk.length, lane);
