@@ -97,6 +97,7 @@ struct Line {
   int64_t b, t, hq, hkv, d;
   bool gated;
   std::vector<int64_t> chunks;
+  bool heads_first = false;  // [b, h, t, d] instead of [b, t, h, d]
 };
 
 void time_line(const Line &c) {
@@ -109,8 +110,9 @@ void time_line(const Line &c) {
       dg(size_t(rows_kv) * 4, Array::kNone), q_dot(size_t(rows_q * c.d / 64) * 4, Array::kNone),
       k_dot(size_t(rows_kv * c.d / 64) * 4, Array::kNone), norm(size_t(rows_q) * 4, Array::kNone),
       g(size_t(rows_kv) * 4, Array::kGates);
-  const auto tensor = [&](const Array &x, int64_t heads, int64_t d) {  // [b, t, heads, d]
-    return powerattn_tensor{x.get(), c.t * heads * d, heads * d, d};
+  const auto tensor = [&](const Array &x, int64_t heads, int64_t d) {
+    return c.heads_first ? powerattn_tensor{x.get(), c.t * heads * d, d, c.t * d}
+                         : powerattn_tensor{x.get(), c.t * heads * d, heads * d, d};
   };
   for (const int64_t chunk : c.chunks) {
     const int64_t per = (c.t + chunk - 1) / chunk, slots = c.b * per * c.hkv;
@@ -275,6 +277,7 @@ int main(int argc, char **argv) {
   const std::vector<Line> lines = {
       {"d64 b1 t65536 h8 gated", 1, 65536, 8, 8, 64, true, {512, 1024, 1344, 2048}},
       {"d64 b1 t65536 h8", 1, 65536, 8, 8, 64, false, {1344}},
+      {"d64 b1 t65536 h8 gated, heads first", 1, 65536, 8, 8, 64, true, {1344}, true},
       {"d64 b1 t65536 h8/2 gated", 1, 65536, 8, 2, 64, true, {1344}},
       {"d64 b16 t4096 h8 gated", 16, 4096, 8, 8, 64, true, {1344}},
       {"d64 b64 t1024 h8 gated", 64, 1024, 8, 8, 64, true, {1024}},
