@@ -261,17 +261,26 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
         mma<T>(w[0], xf[k], b[0], b[1]);
         mma<T>(w[1], xf[k], b[2], b[3]);
       }
+      float exponent[2][4];
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const int at = 16 * j + 8 * t + 2 * quad;
-        const float2 g_column = *reinterpret_cast<const float2 *>(now.g + at);
+        const float2 g_column = *reinterpret_cast<const float2 *>(now.g + 16 * j + 8 * t + 2 * quad);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int behind = 16 * strip + 8 * (e >> 1) + lane / 4 - at - (e & 1);  // row - column
-          const float d = g_row[e >> 1] - ((e & 1) ? g_column.y : g_column.x);
-          const bool seen = a.reverse ? behind <= 0 : behind >= 0;
-          w[t][e] *= a.pair_scale * exp2_fast(seen ? d : kNever);
-        }
+        for (int e = 0; e < 4; ++e) exponent[t][e] = g_row[e >> 1] - ((e & 1) ? g_column.y : g_column.x);
+      }
+      if (j == strip) {  // the diagonal
+#pragma unroll
+        for (int t = 0; t < 2; ++t)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int behind = 8 * (e >> 1) + lane / 4 - 8 * t - 2 * quad - (e & 1);  // row - column
+            if (a.reverse ? behind > 0 : behind < 0) exponent[t][e] = kNever;
+          }
+      }
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) w[t][e] *= a.pair_scale * exp2_fast(exponent[t][e]);
         if constexpr (kNorm) {
           l[0] += w[t][0] + w[t][1];
           l[1] += w[t][2] + w[t][3];
