@@ -14,7 +14,7 @@ namespace powerattn {
 
 enum class Op { kForward, kBackward, kStep, kSummary };
 
-// What the user pinned in the description; 0 = free.
+// What the planner pinned; 0 = free. A chunk comes with the chunked form only.
 struct Pins {
   int32_t form = POWERATTN_FORM_AUTO;
   int64_t chunk = 0;

@@ -280,18 +280,28 @@ powerattn_status make_plan(const powerattn_desc &d, std::unique_ptr<powerattn_pl
                 d.state_limit != 0 ? "desc.state_limit" : "the device's memory");
   }
 
-  // The form: pinned, or forced where the states do not fit, or the cost model's.
+  // The form: pinned, or forced where the states do not fit, or asked for by a chunk size, or the cost model's.
   Pins pins{d.form, d.chunk_size};
   std::string reason = "the cost model's choice";
+  const bool asked = fits && d.form == POWERATTN_FORM_AUTO && d.chunk_size > 0;
   if (d.form != POWERATTN_FORM_AUTO) {
     reason = "pinned by the description";
   } else if (!fits) {
     pins = {POWERATTN_FORM_ATTENTION, 0};
     reason = "the states of the chunked form need " + human(p.state_bytes) + ", the limit is " +
              human(p.state_limit);
+  } else if (asked) {
+    pins.form = POWERATTN_FORM_CHUNKED;
+    reason = "chunk_size asks for chunks";
   }
   std::string passed;
   plan->forward = choose(*backend, Op::kForward, p, pins, &plan->tiling, &plan->forward_refusal, &passed);
+  if (plan->forward == nullptr && asked) {  // asked for, not pinned: what has no chunks may run
+    passed.append("          no chunks: ").append(plan->forward_refusal).append("\n");
+    reason = "chunk_size asks for chunks, which nothing here runs";
+    plan->forward_refusal.clear();
+    plan->forward = choose(*backend, Op::kForward, p, Pins{}, &plan->tiling, &plan->forward_refusal, &passed);
+  }
 
   if (plan->forward != nullptr && !chunk_states_fit(p, plan->tiling)) {
     if (d.form != POWERATTN_FORM_AUTO || d.chunk_size != 0) {

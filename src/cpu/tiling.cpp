@@ -64,13 +64,9 @@ bool choose_tiling(const Problem &p, const Pins &pins, Tiling *tiling, std::stri
   int64_t chunk = pins.chunk > 0 ? pins.chunk : chunkable ? best_chunk(p) : 0;
   int32_t form = pins.form;
   if (form == POWERATTN_FORM_AUTO) {
-    // A pinned chunk asks for chunks.
-    form = POWERATTN_FORM_CHUNKED;
-    if (pins.chunk == 0) {
-      const Seconds a = attention_seconds(p), c = chunked_seconds(p, chunk);
-      if (chunk >= p.max_seq_len || a.forward + a.backward <= c.forward + c.backward)
-        form = POWERATTN_FORM_ATTENTION;
-    }
+    const Seconds a = attention_seconds(p), c = chunked_seconds(p, chunk);
+    const bool attention = chunk >= p.max_seq_len || a.forward + a.backward <= c.forward + c.backward;
+    form = attention ? POWERATTN_FORM_ATTENTION : POWERATTN_FORM_CHUNKED;
   }
   tiling->form = static_cast<Form>(form);
   tiling->chunk = form == POWERATTN_FORM_ATTENTION ? p.seq_len : chunk;

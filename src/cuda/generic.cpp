@@ -149,8 +149,7 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
   if (op == Op::kSummary) {
     consider(Form::kChunked, summary_chunk(p));
   } else {
-    // A chunk size asks for chunks.
-    if (pins.form != POWERATTN_FORM_CHUNKED && pins.chunk == 0) consider(Form::kAttention, p.seq_len);
+    if (pins.form != POWERATTN_FORM_CHUNKED) consider(Form::kAttention, p.seq_len);
     if (pins.form != POWERATTN_FORM_ATTENTION && rows_known) {
       if (pins.chunk > 0) {
         consider(Form::kChunked, pins.chunk);

@@ -96,7 +96,7 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
                           : p.degree > 2                 ? "chunked form for degrees 1 and 2 only"
                           : p.degree == 1 && p.use_state ? "no states of degree 1"
                                                          : nullptr;
-  const bool pinned = pins.form == POWERATTN_FORM_CHUNKED || pins.chunk > 0;  // a chunk size asks for chunks
+  const bool pinned = pins.form == POWERATTN_FORM_CHUNKED;
   if (no_chunks && (p.use_state || pinned)) return no(no_chunks);
   // Measured at d = 64: beyond 12 thousand tokens the chunked form of cuda.generic overtakes this attention
   // form.

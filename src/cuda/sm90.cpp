@@ -134,7 +134,7 @@ bool choose(const Features &features, Op op, const Problem &p, const Pins &pins,
                           : p.degree == 1
                               ? "no chunked form of degree 1: its row norms would miss the part of the state"
                               : "chunked form for degree 2 only";
-  const bool pinned = pins.form == POWERATTN_FORM_CHUNKED || pins.chunk > 0;  // a chunk size asks for chunks
+  const bool pinned = pins.form == POWERATTN_FORM_CHUNKED;
   if (no_chunks && pinned) return no(no_chunks);
   if (p.use_state && pins.form == POWERATTN_FORM_ATTENTION) return no("states need the chunked form");
   if (const std::string unmeasured = missing(p, features); !unmeasured.empty())

@@ -259,6 +259,48 @@ TEST_CASE("plan: a pinned form is kept") {
   CHECK(contains(describe(make(d).get()), "pinned by the description"));
 }
 
+TEST_CASE("plan: a chunk size asks for chunks") {
+  powerattn_desc d = description();
+  d.seq_len = 40;
+  d.chunk_size = 8;
+  d.flags = POWERATTN_USE_STATE;
+  {
+    const fixture::Plan plan = make(d);
+    CHECK(query(plan.get()).form == POWERATTN_FORM_CHUNKED);
+    CHECK(query(plan.get()).chunk_size == 8);
+    CHECK(contains(describe(plan.get()), "form      chunked, chunk 8 (chunk_size asks for chunks)"));
+  }
+  // The implementation of bfloat16 states has no chunks: it may run when they are asked for, not when pinned.
+  d.state_dtype = POWERATTN_BFLOAT16;
+  {
+    const fixture::Plan plan = make(d);
+    CHECK(query(plan.get()).form == POWERATTN_FORM_ATTENTION);
+    CHECK(query(plan.get()).chunk_size == d.seq_len);
+    const std::string text = describe(plan.get());
+    INFO(text);
+    CHECK(
+        contains(text, "form      attention, chunk 40 (chunk_size asks for chunks, which nothing here runs)"));
+    CHECK(contains(text, "no chunks: cpu."));
+    CHECK(contains(text, "cpu.reference: the reference has the attention form only"));
+    CHECK(contains(text, "runs      forward cpu.reference"));
+  }
+  d.form = POWERATTN_FORM_CHUNKED;
+  {
+    const std::string text = describe(make(d).get());
+    INFO(text);
+    CHECK(contains(text, "no forward: cpu."));
+    CHECK(contains(text, "cpu.reference: the reference has the attention form only"));
+  }
+  // States that do not fit leave no chunks to ask for.
+  d = description();
+  d.flags = 0;
+  d.seq_len = 40;
+  d.chunk_size = 8;
+  d.state_limit = 1;
+  CHECK(query(make(d).get()).form == POWERATTN_FORM_ATTENTION);
+  CHECK(contains(describe(make(d).get()), "the states of the chunked form need"));
+}
+
 TEST_CASE("plan: the number of threads") {
   powerattn_desc d = description();
   d.num_threads = 3;
