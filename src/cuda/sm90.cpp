@@ -62,12 +62,17 @@ std::string missing(const Problem &p, const Features &f) {
 
 // ---- The plan.
 
-// Executed rates measured on an H200 with 132 multiprocessors (multiply-adds counted twice), each kernel alone.
-constexpr double kRateIntra = 390e12;          // output: two products per pair of tokens
-constexpr double kRateState = 620e12;          // output: phi(q) S
-constexpr double kRateUpdate = 435e12;         // update: phi(k)^T v
-constexpr double kRateGradient = 330e12;       // dq, dk and dv inside a chunk: seven products
-constexpr double kRateGradientState = 440e12;  // their parts of the state
+// Executed rates (multiply-adds counted twice) of the kernels of one head_dim, each alone.
+struct Rates {
+  double intra;           // output: two products per pair of tokens
+  double state;           // output: phi(q) S
+  double update;          // update: phi(k)^T v
+  double gradient;        // dq, dk and dv inside a chunk: seven products
+  double gradient_state;  // their parts of the state
+};
+// Measured on an H200 with 132 multiprocessors; those of head_dim 128 are not, and stand in for what will be.
+constexpr Rates kRates64 = {390e12, 620e12, 435e12, 330e12, 440e12};
+constexpr Rates kRates128 = {390e12, 620e12, 435e12, 330e12, 440e12};
 constexpr double kBandwidth = 3.2e12;
 constexpr double kLaunch = 3e-6;
 constexpr int kReferenceSms = 132;
@@ -79,6 +84,7 @@ struct Cost {
 // chunk = 0: attention form. Padded state rows; a row tile sees half of the span and, on average, half of
 // itself.
 Cost cost(const Problem &p, int64_t chunk, int sms) {
+  const Rates &rate = p.head_dim == 128 ? kRates128 : kRates64;
   const double speed = static_cast<double>(std::max(sms, 1)) / kReferenceSms;
   const double d = static_cast<double>(p.head_dim), t = static_cast<double>(p.max_seq_len);
   const double total = static_cast<double>(p.batch) * static_cast<double>(p.seq_len);
@@ -86,9 +92,9 @@ Cost cost(const Problem &p, int64_t chunk, int sms) {
   const double span = (chunk > 0 ? std::min(static_cast<double>(chunk), t) : t) / 2;
   const double io = 4 * d * (q + kv) / (kBandwidth * speed);  // q, k, v, y once
   Cost c;
-  c.forward = std::max(q * (span + 64) * 4 * d / (kRateIntra * speed), io) + 4 * kLaunch;
+  c.forward = std::max(q * (span + 64) * 4 * d / (rate.intra * speed), io) + 4 * kLaunch;
   // Three products for dq, four for dk and dv.
-  c.backward = q * (span + 64) * 14 * d / (kRateGradient * speed) + io + 8 * kLaunch;
+  c.backward = q * (span + 64) * 14 * d / (rate.gradient * speed) + io + 8 * kLaunch;
   if (with_rope(p)) {  // q and k read and written; backward also their gradients, float32 into bfloat16
     c.forward += io + 2 * kLaunch;
     c.backward += 3 * io + 4 * kLaunch;
@@ -96,10 +102,10 @@ Cost cost(const Problem &p, int64_t chunk, int sms) {
   if (chunk > 0) {
     const double rows = cuda::tile_rows(p.degree, static_cast<int>(p.head_dim));
     const double chunks = kv / static_cast<double>(chunk), bytes = 3 * chunks * rows * d * 2;
-    const double update = 2 * rows * d / (kRateUpdate * speed), scan = bytes / (kBandwidth * speed);
-    c.forward += kv * update + q * 2 * rows * d / (kRateState * speed) + scan + 3 * kLaunch;
+    const double update = 2 * rows * d / (rate.update * speed), scan = bytes / (kBandwidth * speed);
+    c.forward += kv * update + q * 2 * rows * d / (rate.state * speed) + scan + 3 * kLaunch;
     c.backward +=
-        q * update + (q + 2 * kv) * 2 * rows * d / (kRateGradientState * speed) + 2 * scan + 4 * kLaunch;
+        q * update + (q + 2 * kv) * 2 * rows * d / (rate.gradient_state * speed) + 2 * scan + 4 * kLaunch;
   }
   return c;
 }
