@@ -163,6 +163,20 @@ bool chunk_states_fit(const Problem &p, const Tiling &t) {
 
 const char *name_or_none(const Implementation *i) { return i != nullptr ? i->name : "none"; }
 
+// Why the cost model took the form it did: the time that the same implementation predicts for the other one.
+std::string alternative(const Implementation &i, const Problem &p, const Tiling &chosen) {
+  const Form form = chosen.form == Form::kAttention ? Form::kChunked : Form::kAttention;
+  Tiling other;
+  std::string text = "the cost model's choice", why;
+  if (!i.choose(Op::kForward, p, {static_cast<int32_t>(form), 0}, &other, &why))
+    return text + "; no " + name_of(form) + " form: " + why;
+  append(&text, ": %.3g ms forward and backward predicted, %.3g ms in the %s form",
+         (chosen.forward_s + chosen.backward_s) * 1e3, (other.forward_s + other.backward_s) * 1e3,
+         name_of(form));
+  if (form == Form::kChunked) append(&text, " with chunk %" PRId64, other.chunk);
+  return text;
+}
+
 void describe(const powerattn_desc &d, const std::string &form_reason, const std::string &passed,
               powerattn_plan *plan) {
   const Problem &p = plan->problem;
@@ -189,8 +203,9 @@ void describe(const powerattn_desc &d, const std::string &form_reason, const std
   text.append("\n");
 
   if (plan->forward != nullptr) {
-    append(&text, "form      %s, chunk %" PRId64 " (%s)\n", name_of(t.form),
-           t.form == Form::kAttention ? p.seq_len : t.chunk, form_reason.c_str());
+    append(&text, "form      %s, chunk %" PRId64 " (", name_of(t.form),
+           t.form == Form::kAttention ? p.seq_len : t.chunk);
+    text.append(form_reason).append(")\n");
   }
   append(&text, "runs      forward %s, backward %s, step %s, summary %s\n", name_or_none(plan->forward),
          name_or_none(plan->backward), name_or_none(plan->step), name_or_none(plan->summary));
@@ -282,7 +297,7 @@ powerattn_status make_plan(const powerattn_desc &d, std::unique_ptr<powerattn_pl
 
   // The form: pinned, or forced where the states do not fit, or asked for by a chunk size, or the cost model's.
   Pins pins{d.form, d.chunk_size};
-  std::string reason = "the cost model's choice";
+  std::string reason;  // none: the cost model's choice
   const bool asked = fits && d.form == POWERATTN_FORM_AUTO && d.chunk_size > 0;
   if (d.form != POWERATTN_FORM_AUTO) {
     reason = "pinned by the description";
@@ -312,6 +327,8 @@ powerattn_status make_plan(const powerattn_desc &d, std::unique_ptr<powerattn_pl
     plan->forward = choose(*backend, Op::kForward, p, {POWERATTN_FORM_ATTENTION, 0}, &plan->tiling,
                            &plan->forward_refusal, &passed);
   }
+
+  if (plan->forward != nullptr && reason.empty()) reason = alternative(*plan->forward, p, plan->tiling);
 
   // Backward shares the forward's form and chunk.
   if (plan->forward != nullptr) {

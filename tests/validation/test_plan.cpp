@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Plans: sizes and order of states, defaults, the choice of the form, the text.
+#include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <map>
 
@@ -299,6 +301,58 @@ TEST_CASE("plan: a chunk size asks for chunks") {
   d.state_limit = 1;
   CHECK(query(make(d).get()).form == POWERATTN_FORM_ATTENTION);
   CHECK(contains(describe(make(d).get()), "the states of the chunked form need"));
+}
+
+// Both forms pinned and the free choice, from 256 to a million tokens per sequence, on every kind of device
+// there is.
+TEST_CASE("plan: the crossover to chunks follows the predicted times and is crossed once") {
+  for (const int32_t device : {POWERATTN_CPU, POWERATTN_CUDA}) {
+    int32_t devices = 0;
+    REQUIRE(powerattn_device_count(device, &devices) == POWERATTN_OK);
+    if (devices == 0) continue;
+    for (const int32_t dtype : {POWERATTN_FLOAT32, POWERATTN_BFLOAT16}) {
+      for (const int64_t dim : {64, 128}) {
+        int attention = 0, chunked = 0;
+        for (int64_t t = 256; t <= 1 << 20; t *= 2) {
+          powerattn_desc d = {};
+          d.struct_size = sizeof(d);
+          d.device_type = device;
+          d.dtype = dtype;
+          d.degree = 2;
+          d.batch = std::max<int64_t>(1, 65536 / t);
+          d.seq_len = t;
+          d.heads_q = d.heads_kv = 8;
+          d.head_dim = dim;
+          d.num_threads = 1;
+          d.state_limit = UINT64_MAX;
+          const fixture::Plan plan = make(d);
+          const std::string text = describe(plan.get());
+          INFO(text);
+          const powerattn_plan_info free = query(plan.get());
+          const bool chunks = free.form == POWERATTN_FORM_CHUNKED;
+          d.form = chunks ? POWERATTN_FORM_ATTENTION : POWERATTN_FORM_CHUNKED;
+          const powerattn_plan_info other = query(make(d).get());
+          REQUIRE(other.form == d.form);
+          const double time = free.predicted_forward_s + free.predicted_backward_s;
+          const double other_time = other.predicted_forward_s + other.predicted_backward_s;
+          // cuda.generic compares the forward calls alone.
+          CHECK((contains(text, "runs      forward cuda.generic")
+                     ? free.predicted_forward_s <= other.predicted_forward_s
+                     : time <= other_time));
+          char why[128];
+          std::snprintf(why, sizeof(why),
+                        "(the cost model's choice: %.3g ms forward and backward predicted, %.3g ms", time * 1e3,
+                        other_time * 1e3);
+          CHECK(contains(text, why));
+          CHECK(contains(text, chunks ? "ms in the attention form)" : "ms in the chunked form with chunk "));
+          ++(chunks ? chunked : attention);
+          CHECK((chunks || chunked == 0));  // no way back
+        }
+        CHECK(attention > 0);
+        CHECK(chunked > 0);
+      }
+    }
+  }
 }
 
 TEST_CASE("plan: the number of threads") {
