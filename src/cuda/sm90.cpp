@@ -70,9 +70,9 @@ struct Rates {
   double gradient;        // dq, dk and dv inside a chunk: seven products
   double gradient_state;  // their parts of the state
 };
-// Measured on an H200 with 132 multiprocessors; those of head_dim 128 are not, and stand in for what will be.
+// Measured on an H200 with 132 multiprocessors (docs/performance-log.md).
 constexpr Rates kRates64 = {390e12, 620e12, 435e12, 330e12, 440e12};
-constexpr Rates kRates128 = {390e12, 620e12, 435e12, 330e12, 440e12};
+constexpr Rates kRates128 = {500e12, 640e12, 560e12, 460e12, 485e12};
 constexpr double kBandwidth = 3.2e12;
 constexpr double kLaunch = 3e-6;
 constexpr int kReferenceSms = 132;
