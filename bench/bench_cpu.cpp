@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU backend against this machine's own matrix multiply and copy bandwidth, through the C API only.
 //
-//   bench_cpu [--threads N] [--only rate,amx,types,forms,scaling,length,step] [--seconds S] [--csv FILE]
-//             [--clock wall|cpu]
+//   bench_cpu [--threads N] [--only rate,amx,amx-phases,types,forms,scaling,length,step] [--seconds S]
+//             [--csv FILE] [--clock wall|cpu]
 //
 // Every ratio is taken in one run, the two sides alternating, so that other load hits both. Operations are the
 // useful ones: exact D, causal halves, no padding, no recomputation:
@@ -24,6 +24,7 @@
 #include <thread>
 #include <vector>
 
+#include "phases.h"
 #include "power_attention.h"
 #include "yardsticks.h"
 
@@ -91,20 +92,7 @@ class Problem {
   Problem(const Problem &) = delete;
 
   double forward(bool save) {
-    powerattn_forward_args a = {};
-    a.struct_size = sizeof a;
-    a.q = tensor(&q_);
-    a.k = tensor(&k_);
-    a.v = tensor(&v_);
-    a.y = tensor(&y_);
-    a.row_norm = {norm_.data(), s_.t * s_.h, s_.h, 1};
-    if (s_.gated) a.log_g = {gate_.data(), s_.t * s_.h, s_.h, 1};
-    if (save && saved_ != nullptr) {
-      a.saved = saved_.get();
-      a.saved_bytes = info_.saved_bytes;
-    }
-    a.workspace = workspace_.get();
-    a.workspace_bytes = info_.workspace_forward;
+    const powerattn_forward_args a = forward_args(save);
     const double start = now();
     ok(powerattn_forward(plan_, &a), "powerattn_forward");
     return now() - start;
@@ -137,6 +125,10 @@ class Problem {
     return now() - start;
   }
 
+  bool phases(bench::Phases *out) { return bench::forward_phases(plan_, forward_args(false), out); }
+
+  double state_flops() const { return heads_tokens() * 2 * state(); }  // of the query, and of the update
+  double chunk_flops() const { return heads_tokens() * pairs() * 2 * d(); }
   double forward_flops() const { return heads_tokens() * (4 * state() + pairs() * 2 * d()); }
   double backward_flops() const { return heads_tokens() * (8 * state() + pairs() * 5 * d()); }
   const powerattn_plan_info &info() const { return info_; }
@@ -164,6 +156,23 @@ class Problem {
   }
 
  private:
+  powerattn_forward_args forward_args(bool save) {
+    powerattn_forward_args a = {};
+    a.struct_size = sizeof a;
+    a.q = tensor(&q_);
+    a.k = tensor(&k_);
+    a.v = tensor(&v_);
+    a.y = tensor(&y_);
+    a.row_norm = {norm_.data(), s_.t * s_.h, s_.h, 1};
+    if (s_.gated) a.log_g = {gate_.data(), s_.t * s_.h, s_.h, 1};
+    if (save && saved_ != nullptr) {
+      a.saved = saved_.get();
+      a.saved_bytes = info_.saved_bytes;
+    }
+    a.workspace = workspace_.get();
+    a.workspace_bytes = info_.workspace_forward;
+    return a;
+  }
   size_t elements() const { return static_cast<size_t>(s_.b * s_.t * s_.h * s_.d); }
   double d() const { return static_cast<double>(s_.d); }
   double heads_tokens() const { return static_cast<double>(s_.b * s_.t * s_.h); }
@@ -227,7 +236,9 @@ struct Options {
   int threads = 0;
   double seconds = 3;  // per line
   std::string only, csv;
-  bool wants(const char *part) const { return only.empty() || only.find(part) != std::string::npos; }
+  bool wants(const std::string &part) const {
+    return only.empty() || ("," + only + ",").find("," + part + ",") != std::string::npos;
+  }
 };
 
 class Report {
@@ -339,6 +350,51 @@ void amx(const Options &o, Report *report, const Shape &shape) {
       o.seconds, [&] { return multiply.rate(); }, [&] { return brain.forward(false); }, brain.forward_flops());
   report->line("amx", name + " against bf16 multiply", o.threads, s.seconds, s.value * 1e-9, "GFLOP/s",
                s.yardstick * 1e-9, s.ratio);
+}
+
+// Where the forward's time goes, for float32 and for bfloat16: the value is the rate of the phase's useful
+// work, the ratio its share of all phases. The last line is the whole call, which has fewer barriers.
+void amx_phases(const Options &o, Report *report, const Shape &shape) {
+  Shape low = shape;
+  low.dtype = POWERATTN_BFLOAT16;
+  for (const Shape &one : {shape, low}) {
+    Problem problem(one, o.threads, false);
+    const std::string name = problem.kernels() + " " + problem.name() + " ";
+    bench::Phases first;
+    if (!problem.phases(&first)) {
+      report->not_available("phases", name, o.threads, "other kernels");
+      continue;
+    }
+    struct Phase {
+      const char *name;
+      double bench::Phases::*seconds;
+      double flops;
+      std::vector<double> samples;
+    };
+    Phase phases[] = {{"pack k, v, gates", &bench::Phases::pack, 0, {}},
+                      {"state in bfloat16", &bench::Phases::image, 0, {}},
+                      {"output: state", &bench::Phases::state, problem.state_flops(), {}},
+                      {"output: chunk", &bench::Phases::chunk, problem.chunk_flops(), {}},
+                      {"update", &bench::Phases::update, problem.state_flops(), {}}};
+    std::vector<double> whole;
+    const double start = now();
+    do {
+      bench::Phases sample;
+      problem.phases(&sample);
+      for (Phase &phase : phases) phase.samples.push_back(sample.*phase.seconds);
+      whole.push_back(problem.forward(false));
+    } while (now() - start < o.seconds || whole.size() < 3);
+    double sum = 0;
+    for (const Phase &phase : phases) sum += median(phase.samples);
+    for (const Phase &phase : phases) {
+      const double s = median(phase.samples);
+      report->line("phases", name + phase.name, o.threads, s, s > 0 ? phase.flops / s * 1e-9 : 0, "GFLOP/s",
+                   sum * 1e3, s / sum);
+    }
+    const double s = median(whole);
+    report->line("phases", name + "whole", o.threads, s, problem.forward_flops() / s * 1e-9, "GFLOP/s",
+                 sum * 1e3, s / sum);
+  }
 }
 
 // One thread against more: the ratio is the speed-up.
@@ -463,6 +519,10 @@ int main(int argc, char **argv) {
   if (o.wants("amx")) {
     shape.t = 16384;
     amx(o, &report, shape);
+  }
+  if (o.wants("amx-phases")) {
+    shape.t = 16384;
+    amx_phases(o, &report, shape);
   }
   if (o.wants("types")) {
     shape.t = 8192;
