@@ -87,8 +87,12 @@ fast::Call<T> make_call(const Problem &p, const Geometry &g, const fast::Kernels
   c.D = g.states ? p.state_rows : 0;
   c.Dp = pad(c.D, kernels.mr);
   c.cp = pad(g.chunk, kernels.nr);
-  // A state smaller than a block of the query, or one that no second chunk queries, does not repay its image.
-  c.low = kernels.low && pass == Pass::kForward && p.dtype == Dtype::kBfloat16 && g.chunks > 1 && c.D >= 256;
+  // A state smaller than a block of the query, or one that no second chunk queries, does not repay its image,
+  // and products take 32 tokens. Shorter chunks would also query states of a few tokens, whose rounding shows:
+  // where q . k is small, (q . k)^p is a difference of large monomials.
+  constexpr int64_t kLeastLowChunk = 32, kLeastLowRows = 256;
+  c.low = kernels.low && pass == Pass::kForward && p.dtype == Dtype::kBfloat16 && g.chunks > 1 &&
+          g.chunk >= kLeastLowChunk && c.D >= kLeastLowRows;
   c.tile = kTile;
   c.dtype = static_cast<int>(p.dtype);
   c.normalize = p.normalize;
