@@ -372,7 +372,6 @@ void amx_phases(const Options &o, Report *report, const Shape &shape) {
       std::vector<double> samples;
     };
     Phase phases[] = {{"pack k, v, gates", &bench::Phases::pack, 0, {}},
-                      {"state in bfloat16", &bench::Phases::image, 0, {}},
                       {"output: state", &bench::Phases::state, problem.state_flops(), {}},
                       {"output: chunk", &bench::Phases::chunk, problem.chunk_flops(), {}},
                       {"update", &bench::Phases::update, problem.state_flops(), {}}};

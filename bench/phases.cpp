@@ -14,8 +14,8 @@ using powerattn::cpu::Run;
 using powerattn::cpu::Slot;
 namespace fast = powerattn::fast;
 
-// As run_forward (src/cpu/forward.cpp), with packing and image as phases of their own and the output twice:
-// without and with the state.
+// As forward_wave (src/cpu/forward.cpp), with the output twice: without and with the state. Every phase ends
+// with a barrier, also where the forward itself gives whole streams to threads.
 bool forward_phases(const powerattn_plan *plan, const powerattn_forward_args &a, Phases *out) {
   const powerattn::Problem &p = plan->problem;
   if (plan->forward == nullptr || plan->backend != &powerattn::cpu_backend() ||
@@ -51,14 +51,6 @@ bool forward_phases(const powerattn_plan *plan, const powerattn_forward_args &a,
         kernels.pack(call, run.rows(a.v, s, s.head), false, 0.0, call.e, span, s.v, scratch);
       });
       lap(&out->pack);
-      if (call.low && n > 0) {
-        constexpr int64_t kImageRows = 512;
-        run.units(count, (call.D + kImageRows - 1) / kImageRows, [&](Slot<float> &s, int64_t unit, void *) {
-          const int64_t row = unit * kImageRows;
-          kernels.image(call, s.state, row, std::min(kImageRows, call.D - row), s.image);
-        });
-        lap(&out->image);
-      }
       const auto output = [&](bool with_state) {
         run.units(count, g.groups * g.tiles, [&](Slot<float> &s, int64_t unit, void *scratch) {
           const fast::Span span = run.tile_span(s, n, g.tiles - 1 - unit / g.groups);
@@ -82,8 +74,10 @@ bool forward_phases(const powerattn_plan *plan, const powerattn_forward_args &a,
       if (n + 1 == chunks) continue;
       run.state_units(count, [&](Slot<float> &s, int64_t row, int64_t rows, void *scratch) {
         const fast::State<float> in = n > 0 ? s.state : fast::State<float>{nullptr, nullptr};
+        fast::State<float> next = s.state;
+        next.image = s.image;
         kernels.update(call, s.k.cols, s.v, call.gated ? s.gates.to_end : nullptr, 1.0, nullptr, s.gates.decay,
-                       in, s.state, run.tokens(s, n), row, rows, scratch);
+                       in, next, run.tokens(s, n), row, rows, scratch);
       });
       lap(&out->update);
     }

@@ -9,10 +9,9 @@ namespace bench {
 
 struct Phases {
   double pack;    // k, v and gates into the kernels' layouts
-  double image;   // with AMX: the state in bfloat16
   double state;   // the output's query of the state
   double chunk;   // the output's pairs inside the chunk, q's packing and y's storing
-  double update;  // the next state
+  double update;  // the next state, with AMX its bfloat16 image too
 };
 
 // Seconds of one forward, by phase: gated, no user states, nothing saved, float32 or 16-bit data. False where

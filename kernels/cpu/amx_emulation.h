@@ -4,6 +4,7 @@
 // POWERATTN_EMULATE_ISA.
 
 typedef float __m512 __attribute__((vector_size(64)));
+typedef double __m512d __attribute__((vector_size(64)));
 typedef int64_t __m512i __attribute__((vector_size(64)));
 typedef uint16_t Bits16 __attribute__((vector_size(64)));  // 32 of them
 typedef int32_t Bits32 __attribute__((vector_size(64)));   // 16 of them
@@ -100,6 +101,11 @@ inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i order, __m512 b) {
   for (int i = 0; i < 16; ++i) out[i] = (index[i] & 16) != 0 ? b[index[i] & 15] : a[index[i] & 15];
   return out;
 }
+inline __m512 _mm512_maskz_moveldup_ps(unsigned, __m512 x) {
+  for (int i = 0; i < 16; i += 2) x[i + 1] = x[i];
+  return x;
+}
+inline __m512d _mm512_set1_pd(double x) { return __m512d{x, x, x, x, x, x, x, x}; }
 inline __m512i _mm512_load_si512(const void *from) {
   if (reinterpret_cast<uintptr_t>(from) % 64 != 0) __builtin_trap();  // #GP on the processor
   __m512i x;

@@ -21,9 +21,10 @@
 namespace powerattn {
 namespace fast {
 
-// State rows of one unit of an update or a conversion, a multiple of every mr and of 16 (AMX): 7 units at d =
-// 64, p = 2.
+// State rows of one unit of an update or a conversion, a multiple of every mr: 7 units at d = 64, p = 2.
 constexpr int64_t kUpdateRows = 336;
+// With call.low: a multiple of the 32 rows of an image's tile; 6 units at d = 64, p = 2.
+constexpr int64_t kLowUpdateRows = 352;
 
 // What is the same for every unit of one call.
 template <class T>
@@ -38,7 +39,7 @@ struct Call {
   bool gated;
   double scale, eps;
   double scale_p;  // scale^p
-  bool low;        // products with states in bfloat16 (sums in float32): the set has AMX, inputs are bfloat16
+  bool low;        // products in bfloat16 (sums in float32): the set has AMX, inputs are bfloat16
   int rope_style;
   int rope_dim;
   const double *rope_frequency;  // [rope_dim / 2]
@@ -53,8 +54,9 @@ struct Rows {
 
 template <class T>
 struct Packed {
-  T *rows, *cols, *strips;    // null where the layout is not needed
-  uint16_t *image = nullptr;  // with call.low: bfloat16 tiles of strips of 32 tokens
+  T *rows, *cols, *strips;  // null where the layout is not needed
+  // With call.low: bfloat16 tiles of strips of 32 tokens, as amx.h wants keys and values.
+  uint16_t *keys = nullptr, *values = nullptr;
 };
 
 // The gates of one chunk of one (sequence, kv head); null pointers where the call is not gated.
@@ -71,7 +73,7 @@ struct Gates {
 template <class T>
 struct State {
   T *s, *z;
-  const uint16_t *image = nullptr;  // with call.low: bfloat16 tiles
+  uint16_t *image = nullptr;  // with call.low: bfloat16 tiles
 };
 
 // What the backward needs of one query head of a chunk, with r_i the reciprocal of the row norm (unnormalised:
@@ -136,7 +138,8 @@ struct Kernels {
                  const Gates<T> &, const State<T> &, Span, const Rows &y, const Rows &row_norm, void *scratch);
 
   // Rows row .. row+rows-1 of: out = decay in + sum_t factor base_t m_r mono_r(x_t) [b_t, u_t]. base null: 1;
-  // u null: 1; in.s null: nothing. z is skipped where out.z is null.
+  // u null: 1; in.s null: nothing. z is skipped where out.z is null. With call.low u is null, and out.image, if
+  // not null, is brought up to date.
   void (*update)(const Call<T> &, const T *x_cols, const Packed<T> &b, const T *base, double factor, const T *u,
                  double decay, const State<T> &in, const State<T> &out, int64_t tokens, int64_t row,
                  int64_t rows, void *scratch);

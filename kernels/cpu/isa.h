@@ -33,6 +33,9 @@ using namespace fast;
 #endif
 #include "kernels/cpu/tokens.h"
 #include "kernels/cpu/update.h"
+#if defined(POWERATTN_AMX)
+#include "kernels/cpu/amx_output.h"
+#endif
 #include "kernels/cpu/output.h"
 #include "kernels/cpu/dq.h"
 #include "kernels/cpu/dkv.h"
@@ -45,7 +48,7 @@ int64_t scratch(const Call<T> &call) {
   int64_t most = kNr<T> * (call.dp + call.ep) * static_cast<int64_t>(sizeof(T));
   const int64_t needs[] = {update_scratch<T>(), output_scratch(call), dq_scratch(call), dkv_scratch(call)};
 #if defined(POWERATTN_AMX)
-  const int64_t amx = amx_update_scratch(kUpdateRows);
+  const int64_t amx = amx_update_scratch();
   if (call.low && amx > most) most = amx;
 #endif
   for (const int64_t need : needs) most = need > most ? need : most;

@@ -56,13 +56,13 @@ int64_t output_scratch(const Call<T> &call) {
   const int64_t rows = round_up(groups * kMr, kNr<T>);
   const int64_t elements = rows * call.dp + rows * call.ep + groups * kMr * kColumns + 6 * rows + 4 * kColumns +
                            2 * groups * kGroup<T> + kNr<T> * (call.dp + call.ep) + 64 * 16;
-  int64_t query = query_scratch(call, groups);
+  const int64_t need = elements * static_cast<int64_t>(sizeof(T)) + query_scratch(call, groups);
 #if defined(POWERATTN_AMX)
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (call.low) query = amx_query_scratch(call);
+    if (call.low) return amx_output_scratch(call);
   }
 #endif
-  return elements * static_cast<int64_t>(sizeof(T)) + query;
+  return need;
 }
 
 // y_i = N_i / l_i,  N_i = exp(g_i) scale^p mono(q_i)^T S~ + sum_{j <= i} exp(g_i - g_j) (scale q_i . k_j)^p
@@ -71,6 +71,14 @@ template <class T>
 void output(const Call<T> &call, const Rows &q, double position, const Packed<T> &k, const Packed<T> &v,
             const Gates<T> &gates, const State<T> &state, Span span, const Rows &y, const Rows &row_norm,
             void *scratch) {
+#if defined(POWERATTN_AMX)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (call.low) {
+      amx_output(call, q, position, k, v, gates, state, span, y, row_norm, scratch);
+      return;
+    }
+  }
+#endif
   constexpr int kN = kNr<T>;
   const int groups = static_cast<int>((span.count + kMr - 1) / kMr);
   const int64_t rows = round_up(groups * kMr, kN), first = span.first;
@@ -98,19 +106,10 @@ void output(const Call<T> &call, const Rows &q, double position, const Packed<T>
   if (state.s != nullptr) {
     const T *factor = call.gated ? gates.from_start + first : nullptr;
     const T *z = row_norm.data != nullptr || call.normalize ? state.z : nullptr;
-#if defined(POWERATTN_AMX)
-    if constexpr (sizeof(T) == sizeof(float)) {
-      if (call.low) {
-        amx_query(call, x, span.count, call.scale_p, factor, state.image, z, out, rows, norm, bump);
-      }
-    }
-#endif
-    if (!call.low) {
-      group_base(call.scale_p, factor, span.count, groups, base);
-      for (int i = 0; i < groups * kGroup<T>; ++i) dot[i] = 0;
-      query(call, x, groups, base, state.s, z, out, rows, dot, bump);
-      for (int64_t i = 0; i < span.count; ++i) norm[i] = dot[i / kMr * kGroup<T> + i % kMr];
-    }
+    group_base(call.scale_p, factor, span.count, groups, base);
+    for (int i = 0; i < groups * kGroup<T>; ++i) dot[i] = 0;
+    query(call, x, groups, base, state.s, z, out, rows, dot, bump);
+    for (int64_t i = 0; i < span.count; ++i) norm[i] = dot[i / kMr * kGroup<T> + i % kMr];
   }
 
   int64_t from[kMaxGroups], to[kMaxGroups];

@@ -155,7 +155,13 @@ inline void spread_strip(const Call<T> &call, const T *rows, int width, int64_t 
   constexpr int kN = kNr<T>;
   if (out.cols != nullptr) {
     T *to = out.cols + t0 * width;
-    for (int i = 0; i < width; ++i) {
+#if defined(POWERATTN_AMX)
+    if constexpr (sizeof(T) == sizeof(float)) {
+      amx_columns(rows, width, to);
+      to = nullptr;
+    }
+#endif
+    for (int i = 0; to != nullptr && i < width; ++i) {
       for (int t = 0; t < kN; ++t) to[i * kN + t] = rows[t * width + i];
     }
   }
@@ -199,7 +205,8 @@ void pack(const Call<T> &call, const Rows &in, bool rotate, double position, int
     spread_strip(call, rows, padded, t0, out);
 #if defined(POWERATTN_AMX)
     if constexpr (sizeof(T) == sizeof(float)) {
-      if (out.image != nullptr) amx_values(rows, padded, out.image + t0 * padded);
+      if (out.keys != nullptr) amx_keys(rows, padded, out.keys + t0 * padded);
+      if (out.values != nullptr) amx_values(rows, padded, out.values + t0 * padded);
     }
 #endif
   }

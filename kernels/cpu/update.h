@@ -72,7 +72,7 @@ void update(const Call<T> &call, const T *x_cols, const Packed<T> &b, const T *b
 #if defined(POWERATTN_AMX)
   if constexpr (sizeof(T) == sizeof(float)) {
     if (call.low) {
-      amx_update(call, x_cols, b.image, base, factor, decay, in, out, tokens, row, rows, scratch);
+      amx_update(call, x_cols, b.values, base, factor, decay, in, out, tokens, row, rows, scratch);
       return;
     }
   }

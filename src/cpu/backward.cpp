@@ -156,7 +156,7 @@ class Backward {
       const int64_t tokens = run_.tokens(s, n);
       if (tokens == 0) return;
       const bool joined = call_.gated && s.carried && has_state(s, n + 1);
-      s.inner[row / fast::kUpdateRows] =
+      s.inner[row / unit_rows(call_)] =
           joined ? run_.kernels.inner(call_, state_of(s, n + 1), s.state, row, rows) : 0.0;
       if (n == 0 && !initial_wanted) return;
       fast::State<T> in = s.carried ? s.state : fast::State<T>{nullptr, nullptr};

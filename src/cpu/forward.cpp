@@ -7,85 +7,91 @@ namespace powerattn {
 namespace cpu {
 namespace {
 
+// Streams first .. of one wave.
 template <class T>
-void run_forward(const powerattn_plan &plan, const powerattn_forward_args &a) {
+void forward_wave(const Run<T> &run, const powerattn_plan &plan, const powerattn_forward_args &a,
+                  int64_t first) {
   const Problem &p = plan.problem;
-  Run<T> run(p, plan.tiling, Pass::kForward, a.workspace, a.log_g.data != nullptr);
   const auto &call = run.call;
   const auto &kernels = run.kernels;
   const Geometry &g = run.g;
   const bool initial = a.initial_state.s != nullptr, final_state = a.final_state.s != nullptr;
   T *saved = plan.sizes.saved > 0 ? static_cast<T *>(a.saved) : nullptr;
 
-  run.clear_padding(a.y, p.heads_q, p.value_dim, run.size(), a.cu_seqlens);
-  run.clear_padding(a.row_norm, p.heads_q, 1, sizeof(T), a.cu_seqlens);
-
-  for (int64_t first = 0; first < g.streams; first += g.wave) {
-    const int64_t count = run.start_wave(first, a.cu_seqlens, a.rope_offset);
-    const int64_t chunks = run.most_chunks(count);
-    // The state at the start of chunk n: in its own slot of `saved`, or carried in place.
-    const auto state_of = [&](const Slot<T> &s, int64_t n) {
-      if (saved == nullptr) return s.state;
-      return state_at(call, saved + ((s.saved_slot + n) * p.heads_kv + s.head) * state_elements(call));
-    };
-    if (initial) {
-      run.import_states(count, a.initial_state, [&](const Slot<T> &s) { return state_of(s, 0); });
-      for (int64_t i = 0; i < count; ++i) run.buffers.slots[i].carried = true;
+  const int64_t count = run.start_wave(first, a.cu_seqlens, a.rope_offset);
+  const int64_t chunks = run.most_chunks(count);
+  // The state at the start of chunk n: in its own slot of `saved`, or carried in place.
+  const auto state_of = [&](const Slot<T> &s, int64_t n) {
+    fast::State<T> state = s.state;
+    if (saved != nullptr) {
+      state = state_at(call, saved + ((s.saved_slot + n) * p.heads_kv + s.head) * state_elements(call));
     }
-
-    for (int64_t n = 0; n < chunks; ++n) {
-      constexpr int64_t kImageRows = 512;  // a multiple of 32
-      const int64_t images = call.low ? (call.D + kImageRows - 1) / kImageRows : 0;
-      run.units(count, g.tiles + 1 + images, [&](Slot<T> &s, int64_t tile, void *scratch) {
-        if (run.tokens(s, n) == 0) return;
-        if (tile > g.tiles) {
-          const int64_t row = (tile - g.tiles - 1) * kImageRows;
-          if (s.carried) kernels.image(call, state_of(s, n), row, std::min(kImageRows, call.D - row), s.image);
-          return;
-        }
-        if (tile == g.tiles) {
-          const fast::Span all = {n * g.chunk, 0, run.tokens(s, n)};
-          if (call.gated) kernels.gates(call, run.statistics(a.log_g, s, s.head), all, &s.gates);
-          return;
-        }
-        const fast::Span span = run.tile_span(s, n, tile);
-        if (span.count <= 0) return;
-        kernels.pack(call, run.rows(a.k, s, s.head), run.rotates(), s.position, call.d, span, s.k, scratch);
-        kernels.pack(call, run.rows(a.v, s, s.head), false, 0.0, call.e, span, s.v, scratch);
+    state.image = s.image;
+    return state;
+  };
+  if (initial) {
+    run.import_states(count, a.initial_state, [&](const Slot<T> &s) { return state_of(s, 0); });
+    if (call.low) {
+      run.state_units(count, [&](Slot<T> &s, int64_t row, int64_t rows, void *) {
+        kernels.image(call, state_of(s, 0), row, rows, s.image);
       });
+    }
+    for (int64_t i = 0; i < count; ++i) run.buffers.slots[i].carried = true;
+  }
 
-      // The tiles at the end of a chunk see the most keys: they go first.
-      run.units(count, g.groups * g.tiles, [&](Slot<T> &s, int64_t unit, void *scratch) {
-        const fast::Span span = run.tile_span(s, n, g.tiles - 1 - unit / g.groups);
-        if (span.count <= 0) return;
-        const int64_t head = run.query_head(s, unit % g.groups);
-        fast::State<T> state = s.carried ? state_of(s, n) : fast::State<T>{nullptr, nullptr};
-        state.image = s.image;
-        kernels.output(call, run.rows(a.q, s, head), s.position, s.k, s.v, s.gates, state, span,
-                       run.rows(a.y, s, head), run.statistics(a.row_norm, s, head), scratch);
-      });
-
-      const auto updates = [&](const Slot<T> &s) {
-        return n + 1 < s.chunks || (n + 1 == s.chunks && (final_state || (saved != nullptr && p.use_state)));
-      };
-      if (!g.states) continue;
-      run.state_units(count, [&](Slot<T> &s, int64_t row, int64_t rows, void *scratch) {
-        if (!updates(s)) return;
-        const fast::State<T> in = s.carried ? state_of(s, n) : fast::State<T>{nullptr, nullptr};
-        kernels.update(call, s.k.cols, s.v, call.gated ? s.gates.to_end : nullptr, 1.0, nullptr, s.gates.decay,
-                       in, state_of(s, n + 1), run.tokens(s, n), row, rows, scratch);
-      });
-      for (int64_t i = 0; i < count; ++i) {
-        if (updates(run.buffers.slots[i])) run.buffers.slots[i].carried = true;
+  for (int64_t n = 0; n < chunks; ++n) {
+    run.units(count, g.tiles + 1, [&](Slot<T> &s, int64_t tile, void *scratch) {
+      if (run.tokens(s, n) == 0) return;
+      if (tile == g.tiles) {
+        const fast::Span all = {n * g.chunk, 0, run.tokens(s, n)};
+        if (call.gated) kernels.gates(call, run.statistics(a.log_g, s, s.head), all, &s.gates);
+        return;
       }
-    }
+      const fast::Span span = run.tile_span(s, n, tile);
+      if (span.count <= 0) return;
+      kernels.pack(call, run.rows(a.k, s, s.head), run.rotates(), s.position, call.d, span, s.k, scratch);
+      kernels.pack(call, run.rows(a.v, s, s.head), false, 0.0, call.e, span, s.v, scratch);
+    });
 
-    if (final_state) {
-      run.export_states(count, a.final_state, a.initial_state, [&](const Slot<T> &s) {
-        return s.chunks > 0 ? state_of(s, s.chunks) : fast::State<T>{nullptr, nullptr};
-      });
+    // The tiles at the end of a chunk see the most keys: they go first.
+    run.units(count, g.groups * g.tiles, [&](Slot<T> &s, int64_t unit, void *scratch) {
+      const fast::Span span = run.tile_span(s, n, g.tiles - 1 - unit / g.groups);
+      if (span.count <= 0) return;
+      const int64_t head = run.query_head(s, unit % g.groups);
+      const fast::State<T> state = s.carried ? state_of(s, n) : fast::State<T>{nullptr, nullptr};
+      kernels.output(call, run.rows(a.q, s, head), s.position, s.k, s.v, s.gates, state, span,
+                     run.rows(a.y, s, head), run.statistics(a.row_norm, s, head), scratch);
+    });
+
+    const auto updates = [&](const Slot<T> &s) {
+      return n + 1 < s.chunks || (n + 1 == s.chunks && (final_state || (saved != nullptr && p.use_state)));
+    };
+    if (!g.states) continue;
+    run.state_units(count, [&](Slot<T> &s, int64_t row, int64_t rows, void *scratch) {
+      if (!updates(s)) return;
+      const fast::State<T> in = s.carried ? state_of(s, n) : fast::State<T>{nullptr, nullptr};
+      kernels.update(call, s.k.cols, s.v, call.gated ? s.gates.to_end : nullptr, 1.0, nullptr, s.gates.decay,
+                     in, state_of(s, n + 1), run.tokens(s, n), row, rows, scratch);
+    });
+    for (int64_t i = 0; i < count; ++i) {
+      if (updates(run.buffers.slots[i])) run.buffers.slots[i].carried = true;
     }
   }
+
+  if (final_state) {
+    run.export_states(count, a.final_state, a.initial_state, [&](const Slot<T> &s) {
+      return s.chunks > 0 ? state_of(s, s.chunks) : fast::State<T>{nullptr, nullptr};
+    });
+  }
+}
+
+template <class T>
+void run_forward(const powerattn_plan &plan, const powerattn_forward_args &a) {
+  const Problem &p = plan.problem;
+  const Run<T> run(p, plan.tiling, Pass::kForward, a.workspace, a.log_g.data != nullptr);
+  run.clear_padding(a.y, p.heads_q, p.value_dim, run.size(), a.cu_seqlens);
+  run.clear_padding(a.row_norm, p.heads_q, 1, sizeof(T), a.cu_seqlens);
+  for (int64_t first = 0; first < run.g.streams; first += run.g.wave) forward_wave(run, plan, a, first);
 }
 
 }  // namespace

@@ -112,7 +112,7 @@ struct Slot {
   fast::Packed<T> k, v;
   fast::Gates<T> gates;
   fast::State<T> state;          // forward: the running state; backward: the running gradient of the state
-  uint16_t *image = nullptr;     // with call.low: of the state at the chunk's start
+  uint16_t *image = nullptr;     // with call.low: of the state at the chunk's start, written by its update
   T *history = nullptr;          // backward without `saved`: states at the chunk starts and at the end
   fast::Packed<T> *q = nullptr;  // [groups]
   fast::OutputGrad<T> *grad = nullptr;  // [groups]
@@ -137,8 +137,12 @@ int64_t state_elements(const fast::Call<T> &c) {
   return c.Dp * (c.ep + 1);
 }
 template <class T>
+int64_t unit_rows(const fast::Call<T> &c) {
+  return c.low ? fast::kLowUpdateRows : fast::kUpdateRows;
+}
+template <class T>
 int64_t state_blocks(const fast::Call<T> &c) {
-  return (c.D + fast::kUpdateRows - 1) / fast::kUpdateRows;
+  return (c.D + unit_rows(c) - 1) / unit_rows(c);
 }
 
 template <class T>
@@ -164,11 +168,12 @@ Buffers<T> carve(const Problem &p, const Geometry &g, const fast::Call<T> &c, co
   for (int64_t i = 0; i < g.wave; ++i) {
     Slot<T> s;
     s.k = pack(c.dp, backward, true, backward);
-    s.v = pack(c.ep, backward, backward, true);
+    s.v = pack(c.ep, backward, backward, !c.low);
     s.gates = {carver->take<double>(c.cp), carver->take<double>(c.cp), carver->take<T>(c.cp),
                carver->take<T>(c.cp), 1.0};
     if (c.low) {
-      s.v.image = carver->take<uint16_t>(c.cp * c.ep);
+      s.k.keys = carver->take<uint16_t>(c.cp * c.dp);
+      s.v.values = carver->take<uint16_t>(c.cp * c.ep);
       s.image = carver->take<uint16_t>(kernels.image_size(c));
     }
     if (g.states) s.state = state_at(c, carver->take<T>(state_elements(c)));

@@ -125,8 +125,8 @@ struct Run {
   template <class F>
   void state_units(int64_t count, const F &f) const {
     units(count, state_blocks(call), [&](Slot<T> &s, int64_t block, void *memory) {
-      const int64_t row = block * fast::kUpdateRows;
-      f(s, row, std::min(fast::kUpdateRows, call.D - row), memory);
+      const int64_t row = block * unit_rows(call);
+      f(s, row, std::min(unit_rows(call), call.D - row), memory);
     });
   }
 
