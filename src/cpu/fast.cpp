@@ -134,16 +134,23 @@ void describe(const Problem &p, const Tiling &tiling, std::string *text) {
   const int mr = wide ? chosen_isa().f64.mr : chosen_isa().f32.mr;
   const int nr = wide ? chosen_isa().f64.nr : chosen_isa().f32.nr;
   char line[512];
+  char schedule[128];
+  if (g.whole_streams) {
+    std::snprintf(schedule, sizeof(schedule), "one of %" PRId64 " streams at a time on each of %d threads",
+                  g.streams, p.threads);
+  } else {
+    std::snprintf(schedule, sizeof(schedule),
+                  "wave of %" PRId64 " of %" PRId64 " streams: %" PRId64 " tiles per chunk fill %d threads",
+                  g.wave, g.streams, g.tiles * g.groups * g.wave, p.threads);
+  }
   std::snprintf(
       line, sizeof(line),
       "  microkernel %d x %d %s: all but a few vector registers hold sums; phi is built while packing\n"
       "  row tile %" PRId64
       " tokens: each strip of the state in L1 serves all of them\n"
-      "  wave of %" PRId64 " of %" PRId64 " streams: %" PRId64
-      " tiles per chunk fill %d threads\n"
+      "  %s\n"
       "  rate assumed %.0f GFLOP/s per thread\n",
-      mr, nr, wide ? "float64" : "float32", kTile, g.wave, g.streams, g.tiles * g.groups * g.wave, p.threads,
-      rate(p) * 1e-9);
+      mr, nr, wide ? "float64" : "float32", kTile, schedule, rate(p) * 1e-9);
   text->append(line);
 }
 

@@ -91,6 +91,11 @@ void run_forward(const powerattn_plan &plan, const powerattn_forward_args &a) {
   const Run<T> run(p, plan.tiling, Pass::kForward, a.workspace, a.log_g.data != nullptr);
   run.clear_padding(a.y, p.heads_q, p.value_dim, run.size(), a.cu_seqlens);
   run.clear_padding(a.row_norm, p.heads_q, 1, sizeof(T), a.cu_seqlens);
+  if (run.g.whole_streams) {
+    run.parallel.with_worker(
+        run.g.streams, [&](int64_t stream, int worker) { forward_wave(run.alone(worker), plan, a, stream); });
+    return;
+  }
   for (int64_t first = 0; first < run.g.streams; first += run.g.wave) forward_wave(run, plan, a, first);
 }
 

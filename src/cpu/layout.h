@@ -42,11 +42,12 @@ struct Geometry {
   int64_t chunk = 0;   // tokens per chunk
   int64_t chunks = 0;  // most chunks of one sequence
   int64_t streams = 0;
-  int64_t wave = 0;         // streams that advance together
-  int64_t tiles = 0;        // row tiles per chunk
-  int64_t groups = 0;       // query heads per kv head
-  bool states = false;      // chunks are joined by states, or the user passes some
-  int64_t saved_slots = 0;  // states in the saved buffer, per kv head
+  int64_t wave = 0;            // streams that advance together
+  bool whole_streams = false;  // each by one thread, which meets nobody and keeps the state in its caches
+  int64_t tiles = 0;           // row tiles per chunk
+  int64_t groups = 0;          // query heads per kv head
+  bool states = false;         // chunks are joined by states, or the user passes some
+  int64_t saved_slots = 0;     // states in the saved buffer, per kv head
 };
 
 // Rows per tile: 96 = 16 row groups of 6 (AVX2), 8 of 12, 7 of 14 with 2 spare: 96 rows use every strip of the
@@ -69,6 +70,11 @@ inline Geometry geometry(const Problem &p, const Tiling &tiling, Pass pass) {
   // Four units per thread even out the ends of a phase.
   const int64_t units = g.tiles * g.groups;
   g.wave = std::clamp<int64_t>((4 * p.threads + units - 1) / units, 1, std::max<int64_t>(g.streams, 1));
+  // Equal streams that come out even need no wave: at most a tenth of the threads' time is lost at the end.
+  const int64_t turns = (g.streams + p.threads - 1) / std::max<int64_t>(p.threads, 1);
+  g.whole_streams = pass == Pass::kForward && g.chunks > 1 && !p.packed && g.streams >= p.threads &&
+                    10 * turns * p.threads <= 11 * g.streams;
+  if (g.whole_streams) g.wave = std::max<int64_t>(p.threads, 1);
   // Slots of a sequence: one per chunk and one for its end. Packed, sequence n begins at slot
   // start / chunk + 2 n: enough, because ceil(x) + 1 <= floor(a + x) - floor(a) + 2.
   g.saved_slots = p.packed ? p.seq_len / g.chunk + 2 * p.sequences : p.sequences * (g.chunks + 1);

@@ -43,6 +43,16 @@ struct Run {
     call.gated = gated;
   }
 
+  // The same call for one stream at a time on one worker: its slot, its scratch, no other threads.
+  Run alone(int worker) const {
+    Run one = *this;
+    one.g.wave = 1;
+    one.buffers.slots += worker;
+    one.buffers.scratch += worker * buffers.scratch_bytes;
+    one.parallel = ::powerattn::parallel(1);
+    return one;
+  }
+
   int64_t size() const { return size_of(p.dtype); }
   bool rotates() const { return p.rope.style != POWERATTN_ROPE_NONE; }
   void *scratch(int worker) const { return buffers.scratch + worker * buffers.scratch_bytes; }
