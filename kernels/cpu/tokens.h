@@ -96,6 +96,16 @@ POWERATTN_INLINE T statistic(const Rows &rows, int64_t t) {
   return static_cast<const T *>(rows.data)[t * rows.stride];
 }
 
+// Asks for the row that a later strip will load: rows of one head lie a whole token apart, which the
+// processor's own prefetchers do not follow. The address may be past the tensor's end.
+template <class T>
+POWERATTN_INLINE void prefetch_row(int dtype, const Rows &rows, int64_t t, int width) {
+  const int64_t element = dtype == POWERATTN_FLOAT64 ? 8 : dtype == POWERATTN_FLOAT32 ? 4 : 2;
+  const uintptr_t at =
+      reinterpret_cast<uintptr_t>(rows.data) + static_cast<uintptr_t>(t * rows.stride * element);
+  for (int64_t i = 0; i < width * element; i += 64) __builtin_prefetch(reinterpret_cast<const void *>(at + i));
+}
+
 // Rotations of consecutive positions, pair i by the angle position * frequency_i. Angles are double; between
 // exact sines, every 16 tokens, the rotation is advanced by a complex product.
 struct Rotation {
@@ -195,6 +205,7 @@ void pack(const Call<T> &call, const Rows &in, bool rotate, double position, int
         for (int i = 0; i < padded; ++i) row[i] = 0;
         continue;
       }
+      prefetch_row<T>(call.dtype, in, span.chunk + t + kN, width);
       load_row<T>(call.dtype, in, span.chunk + t, width, row);
       for (int i = width; i < padded; ++i) row[i] = 0;
       if (rotate) {
@@ -212,6 +223,13 @@ void pack(const Call<T> &call, const Rows &in, bool rotate, double position, int
   }
 }
 
+// exp(high + low) with |low| below an ulp of high.
+template <class V>
+POWERATTN_INLINE V exponential_of(V high, V low) {
+  const V e = exponential(high);
+  return e + e * low;
+}
+
 // g_t = sum_{u <= t} log_g_u inside the chunk, in double. A reset becomes a finite number whose exp is 0, so
 // that differences of two resets are numbers, not NaN, and is counted apart, so that it takes no digits from
 // the gates after it.
@@ -224,9 +242,25 @@ void gates(const Call<T> &call, const Rows &log_g, Span span, Gates<T> *out) {
     out->g[t] = sum;
     out->resets[t] = resets;
   }
-  for (int64_t t = 0; t < span.count; ++t) {
-    out->from_start[t] = static_cast<T>(::exp(out->resets[t] + out->g[t]));
-    out->to_end[t] = static_cast<T>(::exp((resets - out->resets[t]) + (sum - out->g[t])));
+  for (int64_t t = 0; t < span.count; t += kNr<T>) {
+    const int64_t n = lesser<int64_t>(kNr<T>, span.count - t);
+    T start[2][kNr<T>] = {}, end[2][kNr<T>] = {};  // high and low parts
+    for (int64_t i = 0; i < n; ++i) {
+      const double a = out->resets[t + i] + out->g[t + i];
+      const double b = (resets - out->resets[t + i]) + (sum - out->g[t + i]);
+      start[0][i] = static_cast<T>(a);
+      start[1][i] = static_cast<T>(a - static_cast<double>(start[0][i]));
+      end[0][i] = static_cast<T>(b);
+      end[1][i] = static_cast<T>(b - static_cast<double>(end[0][i]));
+    }
+    for (int i = 0; i < kNr<T>; i += kLanes<T>) {
+      store(start[0] + i, exponential_of(load(start[0] + i), load(start[1] + i)));
+      store(end[0] + i, exponential_of(load(end[0] + i), load(end[1] + i)));
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      out->from_start[t + i] = start[0][i];
+      out->to_end[t + i] = end[0][i];
+    }
   }
   for (int64_t t = span.count; t < call.cp; ++t) out->from_start[t] = out->to_end[t] = 0;
   out->decay = ::exp(resets + sum);
