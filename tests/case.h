@@ -11,15 +11,13 @@
 //   p2           degree                                          default p2
 //   seq5,0,17    packed sequences of these lengths (b1; t defaults to their sum plus pad)
 //   pad3         padding rows after the last packed sequence
-//   gated        log gates around -0.02 | fading: around -2 | reset: gated, and some are -inf
-//   unnorm       unnormalised
-//   state        initial and final states (backward: their gradients)
-//   bstate       states in bfloat16
-//   scale0.3 eps0.001
-//   rope-half | rope-inter, rdim6 rbase100, offset (random positions of the first token)
-//   bhtd | wide | bcast   layout: [b,h,t,d] | rows with gaps | k and v shared by the batch (stride 0)
-//   slots lengths         step: a larger pool in another order with skipped sequences | padded tokens
-//   attn | chunked, c64   pinned form and chunk
+//   gated        log gates around -0.02 | fading: around -2 | steep: around -20 | reset: gated, and some are
+//   -inf qx30 kx0.001 vx1e4 dyx1e-5   sizes of q, k, v, d_y (states follow)      default 1 thin         every
+//   fifth query is 2^-10 of its size: row sums 2^-10p of the others' unnorm       unnormalised state initial
+//   and final states (backward: their gradients) bstate       states in bfloat16 scale0.3 eps0.001 rope-half |
+//   rope-inter, rdim6 rbase100, offset (random positions of the first token) bhtd | wide | bcast   layout:
+//   [b,h,t,d] | rows with gaps | k and v shared by the batch (stride 0) slots lengths         step: a larger
+//   pool in another order with skipped sequences | padded tokens attn | chunked, c64   pinned form and chunk
 //   threads2 tf32
 //
 // '#' starts a comment; empty lines are skipped.
@@ -39,7 +37,7 @@
 namespace powerattn_test {
 
 enum class CaseOp { kForward, kBackward, kStep, kSummary, kSummaryReverse };
-enum class Gate { kNone, kGated, kFading, kReset };
+enum class Gate { kNone, kGated, kFading, kSteep, kReset };
 enum class Layout { kBthd, kBhtd, kWide, kBroadcast };
 
 struct Case {
@@ -55,6 +53,8 @@ struct Case {
   bool normalize = true, state = false, bf16_state = false;
   bool custom_scale = false, offset = false, slots = false, lengths = false, tf32 = false;
   double scale = 0, eps = 0;
+  double size_q = 1, size_k = 1, size_v = 1, size_dy = 1;
+  bool thin = false;
   int32_t rope = POWERATTN_ROPE_NONE;
   int64_t rope_dim = 0;
   double rope_base = 0;
@@ -63,6 +63,10 @@ struct Case {
   int64_t chunk = 0;
   int32_t threads = 0;
 
+  // Weights leave the range of the type: a plain implementation is given the digits without the range.
+  bool out_of_range() const {
+    return thin || gate == Gate::kSteep || size_q != 1 || size_k != 1 || size_v != 1 || size_dy != 1;
+  }
   int64_t group() const { return heads_q / heads_kv; }
   int64_t count() const { return packed ? static_cast<int64_t>(sequences.size()) : b; }
   double scale_in_force() const;
@@ -162,6 +166,10 @@ inline Case parse_case(const std::string &line) {
       c.gate = Gate::kGated;
     else if (word == "fading")
       c.gate = Gate::kFading;
+    else if (word == "steep")
+      c.gate = Gate::kSteep;
+    else if (word == "thin")
+      c.thin = true;
     else if (word == "reset")
       c.gate = Gate::kReset;
     else if (word == "unnorm")
@@ -194,6 +202,14 @@ inline Case parse_case(const std::string &line) {
       c.form = POWERATTN_FORM_ATTENTION;
     else if (word == "chunked")
       c.form = POWERATTN_FORM_CHUNKED;
+    else if (starts_with(word, "qx", &rest))
+      c.size_q = number(rest, line);
+    else if (starts_with(word, "kx", &rest))
+      c.size_k = number(rest, line);
+    else if (starts_with(word, "vx", &rest))
+      c.size_v = number(rest, line);
+    else if (starts_with(word, "dyx", &rest))
+      c.size_dy = number(rest, line);
     else if (starts_with(word, "scale", &rest))
       c.custom_scale = true, c.scale = number(rest, line);
     else if (starts_with(word, "eps", &rest))

@@ -109,7 +109,7 @@ inline std::vector<Outputs> plain_versions(const Case &c, const Inputs &in, bool
     if (c.dtype == POWERATTN_FLOAT64)
       all.push_back(compute<double>(c, in, Exact(), m));
     else
-      all.push_back(compute<float>(c, in, Rounded{c.dtype}, m));
+      all.push_back(compute<float>(c, in, Rounded{c.dtype, c.out_of_range()}, m));
   }
   if (c.bf16_state) {  // a state is rounded when it is stored
     for (Outputs &one : all) {

@@ -54,7 +54,13 @@ struct Exact {
 
 struct Rounded {
   int32_t dtype;
+  bool digits_only = false;  // the type's digits in the range of float32
   float operator()(float x) const {
+    if (digits_only && dtype == POWERATTN_FLOAT16 && std::isfinite(x)) {
+      int exponent = 0;
+      const float fraction = std::frexp(x, &exponent);
+      return std::ldexp(std::nearbyint(std::ldexp(fraction, 11)), exponent - 11);
+    }
     if (dtype == POWERATTN_FLOAT32) return x;
     if (dtype == POWERATTN_BFLOAT16) {
       uint32_t bits;

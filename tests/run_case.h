@@ -266,7 +266,8 @@ inline Vector log_gates(const Case &c, Random *random, int64_t n) {
   Vector g;
   if (c.gate == Gate::kNone) return g;
   for (int64_t i = 0; i < n; ++i) {
-    double x = -std::fabs(random->normal()) * (c.gate == Gate::kFading ? 2.0 : 0.02);
+    const double size = c.gate == Gate::kFading ? 2.0 : c.gate == Gate::kSteep ? 20.0 : 0.02;
+    double x = -std::fabs(random->normal()) * size;
     if (c.gate == Gate::kReset && random->below(5) == 0) x = -std::numeric_limits<double>::infinity();
     g.push_back(round_to(stat_dtype(c), x));
   }
@@ -282,8 +283,8 @@ inline void random_states(const Case &c, Random *random, int64_t n, Vector *s, V
   h.p = c.p;
   h.group = 0;
   for (int64_t i = 0; i < n * c.heads_kv; ++i) {
-    h.k = random->normals(h.t * c.d, 0, 1, c.dtype);
-    h.v = random->normals(h.t * c.e, 0.25, 1, c.dtype);
+    h.k = random->normals(h.t * c.d, 0, c.size_k, c.dtype);
+    h.v = random->normals(h.t * c.e, 0.25 * c.size_v, c.size_v, c.dtype);
     const HeadOutput out = recurrent_forward<double>(h, Exact());
     for (double x : out.s) s->push_back(round_to(state_dtype(c), x));
     for (double x : out.z) z->push_back(round_to(state_dtype(c), x));
@@ -294,9 +295,13 @@ inline Inputs make_inputs(const Case &c, uint64_t seed) {
   Random random(seed);
   Inputs in;
   const int64_t b = c.packed ? 1 : c.b, tokens = b * c.t;
-  in.q = random.normals(tokens * c.heads_q * c.d, 0, 1, c.dtype);
-  in.k = random.normals(tokens * c.heads_kv * c.d, 0, 1, c.dtype);
-  in.v = random.normals(tokens * c.heads_kv * c.e, 0.25, 1, c.dtype);
+  in.q = random.normals(tokens * c.heads_q * c.d, 0, c.size_q, c.dtype);
+  in.k = random.normals(tokens * c.heads_kv * c.d, 0, c.size_k, c.dtype);
+  in.v = random.normals(tokens * c.heads_kv * c.e, 0.25 * c.size_v, c.size_v, c.dtype);
+  if (c.thin) {
+    for (size_t i = 0, d = static_cast<size_t>(c.d); i < in.q.size(); ++i)
+      if (i / d / static_cast<size_t>(c.heads_q) % 5 == 2) in.q[i] = round_to(c.dtype, 0x1p-10 * in.q[i]);
+  }
   in.log_g = log_gates(c, &random, tokens * c.heads_kv);
   if (c.layout == Layout::kBroadcast) {
     for (Vector *x : {&in.k, &in.v, &in.log_g}) {
@@ -312,7 +317,7 @@ inline Inputs make_inputs(const Case &c, uint64_t seed) {
     for (int64_t n = 0; n < c.count(); ++n) in.offset.push_back(random.below(1000));
   }
   const bool backward = c.op == CaseOp::kBackward || c.op == CaseOp::kSummaryReverse;
-  if (backward) in.dy = random.normals(tokens * c.heads_q * c.e, 0, 1, c.dtype);
+  if (backward) in.dy = random.normals(tokens * c.heads_q * c.e, 0, c.size_dy, c.dtype);
   if (c.op == CaseOp::kStep) {
     in.num_slots = c.slots ? 2 * b + 1 : b;
     if (c.slots) {
@@ -327,8 +332,9 @@ inline Inputs make_inputs(const Case &c, uint64_t seed) {
   }
   if (c.op == CaseOp::kBackward && c.state) {
     const int64_t rows = embedding(c.d, c.p).rows();
-    in.ds = random.normals(c.count() * c.heads_kv * rows * c.e, 0, 0.1, state_dtype(c));
-    in.dz = random.normals(c.count() * c.heads_kv * rows, 0, 0.1, state_dtype(c));
+    const double size = 0.1 * c.size_dy / std::pow(c.size_k, c.p);  // of a gradient of S, which is k^p v
+    in.ds = random.normals(c.count() * c.heads_kv * rows * c.e, 0, size, state_dtype(c));
+    in.dz = random.normals(c.count() * c.heads_kv * rows, 0, size * c.size_v, state_dtype(c));
     if (!c.normalize) in.dz.assign(in.dz.size(), 0.0);
   }
   if (c.packed && c.t > in.cu_seqlens.back()) {  // padding rows are nobody's: what they hold must not matter

@@ -56,6 +56,10 @@ Cost cost(const Problem &p, int64_t chunk, int sms) {
         2 * rows * d * (kv + q) / (kRateState * speed) + 3 * bytes / (kBandwidth * speed) + 4 * kLaunch;
     c.backward += 2 * rows * d * (2 * q + 2 * kv) / (kRateBackward * speed) + 5 * bytes / (kBandwidth * speed) +
                   6 * kLaunch;
+    if (p.dtype == Dtype::kFloat16) {  // one more pass over keys and values, and over queries and d_y
+      c.forward += 4 * d * kv / (kBandwidth * speed) + kLaunch;
+      c.backward += 4 * d * q / (kBandwidth * speed) + kLaunch;
+    }
   }
   return c;
 }
@@ -91,19 +95,11 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
     return no(text);
   }
 
-  const char *no_chunks = p.dtype == Dtype::kFloat16
-                              ? "float16 has no chunked form here (chunk states are bfloat16)"
-                          : p.degree > 2                 ? "chunked form for degrees 1 and 2 only"
+  const char *no_chunks = p.degree > 2                   ? "chunked form for degrees 1 and 2 only"
                           : p.degree == 1 && p.use_state ? "no states of degree 1"
                                                          : nullptr;
   const bool pinned = pins.form == POWERATTN_FORM_CHUNKED;
   if (no_chunks && (p.use_state || pinned)) return no(no_chunks);
-  // Measured at d = 64: beyond 12 thousand tokens the chunked form of cuda.generic overtakes this attention
-  // form.
-  const int64_t overtaken = p.degree == 1 ? 2048 : 3 * p.head_dim * p.head_dim;
-  if (p.dtype == Dtype::kFloat16 && p.degree <= 2 && pins.form == POWERATTN_FORM_AUTO &&
-      p.max_seq_len > overtaken)
-    return no("float16 runs in the attention form only, and the chunked form is faster at this length");
   if (p.use_state && pins.form == POWERATTN_FORM_ATTENTION) return no("states need the chunked form");
 
   const int sms = device->sm_count;
@@ -133,9 +129,13 @@ int64_t chunk_of(const Problem &p, const Tiling &t) {
 // Z is needed for the row sums, and for z of the states even when outputs are not normalised.
 bool with_z(const Problem &p) { return p.degree == 2 && (p.normalize || p.use_state); }
 
+// float16 states are counted in powers of two (kernels/cuda/sm80/units.h).
+bool with_units(const Problem &p) { return p.dtype == Dtype::kFloat16; }
+
 // The states that a backward needs again: what `saved` holds.
 struct States {
   uint16_t *tiles = nullptr, *z = nullptr;
+  k80::Units *units = nullptr;
 };
 States carve_states(const Problem &p, const Tiling &t, Carver *c) {
   States s;
@@ -144,6 +144,7 @@ States carve_states(const Problem &p, const Tiling &t, Carver *c) {
   const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
   s.tiles = c->take<uint16_t>(slots * cuda::slot_elements(p.degree, d, d));
   if (with_z(p)) s.z = c->take<uint16_t>(slots * 2 * d * d);
+  if (with_units(p)) s.units = c->take<k80::Units>(slots);
   return s;
 }
 
@@ -153,7 +154,9 @@ struct Common {
   void *tables = nullptr;
   float *g = nullptr;
   float *z_local = nullptr;
-  float *end_local = nullptr;           // the last sum of each sequence
+  float *end_local = nullptr;  // the last sum of each sequence
+  k80::Range *ranges = nullptr;
+  k80::Bounds *peaks = nullptr;
   uint16_t *q = nullptr, *k = nullptr;  // rotated, [b, heads, t, head_dim]
 };
 Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
@@ -165,6 +168,10 @@ Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
   if (chunked(t) && p.use_state) {
     const int d = static_cast<int>(p.head_dim);
     m.end_local = c->take<float>(p.sequences * p.heads_kv * cuda::slot_elements(p.degree, d, d));
+  }
+  if (chunked(t) && with_units(p)) {
+    m.ranges = c->take<k80::Range>(cuda::chunk_bound(p, t.chunk) * p.heads_kv);
+    if (p.use_state) m.peaks = c->take<k80::Bounds>(p.sequences * p.heads_kv * k80::kPeaks);
   }
   if (with_rope(p)) {
     m.q = c->take<uint16_t>(p.batch * p.heads_q * p.seq_len * p.head_dim);
@@ -178,6 +185,7 @@ struct Gradients {
   float *k_state_dot = nullptr, *boundary = nullptr;
   float *d_q = nullptr, *d_k = nullptr;  // of the rotated q, k
   uint16_t *tiles = nullptr, *z = nullptr;
+  k80::Units *units = nullptr;
 };
 Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
   Gradients g;
@@ -200,6 +208,7 @@ Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
     g.k_state_dot = c->take<float>(rows_kv);
     g.tiles = c->take<uint16_t>(slots * cuda::slot_elements(p.degree, d, d));
     if (with_z(p)) g.z = c->take<uint16_t>(slots * 2 * d * d);
+    if (with_units(p)) g.units = c->take<k80::Units>(slots);
   }
   return g;
 }
@@ -227,16 +236,20 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
       "    ldmatrix of a column feeds two row fragments); dq and dk: 128 rows (%s); columns by 64\n",
       d == 128 ? "8 warps of 16: registers" : "4 warps of 32");
   text->append(line);
+  const char *const name = p.dtype == Dtype::kFloat16 ? "float16" : "bfloat16";
   if (chunked(t)) {
     std::snprintf(line, sizeof(line),
-                  "  states: %d tiles of 64 x %d bfloat16 per chunk and head (%d padded rows), %" PRId64
-                  " chunks; local sums in bfloat16 (float32 into a final state), scan in float32, row sums "
-                  "through Z in two bfloat16 parts\n",
-                  cuda::tile_count(p.degree, d), d, cuda::tile_rows(p.degree, d),
-                  cuda::chunk_bound(p, t.chunk));
+                  "  states: %d tiles of 64 x %d %s per chunk and head (%d padded rows), %" PRId64
+                  " chunks; local sums in %s (float32 into a final state), scan in float32, row sums "
+                  "through Z in two %s parts\n",
+                  cuda::tile_count(p.degree, d), d, name, cuda::tile_rows(p.degree, d),
+                  cuda::chunk_bound(p, t.chunk), name, name);
     text->append(line);
+    if (with_units(p))
+      text->append(
+          "  float16 states are counted in a power of two per chunk and head, from bounds of one more pass\n");
   }
-  if (p.max_seq_len > 0 && p.degree <= 2 && p.dtype == Dtype::kBfloat16) {
+  if (p.max_seq_len > 0 && p.degree <= 2) {
     const cuda::DeviceProperties *const device = device_of(p);
     const int sms = device != nullptr ? device->sm_count : kReferenceSms;
     const Cost attention = cost(p, 0, sms);
@@ -319,6 +332,23 @@ struct Call {
     if (ok()) run(cuda::finish(p, shape.table, a, stream));
   }
 
+  // What the weighed sums of u need in float16.
+  const k80::Range *ranges(const k80::UpdateArgs &u, const float *delta) {
+    if (!with_units(p)) return nullptr;
+    k80::RangeArgs a;
+    a.shape = shape;
+    a.reverse = u.reverse;
+    a.x = u.x;
+    a.u = u.u;
+    a.g = u.g;
+    a.r = u.r;
+    a.delta = delta;
+    a.scale = u.scale;
+    a.out = common.ranges;
+    if (ok()) run(k80::ranges(a, stream));
+    return common.ranges;
+  }
+
   // S and Z before every chunk, from keys and values.
   void states(const powerattn_tensor &k, const powerattn_tensor &v, const powerattn_state &initial,
               const powerattn_state &final, const States &s) {
@@ -327,6 +357,7 @@ struct Call {
     u.x = k;
     u.u = v;
     u.g = g;
+    u.ranges = ranges(u, nullptr);
     u.local = s.tiles;
     u.end_local = final.s != nullptr ? common.end_local : nullptr;
     if (ok()) run(k80::update(u, stream));
@@ -343,6 +374,9 @@ struct Call {
     a.tiles = s.tiles;
     a.z_local = with_z(p) ? common.z_local : nullptr;
     a.z_tiles = s.z;
+    a.ranges = u.ranges;
+    a.units = s.units;
+    a.peaks = common.peaks;
     a.initial = initial;
     a.final = final;
     a.end_local = final.s != nullptr ? common.end_local : nullptr;
@@ -378,6 +412,7 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   o.g = call.g;
   o.state = states.tiles;
   o.z_state = p.normalize ? states.z : nullptr;
+  o.units = states.units;
   o.scale = call.weight_scale();
   o.eps = static_cast<float>(p.eps);
   o.row_norm = args.row_norm;
@@ -428,6 +463,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   q.out = args.d_q;
   q.state = states.tiles;
   q.z_state = p.normalize ? states.z : nullptr;
+  q.units = states.units;
   q.dot = args.d_log_g.data != nullptr ? own.q_dot : nullptr;
   q.out_float = own.d_q;
   q.delta_out = own.delta;
@@ -442,6 +478,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     u.g = call.g;
     u.r = own.r;
     u.scale = call.weight_scale();
+    u.ranges = call.ranges(u, own.delta);
     u.local = own.tiles;
     u.end_local = args.d_initial_state.s != nullptr ? common.end_local : nullptr;
     if (call.ok()) call.run(k80::update(u, call.stream));
@@ -465,6 +502,9 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     a.tiles = own.tiles;
     a.z_local = z ? common.z_local : nullptr;
     a.z_tiles = own.z;
+    a.ranges = u.ranges;
+    a.units = own.units;
+    a.peaks = common.peaks;
     a.initial = args.d_final_state;
     a.final = args.d_initial_state;
     a.end_local = args.d_initial_state.s != nullptr ? common.end_local : nullptr;
@@ -479,6 +519,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   k.out = args.d_k;
   k.state = own.tiles;
   k.z_state = own.z;
+  k.units = own.units;
   k.dot = args.d_log_g.data != nullptr ? own.k_dot : nullptr;
   k.state_dot = args.d_log_g.data != nullptr && in_chunks ? own.k_state_dot : nullptr;
   k.out_float = own.d_k;
@@ -496,6 +537,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   v.g = call.g;
   v.r = own.r;
   v.state = own.tiles;
+  v.units = own.units;
   v.scale = call.weight_scale();
   if (call.ok()) call.run(k80::output(v, call.stream));
 
@@ -512,6 +554,8 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
       w.ds_tiles = own.tiles;
       w.z_tiles = states.z;
       w.dz_tiles = own.z;
+      w.units = states.units;
+      w.d_units = own.units;
       w.g = call.g;
       w.k_state_dot = own.k_state_dot;
       w.initial = args.initial_state;

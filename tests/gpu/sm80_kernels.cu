@@ -49,6 +49,7 @@ struct Case {
   int pad = 0;          // elements between the tokens of [b, t, h, d]: rows that no vector load can read
   bool resets = false;  // some gates close completely
   double size = 1;      // of q
+  double size_k = 1, size_v = 1;
 };
 
 template <typename V>
@@ -319,6 +320,9 @@ struct Run {
   Device<float> s0, z0, sT, zT, dsT, dzT, ds0, dz0;
   Device<uint16_t> S, dS, Zt, dZt;
   Device<float> Zl, end;
+  Device<k80::Range> ranges;  // float16: of the direction that ran last
+  Device<k80::Units> units, dunits;
+  Device<k80::Bounds> peaks;
   Device<char> tables;
   Device<int64_t> cu;
   int64_t slots = 0;
@@ -361,6 +365,8 @@ struct Run {
       const size_t tile = pa::cuda::slot_elements(c.p, c.d, c.d), zz = 2 * c.d * c.d;
       S.reset(slots * tile), dS.reset(slots * tile), end.reset(p.sequences * c.hk * tile);
       Zt.reset(slots * zz), dZt.reset(slots * zz), Zl.reset(slots * c.d * c.d);
+      ranges.reset(slots), units.reset(slots), dunits.reset(slots),
+          peaks.reset(p.sequences * c.hk * k80::kPeaks);
     }
     bound.reset(slots);
     if (c.state) {
@@ -381,8 +387,25 @@ struct Run {
   const float *gates() const { return c.gated ? g.p : nullptr; }
   float cp() const { return float(std::pow(p.scale, c.p)); }
 
+  void range(bool reverse) {
+    if (c.dtype != Dtype::kFloat16) return;
+    k80::RangeArgs a;
+    a.shape = shape;
+    a.reverse = reverse;
+    a.x = reverse ? tensor(q.p, c.hq, c.d) : tensor(k.p, c.hk, c.d);
+    a.u = reverse ? tensor(dy.p, c.hq, c.d) : tensor(v.p, c.hk, c.d);
+    a.g = gates();
+    if (reverse) {
+      a.r = c.normalize ? r.p : nullptr;
+      a.delta = c.normalize ? delta.p : nullptr;
+      a.scale = cp();
+    }
+    a.out = ranges.p;
+    CK(k80::ranges(a, stream));
+  }
   void update(bool reverse, bool as_z) {
     k80::UpdateArgs a;
+    a.ranges = ranges.p;
     a.shape = shape;
     a.reverse = reverse;
     a.as_z = as_z;
@@ -404,6 +427,9 @@ struct Run {
     a.reverse = reverse;
     a.g = gates();
     a.tiles = reverse ? dS.p : S.p;
+    a.ranges = ranges.p;
+    a.units = reverse ? dunits.p : units.p;
+    a.peaks = peaks.p;
     if (c.normalize) {
       a.z_local = Zl.p;
       a.z_tiles = reverse ? dZt.p : Zt.p;
@@ -429,11 +455,13 @@ struct Run {
       a.row_norm = stat(norm.p, c.hq);
       a.state = c.chunk ? S.p : nullptr;
       a.z_state = c.chunk && c.normalize ? Zt.p : nullptr;
+      a.units = units.p;
     } else {
       a.x = tensor(k.p, c.hk, c.d), a.z = tensor(q.p, c.hq, c.d), a.u = tensor(dy.p, c.hq, c.d);
       a.out = tensor(dv.p, c.hk, c.d);
       a.r = c.normalize ? r.p : nullptr;
       a.state = c.chunk ? dS.p : nullptr;
+      a.units = dunits.p;
     }
     CK(k80::output(a, stream));
   }
@@ -451,6 +479,7 @@ struct Run {
     a.out = reverse ? tensor(dk.p, c.hk, c.d) : tensor(dq.p, c.hq, c.d);
     a.state = !c.chunk ? nullptr : reverse ? dS.p : S.p;
     a.z_state = !c.chunk || !c.normalize ? nullptr : reverse ? dZt.p : Zt.p;
+    a.units = reverse ? dunits.p : units.p;
     a.dot = reverse ? kdot.p : c.normalize ? nullptr : qdot.p;
     a.state_dot = reverse && c.chunk ? ksdot.p : nullptr;
     if (!reverse && c.normalize) {
@@ -465,6 +494,7 @@ struct Run {
   void forward() {
     prepare();
     if (c.chunk) {
+      range(false);
       update(false, false);
       if (c.normalize) update(false, true);
       scan(false);
@@ -496,6 +526,7 @@ struct Run {
     if (c.chunk) {
       a.s_tiles = S.p, a.ds_tiles = dS.p;
       if (c.normalize) a.z_tiles = Zt.p, a.dz_tiles = dZt.p;
+      a.units = units.p, a.d_units = dunits.p;
       a.g = gates();
       a.k_state_dot = ksdot.p;
       if (c.state) a.initial = state(s0.p, z0.p), a.d_final = state(dsT.p, dzT.p);
@@ -508,6 +539,7 @@ struct Run {
     rows();
     gradient(false);
     if (c.chunk) {
+      range(true);
       update(true, false);
       if (c.normalize) update(true, true);
       scan(true);
@@ -578,7 +610,9 @@ void check(const Case &c, unsigned seed) {
   fill(in.q, rows * c.hq * c.d);
   for (auto &e : in.q) e = round_to(c.dtype, e * c.size);
   fill(in.k, rows * c.hk * c.d);
+  for (auto &e : in.k) e = round_to(c.dtype, e * c.size_k);
   fill(in.v, rows * c.hk * c.d, 0.5);
+  for (auto &e : in.v) e = round_to(c.dtype, e * c.size_v);
   fill(in.dy, rows * c.hq * c.d);
   in.lg.resize(rows * c.hk);
   for (auto &e : in.lg) e = double(float(-std::fabs(normal(rng)) * 0.02));
@@ -662,9 +696,10 @@ void check(const Case &c, unsigned seed) {
 }
 
 // Long sequences: sampled rows of y against float64, with the plain error beside it.
-void check_long(const char *name, int t, bool gated, int chunk, unsigned seed) {
+void check_long(const char *name, int t, bool gated, int chunk, unsigned seed, Dtype dtype = Dtype::kBfloat16) {
   Case c;
   c.name = name;
+  c.dtype = dtype;
   c.t = t;
   c.gated = gated;
   c.chunk = chunk;
@@ -699,7 +734,7 @@ void check_long(const char *name, int t, bool gated, int chunk, unsigned seed) {
       for (int e = 0; e < c.d; ++e)
         s += value(c.dtype, q[size_t(i) * c.d + e]) * value(c.dtype, k[size_t(j) * c.d + e]);
       s /= 8;
-      const double w = std::exp(G[i] - G[j]) * s * s, r = round_to(c.dtype, w);
+      const double w = std::exp(G[i] - G[j]) * s * s, r = round_bits(c.dtype, w);
       l += w;
       for (int e = 0; e < c.d; ++e) {
         const double vv = value(c.dtype, v[size_t(j) * c.d + e]);
@@ -766,6 +801,7 @@ void time_case(const Case &c) {
   std::printf(" | gates %.3f", median_ms([&] { run.prepare(); }, n));
   if (c.chunk) {
     run.scan(false);
+    if (c.dtype == Dtype::kFloat16) std::printf(" ranges %.3f", median_ms([&] { run.range(false); }, n));
     std::printf(" update %.3f", median_ms([&] { run.update(false, false); }, n));
     std::printf(" z %.3f", median_ms([&] { run.update(false, true); }, n));
     std::printf(" scan %.3f", median_ms([&] { run.scan(false); }, n));
@@ -865,12 +901,50 @@ int main(int argc, char **argv) {
                c.d = 32, c.t = 140, c.chunk = 128, c.state = true, c.cu = {0, 3, 135};
              }),
         make("mini chunked d64 t135 c128", [](Case &c) { c.t = 135, c.chunk = 128; }),
+        make("chunked f16 d64 t500 c128 h4/2",
+             [&](Case &c) { c.dtype = half, c.t = 500, c.chunk = 128, c.hq = 4, c.hk = 2; }),
+        make("chunked f16 d64 t700 c256 ungated",
+             [&](Case &c) { c.dtype = half, c.t = 700, c.chunk = 256, c.gated = false; }),
+        make("chunked f16 d32 packed states",
+             [&](Case &c) {
+               c.dtype = half, c.d = 32, c.t = 500, c.chunk = 128, c.state = true,
+               c.cu = {0, 200, 200, 201, 490};
+             }),
+        make("chunked f16 d128 t260 c128 states",
+             [&](Case &c) { c.dtype = half, c.d = 128, c.t = 260, c.chunk = 128, c.state = true; }),
+        make("chunked f16 d64 t300 c128 unnormalised states",
+             [&](Case &c) { c.dtype = half, c.t = 300, c.chunk = 128, c.state = true, c.normalize = false; }),
+        make("chunked f16 d64 t500 c128 large",
+             [&](Case &c) {
+               c.dtype = half, c.t = 500, c.chunk = 128, c.size = 300, c.size_k = 200, c.size_v = 1e3;
+             }),
+        make("chunked f16 d64 t500 c128 small",
+             [&](Case &c) { c.dtype = half, c.t = 500, c.chunk = 128, c.size = 1e-3, c.size_k = 1e-3; }),
+        make("chunked f16 strided d64 t300 c128",
+             [&](Case &c) { c.dtype = half, c.t = 300, c.chunk = 128, c.pad = 3; }),
+        make(
+            "chunked f16 d32 p1 t300 c128",
+            [&](Case &c) { c.dtype = half, c.d = 32, c.t = 300, c.p = 1, c.chunk = 128, c.normalize = false; }),
+        make("chunked f16 d128 p1 t300 c128",
+             [&](Case &c) {
+               c.dtype = half, c.d = 128, c.t = 300, c.p = 1, c.chunk = 128, c.normalize = false;
+             }),
+        make("mini chunked f16 d32 t140 c128 states packed",
+             [&](Case &c) {
+               c.dtype = half, c.d = 32, c.t = 140, c.chunk = 128, c.state = true, c.cu = {0, 3, 135};
+             }),
+        make("mini chunked f16 d64 p1 t135 c128 h2",
+             [&](Case &c) {
+               c.dtype = half, c.t = 135, c.p = 1, c.chunk = 128, c.hq = c.hk = 2, c.normalize = false;
+             }),
     };
     for (const Case &c : cases)
       if (!only || std::strstr(c.name, only)) check(c, seed++);
     if (!only) check_long("long d64 t65536 gated c1024", 65536, true, 1024, seed++);
     if (!only) check_long("long d64 t65536 ungated c1024", 65536, false, 1024, seed++);
     if (!only) check_long("long d64 t1M ungated c1024", 1 << 20, false, 1024, seed++);
+    if (!only) check_long("long f16 d64 t65536 ungated c512", 65536, false, 512, seed++, half);
+    if (!only) check_long("long f16 d64 t1M ungated c512", 1 << 20, false, 512, seed++, half);
     std::printf("%s: %d failures\n", failures ? "FAILED" : "passed", failures);
   }
   if (do_time) {
@@ -878,6 +952,10 @@ int main(int argc, char **argv) {
     time_case(make("time d64 t65536 h8 c512", [](Case &c) { c.t = 65536, c.hq = c.hk = 8, c.chunk = 512; }));
     time_case(make("time d64 t4096 b16 h8 attention", [](Case &c) { c.t = 4096, c.b = 16, c.hq = c.hk = 8; }));
     time_case(make("time d64 t1024 b64 h8 attention", [](Case &c) { c.t = 1024, c.b = 64, c.hq = c.hk = 8; }));
+    time_case(make("time f16 d64 t65536 h8 c512",
+                   [&](Case &c) { c.dtype = half, c.t = 65536, c.hq = c.hk = 8, c.chunk = 512; }));
+    time_case(make("time f16 d128 t65536 h8 c2048",
+                   [&](Case &c) { c.dtype = half, c.d = 128, c.t = 65536, c.hq = c.hk = 8, c.chunk = 2048; }));
     time_case(make("time d128 t65536 h8 c2048",
                    [](Case &c) { c.d = 128, c.t = 65536, c.hq = c.hk = 8, c.chunk = 2048; }));
     time_case(make("time d128 t65536 h8 c1024",

@@ -32,6 +32,36 @@ struct Shape {
   Dtype dtype = Dtype::kBfloat16;
 };
 
+// float16 states are multiples of a power of two per slot: stored * unit = value, |stored| < 2^15. The unit
+// comes from a bound on the values that the sums over chunks carry along (units.h). bfloat16 has the range of
+// float32 and no units: null pointers below.
+struct Units {
+  float s = 1.f, z = 1.f;
+};
+
+struct Bounds {
+  float s = 0.f, z = 0.f;
+};
+
+// What the inputs of one chunk and head allow, with w, x, u as in UpdateArgs and |.| the largest element:
+struct alignas(16) Range {
+  float weigh_s = 1.f, weigh_z = 1.f;  // powers of two that bring w phi(x), w x into float16
+  float bound_s = 0.f, bound_z = 0.f;  // no element of the sums into S and Z is larger
+};
+
+// Ranges of all slots, in the direction of UpdateArgs. x and u are read once.
+struct RangeArgs {
+  Shape shape;
+  bool reverse = false;
+  powerattn_tensor x{}, u{};
+  const float *g = nullptr;
+  const float *r = nullptr;
+  const float *delta = nullptr;  // of Z alone
+  float scale = 1.f;
+  Range *out = nullptr;
+};
+cudaError_t ranges(const RangeArgs &a, cudaStream_t stream);
+
 // out_r = sum over visible columns c of f(x_r . z_c) u_c + the state's part, divided by its own sum if asked.
 //   forward (reverse = false): rows are queries, x = q, z = k, u = v, columns j <= i of the chunk
 //     y_i = (c e^{g_i} phi(q_i) S + sum_j c e^{g_i - g_j} s_ij^p v_j) / l_i
@@ -46,6 +76,7 @@ struct OutputArgs {
   const float *r = nullptr;       // reverse; null = 1
   const void *state = nullptr;    // tiles of S (dS) per slot, or null: no state
   const void *z_state = nullptr;  // forward, normalised: Z in two parts per slot
+  const Units *units = nullptr;   // of state and z_state, float16
   float scale = 1.f;              // c
   float eps = 0.f;
   powerattn_tensor row_norm{};  // forward: optional out, [b, t, heads_q] float
@@ -65,6 +96,7 @@ struct GradientArgs {
   const float *delta = nullptr;   // null = 0
   const void *state = nullptr;    // S for dq, dS for dk
   const void *z_state = nullptr;  // Z for dq, dZ for dk
+  const Units *units = nullptr;   // of state and z_state, float16
   float scale = 1.f;
   float *out_float = nullptr;  // if given, instead of out: contiguous [b, heads of x, t, d]
   // Queries, optional out (may be `delta` itself): delta without the rounding error of y. What x . dx leaves of
@@ -88,7 +120,8 @@ struct UpdateArgs {
   const float *r = nullptr;
   const float *delta = nullptr;
   float scale = 1.f;
-  void *local = nullptr;  // bfloat16 tiles, or float when as_z
+  const Range *ranges = nullptr;  // float16, of the same x, u and weights
+  void *local = nullptr;          // tiles (float16: in units of bound_s), or float when as_z
   // Optional: the sum that enters nothing but the final state, of each sequence's last chunk (reverse: first),
   // goes here instead, not rounded: float [sequences * heads_kv][rows of all tiles][d], rows and columns in
   // order.
@@ -98,16 +131,21 @@ cudaError_t update(const UpdateArgs &a, cudaStream_t stream);
 
 // local -> prefix in place: slot n becomes the carry before chunk n (reverse: after), carry = e^{g_end} carry +
 // local, float. States at the ends are canonical. Z: float locals in, [slot][2 d][d] high and low parts out.
+// float16: the bounds of the ranges are carried along and give the units.
+constexpr int kPeaks = 16;  // parts of a state whose largest elements are found at once
 struct ScanArgs {
   Shape shape;
   bool reverse = false;
   const float *g = nullptr;
-  void *tiles = nullptr;           // bfloat16, in place
+  void *tiles = nullptr;           // in place
   const float *z_local = nullptr;  // or null: no normaliser
   void *z_tiles = nullptr;
   powerattn_state initial{};         // canonical float32, or s = null
   powerattn_state final{};           // canonical float32 out, or s = null
   const float *end_local = nullptr;  // as update wrote it, or null
+  const Range *ranges = nullptr;     // float16: as update read them
+  Units *units = nullptr;            // float16, out: of the prefixes
+  Bounds *peaks = nullptr;           // float16 with an initial state: scratch [sequences * heads_kv][kPeaks]
 };
 cudaError_t scan(const ScanArgs &a, cudaStream_t stream);
 
@@ -136,6 +174,8 @@ struct GateArgs {
   const void *ds_tiles = nullptr;
   const void *z_tiles = nullptr;  // or null
   const void *dz_tiles = nullptr;
+  const Units *units = nullptr;  // float16: of s_tiles and z_tiles
+  const Units *d_units = nullptr;
   const float *g = nullptr;
   const float *k_state_dot =
       nullptr;                // [b, heads_kv, t]; null: X whole, from the rounded states (no final gradient)

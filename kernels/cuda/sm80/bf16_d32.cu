@@ -5,7 +5,7 @@
 namespace powerattn {
 namespace cuda {
 namespace sm80 {
-POWERATTN_SM80_STATE_INSTANCES(__nv_bfloat16, 32)
+POWERATTN_SM80_INSTANCES(__nv_bfloat16, 32)
 }  // namespace sm80
 }  // namespace cuda
 }  // namespace powerattn

@@ -21,29 +21,34 @@ cudaError_t launch_update(const UpdateArgs &, cudaStream_t);
 
 namespace {
 
-template <int D>
+template <typename T, int D>
 cudaError_t output_d(const OutputArgs &a, cudaStream_t stream) {
-  const bool square = a.shape.degree == 2;
-  if (a.shape.dtype == Dtype::kFloat16)
-    return square ? launch_output<__half, D, 2>(a, stream) : launch_output<__half, D, 0>(a, stream);
-  if (a.shape.degree == 1) return launch_output<__nv_bfloat16, D, 1>(a, stream);
-  return square ? launch_output<__nv_bfloat16, D, 2>(a, stream) : launch_output<__nv_bfloat16, D, 0>(a, stream);
+  switch (a.shape.degree) {
+    case 1:
+      return launch_output<T, D, 1>(a, stream);
+    case 2:
+      return launch_output<T, D, 2>(a, stream);
+    default:
+      return launch_output<T, D, 0>(a, stream);
+  }
 }
 
-template <int D>
+template <typename T, int D>
 cudaError_t gradient_d(const GradientArgs &a, cudaStream_t stream) {
-  const bool square = a.shape.degree == 2;
-  if (a.shape.dtype == Dtype::kFloat16)
-    return square ? launch_gradient<__half, D, 2>(a, stream) : launch_gradient<__half, D, 0>(a, stream);
-  if (a.shape.degree == 1) return launch_gradient<__nv_bfloat16, D, 1>(a, stream);
-  return square ? launch_gradient<__nv_bfloat16, D, 2>(a, stream)
-                : launch_gradient<__nv_bfloat16, D, 0>(a, stream);
+  switch (a.shape.degree) {
+    case 1:
+      return launch_gradient<T, D, 1>(a, stream);
+    case 2:
+      return launch_gradient<T, D, 2>(a, stream);
+    default:
+      return launch_gradient<T, D, 0>(a, stream);
+  }
 }
 
-template <int D>
+template <typename T, int D>
 cudaError_t update_d(const UpdateArgs &a, cudaStream_t stream) {
-  if (a.as_z || a.shape.degree == 1) return launch_update<__nv_bfloat16, D, 1>(a, stream);
-  return launch_update<__nv_bfloat16, D, 2>(a, stream);
+  if (a.as_z || a.shape.degree == 1) return launch_update<T, D, 1>(a, stream);
+  return launch_update<T, D, 2>(a, stream);
 }
 
 }  // namespace
@@ -61,40 +66,42 @@ size_t shared_bytes(int64_t head_dim) {
 }
 
 cudaError_t output(const OutputArgs &a, cudaStream_t stream) {
+  const bool half = a.shape.dtype == Dtype::kFloat16;
   switch (a.shape.head_dim) {
     case 32:
-      return output_d<32>(a, stream);
+      return half ? output_d<__half, 32>(a, stream) : output_d<__nv_bfloat16, 32>(a, stream);
     case 64:
-      return output_d<64>(a, stream);
+      return half ? output_d<__half, 64>(a, stream) : output_d<__nv_bfloat16, 64>(a, stream);
     case 128:
-      return output_d<128>(a, stream);
+      return half ? output_d<__half, 128>(a, stream) : output_d<__nv_bfloat16, 128>(a, stream);
     default:
       return cudaErrorInvalidValue;
   }
 }
 
 cudaError_t gradient(const GradientArgs &a, cudaStream_t stream) {
+  const bool half = a.shape.dtype == Dtype::kFloat16;
   switch (a.shape.head_dim) {
     case 32:
-      return gradient_d<32>(a, stream);
+      return half ? gradient_d<__half, 32>(a, stream) : gradient_d<__nv_bfloat16, 32>(a, stream);
     case 64:
-      return gradient_d<64>(a, stream);
+      return half ? gradient_d<__half, 64>(a, stream) : gradient_d<__nv_bfloat16, 64>(a, stream);
     case 128:
-      return gradient_d<128>(a, stream);
+      return half ? gradient_d<__half, 128>(a, stream) : gradient_d<__nv_bfloat16, 128>(a, stream);
     default:
       return cudaErrorInvalidValue;
   }
 }
 
 cudaError_t update(const UpdateArgs &a, cudaStream_t stream) {
-  if (a.shape.dtype != Dtype::kBfloat16) return cudaErrorInvalidValue;
+  const bool half = a.shape.dtype == Dtype::kFloat16;
   switch (a.shape.head_dim) {
     case 32:
-      return update_d<32>(a, stream);
+      return half ? update_d<__half, 32>(a, stream) : update_d<__nv_bfloat16, 32>(a, stream);
     case 64:
-      return update_d<64>(a, stream);
+      return half ? update_d<__half, 64>(a, stream) : update_d<__nv_bfloat16, 64>(a, stream);
     case 128:
-      return update_d<128>(a, stream);
+      return half ? update_d<__half, 128>(a, stream) : update_d<__nv_bfloat16, 128>(a, stream);
     default:
       return cudaErrorInvalidValue;
   }

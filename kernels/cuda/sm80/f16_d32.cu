@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// float16, head_dim 32: attention form.
+// float16, head_dim 32: attention form of any degree, chunked form of degrees 1 and 2.
 #include "instances.cuh"
 
 namespace powerattn {

@@ -4,9 +4,9 @@
 //   1. state:     T = u State^T per tile; dx_j += T_ij x_i, dx_i += T_ij x_j; + x Z
 //   2. full:      e = (s^{p-1} f) (m - delta), s = x z^T, m = u y^T; dx += e z, columns away from the diagonal
 //   3. diagonal:  the same with a mask and exact gate differences
+// float16: the state has units, and every row a power of two, `top`, that its e are divided by before they are
+// rounded, as in output.cuh: e spans what 1 / l does.
 #pragma once
-
-#include <type_traits>
 
 #include "kernels/cuda/launch.cuh"
 #include "load.h"
@@ -22,9 +22,8 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
     gradient_kernel(const __grid_constant__ GradientArgs a) {
   using S = GradientShape<D>;
   constexpr int kN = D / 8, kK = D / 16, kM = S::kM, kStep = S::kStep;
-  constexpr bool kState = P != 0 && has_states<T>;
-  constexpr bool kScaled =
-      std::is_same<T, __half>::value;  // r_i before rounding: without it s^{p-1} m overflows
+  constexpr bool kState = P != 0;
+  constexpr bool kScaled = kCounted<T>;  // with r_i before rounding, so that e has its final size
   unsigned char *shared = dynamic_shared<unsigned char>();
   const uint32_t base = shared_address(shared);
   float *const factors = reinterpret_cast<float *>(shared + 2 * S::kRowBytes + 4 * S::kTileBytes);
@@ -71,6 +70,9 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
     for (int k = 0; k < kK; ++k) us.a(uf[m][k], row0 + 16 * m, k, lane);
 
   float dx[kM][kN][4] = {};
+  [[maybe_unused]] float top[kM][2];
+#pragma unroll
+  for (int m = 0; m < kM; ++m) top[m][0] = top[m][1] = kLeastTop;
 
   // ---- 1. State.
   if constexpr (kState)
@@ -82,6 +84,8 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
       const bool with_z = P == 2 && a.z_state != nullptr;
       const char *const zs = static_cast<const char *>(a.z_state) + slot * kZTiles * S::kTileBytes;
       const int first = with_z ? -kZTiles : 0;  // the tiles of Z come first
+      float ratio = 1.f;                        // of the units of Z and S
+      if constexpr (kScaled) ratio = a.units[slot].z * inverse_power(a.units[slot].s);
       auto fetch = [&](int n) {
         if (n < kTiles)
           load_tile<S::kTileBytes, S::kThreads>(buffers + (n & 3) * S::kTileBytes,
@@ -130,7 +134,7 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
           for (int m = 0; m < kM; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              const float f = a.reverse ? 2.f : -2.f * read(a.delta, query, row_of(m, h), 0.f);
+              const float f = ratio * (a.reverse ? 2.f : -2.f * read(a.delta, query, row_of(m, h), 0.f));
 #pragma unroll
               for (int i = 0; i < kN; ++i) {
                 dx[m][i][2 * h] *= f;
@@ -264,13 +268,17 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
   // rows of one pair have in common cancels only if both are exact.
   float dot[kM][2] = {};
   if (kState && a.state != nullptr) {
-    const float factor = a.reverse ? __expf(g_end - g_ref) : a.scale * __expf(g_ref);
+    float factor = a.reverse ? __expf(g_end - g_ref) : a.scale * __expf(g_ref);
+    if constexpr (kScaled) factor *= a.units[static_cast<int64_t>(tile.chunk) * shape.heads_kv + head_kv].s;
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
-      for (int i = 0; i < kN; ++i)
+      for (int e = 0; e < 4; ++e) {
+        float f = factor;
+        if (kScaled && !a.reverse) f *= read(a.r, query, row_of(m, e >> 1), 1.f);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) dx[m][i][e] *= factor;
+        for (int i = 0; i < kN; ++i) dx[m][i][e] *= f;
+      }
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -292,6 +300,24 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
           if (quad == 0 && row < tile.length)
             a.state_dot[(batch * heads_x + head) * shape.seq_len + tile.start + row] =
                 g != nullptr ? sum * __expf(g_ref - g[tile.offset + row]) : sum;
+        }
+    }
+    if constexpr (kScaled) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float most = 0.f;
+#pragma unroll
+          for (int i = 0; i < kN; ++i)
+            most = fmaxf(most, fmaxf(fabsf(dx[m][i][2 * h]), fabsf(dx[m][i][2 * h + 1])));
+          top[m][h] = first_top(most);
+          const float inverse = inverse_power(top[m][h]);
+#pragma unroll
+          for (int i = 0; i < kN; ++i) {
+            dx[m][i][2 * h] *= inverse;
+            dx[m][i][2 * h + 1] *= inverse;
+          }
         }
     }
   }
@@ -436,6 +462,28 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
         for (int c = 0; c < 2; ++c)
 #pragma unroll
           for (int q = 0; q < 4; ++q) dot[m][q >> 1] += e[m][c][q] * s[m][c][q];
+      if constexpr (kScaled) {
+        float most[kM][2];
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            most[m][h] = fmaxf(fmaxf(fabsf(e[m][0][2 * h]), fabsf(e[m][0][2 * h + 1])),
+                               fmaxf(fabsf(e[m][1][2 * h]), fabsf(e[m][1][2 * h + 1])));
+        raise_tops(top, most, [&](int m, int h, float ratio) {
+#pragma unroll
+          for (int i = 0; i < kN; ++i) {
+            dx[m][i][2 * h] *= ratio;
+            dx[m][i][2 * h + 1] *= ratio;
+          }
+        });
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+          for (int c = 0; c < 2; ++c)
+#pragma unroll
+            for (int q = 0; q < 4; ++q) e[m][c][q] *= inverse_power(top[m][q >> 1]);
+      }
       // dx += e z
       uint32_t w[kM][4];
 #pragma unroll
@@ -466,13 +514,15 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
     for (int h = 0; h < 2; ++h) {
       const int row = row_of(m, h);
       const bool in = row < tile.length;
+      // What the sums and the dot product lack: r_i, or the power of two and nothing.
       const float r_row = a.reverse || kScaled ? 1.f : read(a.r, query, row, 1.f);
+      const float last = kScaled ? top[m][h] : r_row;
       T *const out = row_pointer<T>(a.out, batch, tile.start + (in ? row : 0), head_x) + 2 * quad;
       float *const wide =
           a.out_float + ((batch * heads_x + head_x) * shape.seq_len + tile.start + row) * D + 2 * quad;
 #pragma unroll
       for (int i = 0; i < kN; ++i) {
-        const float lo = dx[m][i][2 * h] * r_row, hi = dx[m][i][2 * h + 1] * r_row;
+        const float lo = dx[m][i][2 * h] * last, hi = dx[m][i][2 * h + 1] * last;
         if (in && a.out_float != nullptr)
           *reinterpret_cast<float2 *>(wide + 8 * i) = make_float2(lo, hi);
         else if (in)

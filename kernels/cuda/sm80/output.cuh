@@ -5,11 +5,10 @@
 //   2. full:      O += f(x z^T) u, l += row sums, for blocks of 64 columns away from the diagonal
 //   3. diagonal:  the same with a mask and exact gate differences
 // float16: weights span more than its range, so every row carries a power of two, `top`, that its weights are
-// divided by before they are rounded; it grows with the largest weight seen, and O and l with it.
+// divided by before they are rounded; it grows with the largest weight seen, and O and l with it. Features are
+// products of two elements: a row's are multiplied by a power of two, too, `lift`, and the state has units.
 // Between phases rows are multiplied by their gate factors, all <= 1 for decaying gates.
 #pragma once
-
-#include <type_traits>
 
 #include "kernels/cuda/launch.cuh"
 #include "load.h"
@@ -24,12 +23,13 @@ template <typename T, int D, int P>
 __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ OutputArgs a) {
   using S = OutputShape<D>;
   constexpr int kN = D / 8, kK = D / 16, kStep = S::kStep;
-  constexpr bool kState = P != 0 && has_states<T>;
-  constexpr bool kScaled = std::is_same<T, __half>::value;
+  constexpr bool kState = P != 0;
+  constexpr bool kScaled = kCounted<T>;
   unsigned char *shared = dynamic_shared<unsigned char>();
   const uint32_t base = shared_address(shared);
   float *const factors = reinterpret_cast<float *>(shared + S::kRowBytes + 4 * S::kTileBytes);
   float *const gates = factors + 2 * S::kColumns;
+  [[maybe_unused]] float *const lifts = gates + 2 * S::kColumns + sizeof(Place) / 4;
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, quad = lane & 3;
 
   const Shape &shape = a.shape;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
   float l[S::kM][2] = {};
   float top[S::kM][2];
 #pragma unroll
-  for (int m = 0; m < S::kM; ++m) top[m][0] = top[m][1] = kScaled && !a.reverse ? kLeastTop : 1.f;
+  for (int m = 0; m < S::kM; ++m) top[m][0] = top[m][1] = kScaled ? kLeastTop : 1.f;
   const int row0 = warp * 32;  // of this warp in the tile
 
   // ---- 1. O = phi(x) State: k runs over the 64 rows of each tile. l = sum_n x_n (x Z)_n, Z in two parts.
@@ -87,6 +87,18 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
       fetch(2);
       int n = 0;
       if constexpr (P == 2) {
+        // x_i x_j lift < 2^15, and x_i lift, an operand itself: elements below 1 are lifted less, those of 1e-3 to
+        // products of 2^5. A thread per row of its warp.
+        if constexpr (kScaled) {
+          copy_wait<2>();
+          __syncthreads();
+          uint32_t most = 0;
+#pragma unroll 1
+          for (int piece = 0; piece < kN; ++piece) most = most_bits(most, load16(rows.at(thread, piece)));
+          const float largest = Pair<T>::lo(most);
+          lifts[thread] = inverse_power(unit_of(largest * fmaxf(largest, 1.f)));
+          __syncwarp();
+        }
 #pragma unroll 1
         for (int ib = 0; ib < kN; ++ib) {
           uint32_t scalar[S::kM][2][4];
@@ -100,6 +112,13 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
                 for (int h = 0; h < 2; ++h) {
                   const uint4 v = load16(rows.at(row0 + 16 * m + 8 * h + lane / 4, ib));
                   scalar[m][h][0] = v.x, scalar[m][h][1] = v.y, scalar[m][h][2] = v.z, scalar[m][h][3] = v.w;
+                  if constexpr (kScaled) {
+                    const float lift = lifts[row0 + 16 * m + 8 * h + lane / 4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                      scalar[m][h][i] = Pair<T>::pack(Pair<T>::lo(scalar[m][h][i]) * lift,
+                                                      Pair<T>::hi(scalar[m][h][i]) * lift);
+                  }
                 }
             }
             uint32_t f[4];
@@ -190,15 +209,36 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
   if (kState && a.state != nullptr) {
     // The state is at the chunk's start (forward: times c) or end.
     const float factor = a.reverse ? __expf(g_end - g_ref) : a.scale * __expf(g_ref);
+    Units units;
+    if constexpr (kScaled) units = a.units[static_cast<int64_t>(tile.chunk) * shape.heads_kv + head_kv];
 #pragma unroll
-    for (int m = 0; m < S::kM; ++m) {
+    for (int m = 0; m < S::kM; ++m)
 #pragma unroll
-      for (int i = 0; i < kN; ++i)
+      for (int h = 0; h < 2; ++h) {
+        float most = 0.f;
+        const float lowered = kScaled && P == 2 ? inverse_power(lifts[row0 + 16 * m + 8 * h + lane / 4]) : 1.f;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) o[m][i][e] *= factor;
-      l[m][0] *= factor;
-      l[m][1] *= factor;
-    }
+        for (int i = 0; i < kN; ++i)
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) {
+            o[m][i][e] *= factor * units.s;
+            if constexpr (kScaled) {
+              o[m][i][e] *= lowered;
+              most = fmaxf(most, fabsf(o[m][i][e]));
+            }
+          }
+        l[m][h] *= factor * units.z;
+        if constexpr (kScaled) {
+          top[m][h] = first_top(fmaxf(most, fabsf(l[m][h])));
+          const float inverse = inverse_power(top[m][h]);
+#pragma unroll
+          for (int i = 0; i < kN; ++i) {
+            o[m][i][2 * h] *= inverse;
+            o[m][i][2 * h + 1] *= inverse;
+          }
+          l[m][h] *= inverse;
+        }
+      }
   }
 
   // ---- 2., 3. Blocks of columns, double-buffered.
@@ -342,26 +382,27 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
         }
       }
       if constexpr (kScaled) {
+        float most[S::kM][2] = {};
+#pragma unroll
+        for (int m = 0; m < S::kM; ++m)
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int c = 0; c < kStep / 8; ++c)
+              most[m][h] = fmaxf(most[m][h], fmaxf(fabsf(s[m][c][2 * h]), fabsf(s[m][c][2 * h + 1])));
+        raise_tops(top, most, [&](int m, int h, float ratio) {
+          l[m][h] *= ratio;
+#pragma unroll
+          for (int i = 0; i < kN; ++i) {
+            o[m][i][2 * h] *= ratio;
+            o[m][i][2 * h + 1] *= ratio;
+          }
+        });
 #pragma unroll
         for (int m = 0; m < S::kM; ++m)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            float most = 0.f;
-#pragma unroll
-            for (int c = 0; c < kStep / 8; ++c)
-              most = fmaxf(most, fmaxf(fabsf(s[m][c][2 * h]), fabsf(s[m][c][2 * h + 1])));
-            if (!a.reverse) {
-              const float ratio = raise_top(&top[m][h], most);
-              if (ratio != 1.f) {
-                l[m][h] *= ratio;
-#pragma unroll
-                for (int i = 0; i < kN; ++i) {
-                  o[m][i][2 * h] *= ratio;
-                  o[m][i][2 * h + 1] *= ratio;
-                }
-              }
-            }
-            const float inverse = 1.f / top[m][h];
+            const float inverse = inverse_power(top[m][h]);
 #pragma unroll
             for (int c = 0; c < kStep / 8; ++c) {
               s[m][c][2 * h] *= inverse;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the backward needs per row, and the gradient of the gates from per-row dot products.
+// What is read off rows of inputs: the range of a chunk's features for float16, what the backward needs per
+// row, and the gradient of the gates from per-row dot products.
 #include "args.h"
 #include "kernels/cuda/launch.cuh"
 #include "load.h"
@@ -46,14 +47,106 @@ __device__ __forceinline__ float block_sum(float v, float *scratch) {
   return sum;
 }
 
+// Eight neighbouring 16-bit elements of a row.
+__device__ __forceinline__ uint4 load_piece(const __half *p, bool aligned) {
+  if (aligned) return *reinterpret_cast<const uint4 *>(p);
+  const unsigned short *const e = reinterpret_cast<const unsigned short *>(p);
+  uint32_t w[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) w[i] = e[2 * i] | static_cast<uint32_t>(e[2 * i + 1]) << 16;
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// With X_t, U_t the largest elements of x_t and u_t, and w_t the weight of the token (args.h):
+//   bound_s = W sum_t w_t X_t^p U_t     weigh_s max_t w_t max(X_t^p, X_t) < 2^15
+//   bound_z = sum_t w_t |delta_t| X_t^2     weigh_z max_t w_t |delta_t| X_t < 2^15
+// One block per slot; d / 8 lanes read a row.
+__global__ void __launch_bounds__(kThreads) ranges_kernel(const __grid_constant__ RangeArgs a) {
+  __shared__ float scratch[4][kThreads / 32];
+  const Shape &s = a.shape;
+  const int64_t slot = blockIdx.x;
+  const Chunk chunk = s.table.chunks[slot / s.heads_kv];
+  if (chunk.length == 0) return;
+  const int head_kv = static_cast<int>(slot % s.heads_kv), lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  const int64_t batch = s.packed ? 0 : chunk.sequence;
+  const int group = a.reverse ? s.heads_q / s.heads_kv : 1, pieces = s.head_dim / 8, rows = 32 / pieces;
+  const float *const g = a.g ? a.g + (batch * s.heads_kv + head_kv) * s.seq_len + chunk.start : nullptr;
+  const float g_end = g ? g[chunk.length - 1] : 0.f;
+  float most_s = 0.f, most_z = 0.f, sum_s = 0.f, sum_z = 0.f;
+  for (int part = 0; part < group; ++part) {
+    const int head = a.reverse ? head_kv * group + part : head_kv;
+    const __half *const x = row_pointer<__half>(a.x, batch, chunk.start, head);
+    const __half *const u = row_pointer<__half>(a.u, batch, chunk.start, head);
+    const bool aligned = ((reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(u)) & 15) == 0 &&
+                         ((a.x.stride_t | a.u.stride_t) & 7) == 0;
+    const int64_t at = (batch * s.heads_q + head) * s.seq_len + chunk.start;
+#pragma unroll 4
+    for (int t0 = warp * rows; t0 < chunk.length; t0 += kThreads / 32 * rows) {  // the same for a warp
+      const int t = t0 + lane / pieces;
+      const bool in = t < chunk.length;
+      uint32_t most_x = 0, most_u = 0;
+      if (in) {
+        const int column = lane % pieces * 8;
+        most_x = most_bits(0, load_piece(x + t * a.x.stride_t + column, aligned));
+        most_u = most_bits(0, load_piece(u + t * a.u.stride_t + column, aligned));
+      }
+      for (int m = pieces / 2; m > 0; m /= 2) {
+        most_x = max(most_x, __shfl_xor_sync(0xffffffffu, most_x, m));
+        most_u = max(most_u, __shfl_xor_sync(0xffffffffu, most_u, m));
+      }
+      if (in && lane % pieces == 0) {
+        float w = fabsf(a.scale);
+        if (g) w *= __expf(a.reverse ? g[t] : g_end - g[t]);
+        if (a.r) w *= fabsf(a.r[at + t]);
+        const float wz = a.delta ? w * fabsf(a.delta[at + t]) : w;
+        const float largest = Pair<__half>::lo(most_x);
+        const float feature = s.degree == 1 ? largest : largest * largest;
+        most_s = fmaxf(most_s, w * fmaxf(feature, largest));
+        most_z = fmaxf(most_z, wz * largest);
+        sum_s += w * feature * Pair<__half>::lo(most_u);
+        sum_z += wz * largest * largest;
+      }
+    }
+  }
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) {
+    most_s = fmaxf(most_s, __shfl_xor_sync(0xffffffffu, most_s, d));
+    most_z = fmaxf(most_z, __shfl_xor_sync(0xffffffffu, most_z, d));
+    sum_s += __shfl_xor_sync(0xffffffffu, sum_s, d);
+    sum_z += __shfl_xor_sync(0xffffffffu, sum_z, d);
+  }
+  if (lane == 0) {
+    scratch[0][warp] = most_s;
+    scratch[1][warp] = most_z;
+    scratch[2][warp] = sum_s;
+    scratch[3][warp] = sum_z;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kThreads / 32; ++w) {
+    most_s = fmaxf(most_s, scratch[0][w]);
+    most_z = fmaxf(most_z, scratch[1][w]);
+    sum_s += scratch[2][w];
+    sum_z += scratch[3][w];
+  }
+  Range out;
+  out.weigh_s = inverse_power(unit_of(most_s));
+  out.weigh_z = inverse_power(unit_of(most_z));
+  out.bound_s = (s.degree == 2 ? 2.f : 1.f) * sum_s;
+  out.bound_z = sum_z;
+  a.out[slot] = out;
+}
+
 // A state as stored: tiles, or at the ends of a sequence canonical numbers; null: zero.
 struct StateView {
   const uint4 *tiles = nullptr;
+  float unit = 1.f;  // of the tiles
   const float *canonical = nullptr;
   __device__ bool present() const { return tiles != nullptr || canonical != nullptr; }
 };
 
 // Columns 8 piece .. + 7 of the canonical row of features (i, j), which is `row` of tile (ib, jb).
+template <typename T>
 __device__ __forceinline__ void load_state(float (&x)[8], const StateView &s, int d, int64_t canonical,
                                            int tile, int row, int piece, float unscale) {
   if (s.canonical != nullptr) {
@@ -62,17 +155,18 @@ __device__ __forceinline__ void load_state(float (&x)[8], const StateView &s, in
   } else {
     const uint4 p = s.tiles[tile * (kTileRows * d / 8) + tile_element(d, row, piece * 8) / 8];
     const uint32_t w[4] = {p.x, p.y, p.z, p.w};
-    using B = Pair<__nv_bfloat16>;
+    const float factor = unscale * s.unit;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      x[2 * e] = unscale * B::lo(w[e]);
-      x[2 * e + 1] = unscale * B::hi(w[e]);
+      x[2 * e] = factor * Pair<T>::lo(w[e]);
+      x[2 * e + 1] = factor * Pair<T>::hi(w[e]);
     }
   }
 }
 
 // e^{g_end} (<S before the chunk, dS after it> + <Z, dZ>), over canonical rows; without k_state_dot S and Z
 // after the chunk, as they are.
+template <typename T>
 __global__ void __launch_bounds__(kThreads) boundary_kernel(const __grid_constant__ GateArgs a) {
   __shared__ float scratch[kThreads / 32];
   const Shape &s = a.shape;
@@ -91,6 +185,13 @@ __global__ void __launch_bounds__(kThreads) boundary_kernel(const __grid_constan
   const int tiles = tile_count(s.degree, d), pieces = d / 8;
   const int64_t vectors = static_cast<int64_t>(tiles) * kTileRows * pieces;
   StateView before, after;
+  Units units, d_units;
+  if constexpr (kCounted<T>) {
+    units = a.units[slot_before];
+    d_units = a.d_units[slot];
+    before.unit = units.s;
+    after.unit = d_units.s;
+  }
   if (first)
     before.canonical = at_end(a.initial.s, a.initial.s_stride_n, a.initial.s_stride_h);
   else
@@ -110,8 +211,8 @@ __global__ void __launch_bounds__(kThreads) boundary_kernel(const __grid_constan
         const int64_t canonical = s.degree == 1 ? i : canonical_row(d, i, j);
         const float unscale = s.degree == 1 ? 1.f : tile_unscale(ib == jb, i == j);
         float x[8], y[8];
-        load_state(x, before, d, canonical, t, row, piece, unscale);
-        load_state(y, after, d, canonical, t, row, piece, unscale);
+        load_state<T>(x, before, d, canonical, t, row, piece, unscale);
+        load_state<T>(y, after, d, canonical, t, row, piece, unscale);
 #pragma unroll
         for (int e = 0; e < 8; ++e) sum += x[e] * y[e];
       }
@@ -124,19 +225,19 @@ __global__ void __launch_bounds__(kThreads) boundary_kernel(const __grid_constan
     // Parts lie d rows apart: an element and its low part are d * d elements from each other (d >= 64), or in
     // the second half of the only tile (d = 32).
     const int64_t z_elements = static_cast<int64_t>(2) * d * d;
-    const auto *const z = static_cast<const __nv_bfloat16 *>(a.z_tiles) + slot_before * z_elements;
-    const auto *const dz = static_cast<const __nv_bfloat16 *>(a.dz_tiles) + slot * z_elements;
+    const auto *const z = static_cast<const T *>(a.z_tiles) + slot_before * z_elements;
+    const auto *const dz = static_cast<const T *>(a.dz_tiles) + slot * z_elements;
     for (int v = threadIdx.x; v < d * d; v += kThreads) {
       const int i = v / d, j = v % d;
       const int64_t high = (i / kTileRows) * kTileRows * d + tile_element(d, i % kTileRows, j);
       const int64_t low = ((i + d) / kTileRows) * kTileRows * d + tile_element(d, (i + d) % kTileRows, j);
       const int64_t canonical = canonical_row(d, min(i, j), max(i, j));
       const float scale = i == j ? 1.f : 0.70710678118654752f;
-      const auto value = [&](bool canonical_end, const float *c, const __nv_bfloat16 *parts) {
+      const auto value = [&](bool canonical_end, const float *c, const T *parts, float unit) {
         if (canonical_end) return scale * c[canonical];
-        return __bfloat162float(parts[high]) + __bfloat162float(parts[low]);
+        return unit * (Pair<T>::to_float(parts[high]) + Pair<T>::to_float(parts[low]));
       };
-      sum += value(first, z0, z) * value(end, dz1, dz);
+      sum += value(first, z0, z, units.z) * value(end, dz1, dz, d_units.z);
     }
   }
   sum = block_sum(sum, scratch);
@@ -207,6 +308,12 @@ __global__ void __launch_bounds__(kThreads) gates_kernel(const __grid_constant__
 
 }  // namespace
 
+cudaError_t ranges(const RangeArgs &a, cudaStream_t stream) {
+  const int64_t slots = a.shape.table.num_chunks * a.shape.heads_kv;
+  if (slots == 0) return cudaSuccess;
+  return launch_kernel(ranges_kernel, static_cast<unsigned>(slots), kThreads, 0, stream, a);
+}
+
 cudaError_t rows(const RowsArgs &a, cudaStream_t stream) {
   const int64_t blocks = a.shape.table.num_tiles * a.shape.heads_q;
   if (blocks == 0) return cudaSuccess;
@@ -220,8 +327,10 @@ cudaError_t rows(const RowsArgs &a, cudaStream_t stream) {
 cudaError_t gate_gradient(const GateArgs &a, cudaStream_t stream) {
   const int64_t slots = a.shape.table.num_chunks * a.shape.heads_kv;
   if (slots == 0) return cudaSuccess;
-  if (a.s_tiles != nullptr)
-    launch_kernel(boundary_kernel, static_cast<unsigned>(slots), kThreads, 0, stream, a);
+  if (a.s_tiles != nullptr && a.shape.dtype == Dtype::kFloat16)
+    launch_kernel(boundary_kernel<__half>, static_cast<unsigned>(slots), kThreads, 0, stream, a);
+  else if (a.s_tiles != nullptr)
+    launch_kernel(boundary_kernel<__nv_bfloat16>, static_cast<unsigned>(slots), kThreads, 0, stream, a);
   launch_kernel(gates_kernel, static_cast<unsigned>(slots), kThreads, 0, stream, a);
   return cudaGetLastError();
 }

@@ -23,8 +23,8 @@ struct OutputShape {
   static constexpr int kTileBytes = kTileRows * D * 2;
   static constexpr int kRowBytes = kRowTile * D * 2;
   // x rows | 4 buffers: 4 state tiles, or 2 x (64 columns of z and of u)   d=64: 16 + 32 KB, d=128: 32 + 64 KB
-  // | factors and gates of 2 x 64 columns | which rows these are
-  static constexpr int kShared = kRowBytes + 4 * kTileBytes + 4 * kColumns * 4 + sizeof(Place);
+  // | factors and gates of 2 x 64 columns | which rows these are | float16: a power of two per row
+  static constexpr int kShared = kRowBytes + 4 * kTileBytes + 4 * kColumns * 4 + sizeof(Place) + kRowTile * 4;
 };
 
 template <int D>

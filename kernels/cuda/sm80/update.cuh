@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums of one chunk, local = W sum_t w_t phi(x_t) u_t^T, as a product with tokens as the inner dimension: the
 // A operand phi(x)^T is built from transposed fragments of x, weights included, u is the B operand as it is.
+// float16: the weights carry a power of two that brings the largest feature below 2^15, undone on the sums.
 // A warp owns one unit: a tile (degree 2, 64 rows) or 16 features (degree 1), times at most 64 columns of u.
 #pragma once
 
 #include "kernels/cuda/launch.cuh"
 #include "load.h"
 #include "shapes.h"
+#include "units.h"
 
 namespace powerattn {
 namespace cuda {
@@ -32,6 +34,12 @@ __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>
   const int group = a.reverse ? shape.heads_q / shape.heads_kv : 1;
   const float *const g = a.g ? a.g + (batch * shape.heads_kv + head_kv) * shape.seq_len + chunk.start : nullptr;
   const float g_end = g ? g[chunk.length - 1] : 0.f;
+
+  float lift = 1.f, lowered = 1.f;
+  if constexpr (kCounted<T>) {
+    lift = a.as_z ? a.ranges[slot].weigh_z : a.ranges[slot].weigh_s;
+    lowered = inverse_power(lift);
+  }
 
   const int unit = slice * S::kWarps + warp;
   const int index = unit / S::kHalves, half = unit % S::kHalves;
@@ -63,6 +71,7 @@ __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>
           if (g) w *= __expf(a.reverse ? g[t0 + t] : g_end - g[t0 + t]);
           if (a.r) w *= a.r[at + t];
           if (a.delta) w *= -a.delta[at + t];
+          if constexpr (kCounted<T>) w *= lift;
         }
         weights[stage * S::kTokens + t] = w;
       }
@@ -135,7 +144,9 @@ __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>
 
   const bool end = a.end_local != nullptr && (a.reverse ? chunk.index == 0 : chunk.index + 1 == chunk.count);
   const int64_t pair = static_cast<int64_t>(chunk.sequence) * shape.heads_kv + head_kv;
-  const float weight = P == 2 && ib < jb ? 2.f : 1.f;
+  const float weight = (P == 2 && ib < jb ? 2.f : 1.f) * lowered;
+  float inverse_unit = 1.f;
+  if constexpr (kCounted<T>) inverse_unit = inverse_power(unit_of(a.ranges[slot].bound_s));
   const int row0 = P == 1 ? 16 * index : 0;  // degree 1: feature; degree 2: row of the tile
 #pragma unroll
   for (int m = 0; m < S::kM; ++m)
@@ -146,7 +157,8 @@ __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>
         float *const out = static_cast<float *>(a.local) + (slot * D + row) * D + half * S::kCols + 2 * quad;
 #pragma unroll
         for (int c = 0; c < S::kCols / 8; ++c)
-          *reinterpret_cast<float2 *>(out + 8 * c) = make_float2(acc[m][c][2 * h], acc[m][c][2 * h + 1]);
+          *reinterpret_cast<float2 *>(out + 8 * c) =
+              make_float2(lowered * acc[m][c][2 * h], lowered * acc[m][c][2 * h + 1]);
       } else if (end) {
         const int64_t tiles_row = int64_t(P == 1 ? 0 : index * kTileRows) + row;
         float *const out = a.end_local + (pair * tile_rows(P, D) + tiles_row) * D + half * S::kCols + 2 * quad;
@@ -162,7 +174,8 @@ __global__ void __launch_bounds__(UpdateShape<D, P>::kThreads, UpdateShape<D, P>
         for (int c = 0; c < S::kCols / 8; ++c)
           *reinterpret_cast<uint32_t *>(out +
                                         swizzle<D>(kTileRows, row % kTileRows, half * (S::kCols / 8) + c)) =
-              Pair<T>::pack(weight * acc[m][c][2 * h], weight * acc[m][c][2 * h + 1]);
+              Pair<T>::pack(weight * acc[m][c][2 * h] * inverse_unit,
+                            weight * acc[m][c][2 * h + 1] * inverse_unit);
       }
     }
 }

@@ -5,16 +5,11 @@
 #include "args.h"
 #include "mma.h"
 #include "shapes.h"
+#include "units.h"
 
 namespace powerattn {
 namespace cuda {
 namespace sm80 {
-
-// Chunk states are bfloat16, and both operands of an mma share one type.
-template <typename T>
-constexpr bool has_states = false;
-template <>
-inline constexpr bool has_states<__nv_bfloat16> = true;
 
 // s^p for a block of accumulators. P = 1, 2 at compile time; P = 0: any degree, by repeated squaring with the
 // bits of `degree` as a uniform branch around whole blocks.
@@ -55,21 +50,6 @@ __device__ __forceinline__ void power_minus_one(float (&s)[N], int degree) {
   } else if constexpr (P == 0) {
     power<0>(s, degree - 1);
   }
-}
-
-// The power of two that divides the weights of a row in float16. When the quad's largest weight of a step would
-// pass 2^14 of it, it becomes 2^-10 of that weight: room to grow by 16 before the next change, and weights down
-// to 2^-24 of the largest keep all their bits. Returns old / new, which rescales what was summed.
-constexpr float kLeastTop = 1e-30f;
-__device__ __forceinline__ float raise_top(float *top, float most) {
-  most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-  most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-  if (!(most > *top * 16384.f)) return 1.f;
-  const uint32_t exponent = __float_as_uint(most) & 0x7f800000u;
-  const float grown = __uint_as_float(exponent > (10u << 23) ? exponent - (10u << 23) : 0x00800000u);
-  const float ratio = *top / grown;
-  *top = grown;
-  return ratio;
 }
 
 // 1 / l, and 0 for a row that sees nothing.

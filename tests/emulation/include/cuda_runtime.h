@@ -89,6 +89,11 @@ T __shfl_down_sync(unsigned mask, T x, unsigned delta, int width = 32) {
   const int lane = emulation::lane(), from = lane + int(delta);
   return emulation::shuffle_value(mask, x, from > (lane | (width - 1)) ? lane : from);
 }
+inline int __any_sync(unsigned mask, int predicate) {  // of whole warps
+  int any = predicate != 0;
+  for (int bits = 16; bits > 0; bits /= 2) any |= __shfl_xor_sync(mask, any, bits);
+  return any;
+}
 
 // Threads take turns only where they wait, so that plain accesses are atomic.
 template <class T>
