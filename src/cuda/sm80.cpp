@@ -180,6 +180,24 @@ Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
   return m;
 }
 
+// Row sums of a forward call that is not normalised need more than its outputs do: Z, or the sums of the keys.
+struct Norms {
+  float *z_local = nullptr, *keys = nullptr;
+  uint16_t *z = nullptr;
+};
+Norms carve_norms(const Problem &p, const Tiling &t, Carver *c) {
+  Norms n;
+  if (!chunked(t) || p.normalize || with_z(p)) return n;
+  const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv, d = p.head_dim;
+  if (p.degree == 1) {
+    n.keys = c->take<float>(slots * d);
+  } else {
+    n.z_local = c->take<float>(slots * d * d);
+    n.z = c->take<uint16_t>(slots * 2 * d * d);
+  }
+  return n;
+}
+
 struct Gradients {
   float *r = nullptr, *delta = nullptr, *q_dot = nullptr, *k_dot = nullptr;
   float *k_state_dot = nullptr, *boundary = nullptr;
@@ -218,6 +236,7 @@ Sizes sizes(const Problem &p, const Tiling &t) {
   Carver saved(nullptr), forward(nullptr), backward(nullptr);
   carve_states(p, t, &saved);
   carve_common(p, t, &forward);
+  carve_norms(p, t, &forward);
   carve_common(p, t, &backward);
   carve_gradients(p, t, &backward);
   s.saved = saved.used();
@@ -361,7 +380,7 @@ struct Call {
     u.local = s.tiles;
     u.end_local = final.s != nullptr ? common.end_local : nullptr;
     if (ok()) run(k80::update(u, stream));
-    if (with_z(p)) {
+    if (s.z != nullptr) {
       u.end_local = nullptr;
       u.as_z = true;
       u.u = k;
@@ -372,7 +391,7 @@ struct Call {
     a.shape = shape;
     a.g = g;
     a.tiles = s.tiles;
-    a.z_local = with_z(p) ? common.z_local : nullptr;
+    a.z_local = s.z != nullptr ? common.z_local : nullptr;
     a.z_tiles = s.z;
     a.ranges = u.ranges;
     a.units = s.units;
@@ -395,8 +414,14 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   if (guard.error() != cudaSuccess) return cuda::check_launch(guard.error(), "cuda.sm80: select the device");
   Call call(plan, args.stream);
   Carver workspace(args.workspace), saved(args.saved);
-  const Common common = carve_common(p, plan.tiling, &workspace);
-  const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
+  Common common = carve_common(p, plan.tiling, &workspace);
+  const Norms norms = carve_norms(p, plan.tiling, &workspace);
+  States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
+  const bool sums = args.row_norm.data != nullptr;
+  if (sums && norms.z != nullptr) {
+    common.z_local = norms.z_local;
+    states.z = norms.z;
+  }
   call.begin(common, args.cu_seqlens, args.log_g);
   const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
   const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
@@ -411,12 +436,23 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   o.out = args.y;
   o.g = call.g;
   o.state = states.tiles;
-  o.z_state = p.normalize ? states.z : nullptr;
+  o.z_state = p.normalize || sums ? states.z : nullptr;
   o.units = states.units;
   o.scale = call.weight_scale();
   o.eps = static_cast<float>(p.eps);
   o.row_norm = args.row_norm;
   if (call.ok()) call.run(k80::output(o, call.stream));
+  if (sums && norms.keys != nullptr) {
+    k80::NormArgs n;
+    n.shape = call.shape;
+    n.q = tq;
+    n.k = tk;
+    n.g = call.g;
+    n.scale = o.scale;
+    n.z = norms.keys;
+    n.row_norm = args.row_norm;
+    if (call.ok()) call.run(k80::add_norms(n, call.stream));
+  }
   call.zero_padding(args.y, p.dtype, p.heads_q, p.value_dim);
   call.zero_padding(args.row_norm, Dtype::kFloat32, p.heads_q, 1);
   return cuda::check_launch(call.error, "cuda.sm80 forward");

@@ -49,7 +49,7 @@ struct Case {
   int pad = 0;          // elements between the tokens of [b, t, h, d]: rows that no vector load can read
   bool resets = false;  // some gates close completely
   double size = 1;      // of q
-  double size_k = 1, size_v = 1;
+  double size_k = 1, size_v = 1, gate = 0.02;
 };
 
 template <typename V>
@@ -615,7 +615,7 @@ void check(const Case &c, unsigned seed) {
   for (auto &e : in.v) e = round_to(c.dtype, e * c.size_v);
   fill(in.dy, rows * c.hq * c.d);
   in.lg.resize(rows * c.hk);
-  for (auto &e : in.lg) e = double(float(-std::fabs(normal(rng)) * 0.02));
+  for (auto &e : in.lg) e = double(float(-std::fabs(normal(rng)) * c.gate));
   if (c.resets)
     for (auto &e : in.lg)
       if (rng() % 50 == 0) e = -1e4;
@@ -920,6 +920,10 @@ int main(int argc, char **argv) {
              }),
         make("chunked f16 d64 t500 c128 small",
              [&](Case &c) { c.dtype = half, c.t = 500, c.chunk = 128, c.size = 1e-3, c.size_k = 1e-3; }),
+        make("chunked f16 d64 t300 c128 steep gates",
+             [&](Case &c) { c.dtype = half, c.t = 300, c.chunk = 128, c.gate = 20; }),
+        make("chunked f16 d64 t300 c128 resets",
+             [&](Case &c) { c.dtype = half, c.t = 300, c.chunk = 128, c.resets = true; }),
         make("chunked f16 strided d64 t300 c128",
              [&](Case &c) { c.dtype = half, c.t = 300, c.chunk = 128, c.pad = 3; }),
         make(

@@ -56,7 +56,7 @@ struct RangeArgs {
   powerattn_tensor x{}, u{};
   const float *g = nullptr;
   const float *r = nullptr;
-  const float *delta = nullptr;  // of Z alone
+  const float *delta = nullptr;  // of Z alone; reverse without it: no sums into Z
   float scale = 1.f;
   Range *out = nullptr;
 };
@@ -75,13 +75,25 @@ struct OutputArgs {
   const float *g = nullptr;       // or null: no gates
   const float *r = nullptr;       // reverse; null = 1
   const void *state = nullptr;    // tiles of S (dS) per slot, or null: no state
-  const void *z_state = nullptr;  // forward, normalised: Z in two parts per slot
+  const void *z_state = nullptr;  // forward, for the row sums: Z in two parts per slot
   const Units *units = nullptr;   // of state and z_state, float16
   float scale = 1.f;              // c
   float eps = 0.f;
   powerattn_tensor row_norm{};  // forward: optional out, [b, t, heads_q] float
 };
 cudaError_t output(const OutputArgs &a, cudaStream_t stream);
+
+// Degree 1 has no Z. Adds to the row sums that output() wrote what earlier chunks give:
+//   row_norm_i += c e^{g_i} q_i . z,  z = sum over the tokens before the chunk of e^{..} k_t
+struct NormArgs {
+  Shape shape;
+  powerattn_tensor q{}, k{};
+  const float *g = nullptr;
+  float scale = 1.f;
+  float *z = nullptr;  // scratch [slots][d]
+  powerattn_tensor row_norm{};
+};
+cudaError_t add_norms(const NormArgs &a, cudaStream_t stream);
 
 // The gradient of x, with e_rc the gradient of s_rc (m = u_r . y_c):
 //   dq: x = q, u = d_y, z = k, y = v      e_ij = p c e^{g_i - g_j} s_ij^{p-1} (m - delta_i) r_i

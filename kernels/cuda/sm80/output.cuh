@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
       fetch(2);
       int n = 0;
       if constexpr (P == 2) {
-        // x_i x_j lift < 2^15, and x_i lift, an operand itself: elements below 1 are lifted less, those of 1e-3 to
-        // products of 2^5. A thread per row of its warp.
+        // x_i x_j lift < 2^15, and x_i lift, an operand itself: elements below 1 are lifted less, those of 1e-3
+        // to products of 2^5. A thread per row of its warp.
         if constexpr (kScaled) {
           copy_wait<2>();
           __syncthreads();
@@ -444,9 +444,9 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
     for (int h = 0; h < 2; ++h) {
       const int row = row0 + 16 * m + 8 * h + lane / 4;
       float inverse = top[m][h];
-      if (a.normalize) {
+      if (a.normalize || a.row_norm.data != nullptr) {
         const float sum = quad_sum(l[m][h]) * top[m][h] + a.eps;
-        inverse = safe_inverse(sum) * top[m][h];
+        if (a.normalize) inverse = safe_inverse(sum) * top[m][h];
         if (a.row_norm.data != nullptr && quad == 0 && row < tile.length)
           *(row_pointer<float>(a.row_norm, batch, tile.start + row, head_x)) = sum;
       }

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) ranges_kernel(const __grid_constant_
         float w = fabsf(a.scale);
         if (g) w *= __expf(a.reverse ? g[t] : g_end - g[t]);
         if (a.r) w *= fabsf(a.r[at + t]);
-        const float wz = a.delta ? w * fabsf(a.delta[at + t]) : w;
+        const float wz = a.delta ? w * fabsf(a.delta[at + t]) : a.reverse ? 0.f : w;
         const float largest = Pair<__half>::lo(most_x);
         const float feature = s.degree == 1 ? largest : largest * largest;
         most_s = fmaxf(most_s, w * fmaxf(feature, largest));
@@ -135,6 +135,75 @@ __global__ void __launch_bounds__(kThreads) ranges_kernel(const __grid_constant_
   out.bound_s = (s.degree == 2 ? 2.f : 1.f) * sum_s;
   out.bound_z = sum_z;
   a.out[slot] = out;
+}
+
+// z[slot] = sum_t e^{g_end - g_t} k_t. A thread per column.
+template <typename T>
+__global__ void __launch_bounds__(128) key_sums_kernel(const __grid_constant__ NormArgs a) {
+  const Shape &s = a.shape;
+  const int64_t slot = blockIdx.x;
+  const Chunk chunk = s.table.chunks[slot / s.heads_kv];
+  if (chunk.length == 0) return;
+  const int head = static_cast<int>(slot % s.heads_kv);
+  const int64_t batch = s.packed ? 0 : chunk.sequence;
+  const float *const g = a.g ? a.g + (batch * s.heads_kv + head) * s.seq_len + chunk.start : nullptr;
+  const T *const k = row_pointer<T>(a.k, batch, chunk.start, head) + threadIdx.x;
+  float sum = 0.f;
+#pragma unroll 4
+  for (int t = 0; t < chunk.length; ++t)
+    sum += Pair<T>::to_float(k[t * a.k.stride_t]) * (g ? __expf(g[chunk.length - 1] - g[t]) : 1.f);
+  a.z[slot * s.head_dim + threadIdx.x] = sum;
+}
+
+// z[slot] = the sum over all earlier chunks, in place.
+__global__ void __launch_bounds__(128) key_prefix_kernel(const __grid_constant__ NormArgs a) {
+  const Shape &s = a.shape;
+  const int sequence = static_cast<int>(blockIdx.x / s.heads_kv),
+            head = static_cast<int>(blockIdx.x % s.heads_kv);
+  const Sequence seq = s.table.sequences[sequence];
+  const int64_t batch = s.packed ? 0 : sequence;
+  const float *const g = a.g ? a.g + (batch * s.heads_kv + head) * s.seq_len + seq.start : nullptr;
+  float *z = a.z + (static_cast<int64_t>(seq.first_chunk) * s.heads_kv + head) * s.head_dim + threadIdx.x;
+  float carry = 0.f;
+  for (int64_t start = 0; start < seq.length; start += s.table.chunk) {
+    const float local = *z;
+    *z = carry;
+    carry = carry * (g ? __expf(g[min(start + s.table.chunk, seq.length) - 1]) : 1.f) + local;
+    z += s.heads_kv * s.head_dim;
+  }
+}
+
+// One warp per row of a tile and head, as in rows_kernel.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) add_norms_kernel(const __grid_constant__ NormArgs a) {
+  const Shape &s = a.shape;
+  const int lane = threadIdx.x & 31;
+  const Tile tile = s.table.tiles[blockIdx.x / s.heads_q];
+  const int head = blockIdx.x % s.heads_q, head_kv = head / (s.heads_q / s.heads_kv);
+  const int64_t batch = s.packed ? 0 : tile.sequence;
+  const float *const z = a.z + (static_cast<int64_t>(tile.chunk) * s.heads_kv + head_kv) * s.head_dim;
+  for (int row = threadIdx.x / 32; row < tile.length; row += kThreads / 32) {
+    const T *const q = row_pointer<T>(a.q, batch, tile.start + row, head);
+    float sum = 0.f;
+    for (int e = lane; e < s.head_dim; e += 32) sum += Pair<T>::to_float(q[e]) * z[e];
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    if (lane == 0) {
+      if (a.g) sum *= __expf(a.g[(batch * s.heads_kv + head_kv) * s.seq_len + tile.start + row]);
+      *row_pointer<float>(a.row_norm, batch, tile.start + row, head) += a.scale * sum;
+    }
+  }
+}
+
+template <typename T>
+void add_norms_type(const NormArgs &a, cudaStream_t stream) {
+  const Shape &s = a.shape;
+  launch_kernel(key_sums_kernel<T>, static_cast<unsigned>(s.table.num_chunks * s.heads_kv), s.head_dim, 0,
+                stream, a);
+  launch_kernel(key_prefix_kernel, static_cast<unsigned>(s.table.num_sequences * s.heads_kv), s.head_dim, 0,
+                stream, a);
+  launch_kernel(add_norms_kernel<T>, static_cast<unsigned>(s.table.num_tiles * s.heads_q), kThreads, 0, stream,
+                a);
 }
 
 // A state as stored: tiles, or at the ends of a sequence canonical numbers; null: zero.
@@ -312,6 +381,15 @@ cudaError_t ranges(const RangeArgs &a, cudaStream_t stream) {
   const int64_t slots = a.shape.table.num_chunks * a.shape.heads_kv;
   if (slots == 0) return cudaSuccess;
   return launch_kernel(ranges_kernel, static_cast<unsigned>(slots), kThreads, 0, stream, a);
+}
+
+cudaError_t add_norms(const NormArgs &a, cudaStream_t stream) {
+  if (a.shape.table.num_tiles == 0) return cudaSuccess;
+  if (a.shape.dtype == Dtype::kFloat16)
+    add_norms_type<__half>(a, stream);
+  else
+    add_norms_type<__nv_bfloat16>(a, stream);
+  return cudaGetLastError();
 }
 
 cudaError_t rows(const RowsArgs &a, cudaStream_t stream) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // float16 has the digits but not the range: what it has to hold is counted in powers of two that an upper bound
-// gives, and the power is undone on float32 sums. Multiplying by a power of two is exact, so nothing is lost down
-// to 2^-28 of the bound; below that it is rounded to 2^-39 of the bound.
+// gives, and the power is undone on float32 sums. Multiplying by a power of two is exact, so nothing is lost
+// down to 2^-28 of the bound; below that it is rounded to 2^-39 of the bound.
 #pragma once
 
 #include <cstdint>
