@@ -102,7 +102,9 @@ __device__ __forceinline__ uint64_t tile_desc(uint32_t address, uint32_t column_
 
 // The descriptor of the same tile `bytes` further on. Shared memory ends below 256 KB, so nothing carries out
 // of the address field; and the sum stays in uniform registers where tile_desc() of each address would not.
-__device__ __forceinline__ uint64_t desc_at(uint64_t desc, uint32_t bytes) { return desc + (bytes >> 4); }
+__device__ __forceinline__ uint64_t desc_at(uint64_t desc, uint32_t bytes) {
+  return (desc & 0xffffffff00000000ull) | (static_cast<uint32_t>(desc) + (bytes >> 4));
+}
 
 // ---- Packed arithmetic --------------------------------------------------------------------------------------
 

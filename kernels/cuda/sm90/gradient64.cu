@@ -57,8 +57,8 @@ struct Consumer {
       if (ks == 0)
         wgmma<T, false, true>(dx, x[ks], tile_desc(stage()));
       else
-        wgmma<T, true, true>(dx, x[ks], tile_desc(stage() + ks * 2048));
-      wgmma<T, true, true>(dx, x[ks], tile_desc(stage() + kTile + ks * 2048));
+        wgmma<T, true, true>(dx, x[ks], desc_at(tile_desc(stage()), ks * 2048));
+      wgmma<T, true, true>(dx, x[ks], desc_at(tile_desc(stage()), kTile + ks * 2048));
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -129,7 +129,7 @@ struct Consumer {
     wgmma_fence();
     wgmma<T, false, false>(t, u[0], tile_desc(tile));
 #pragma unroll
-    for (int ks = 1; ks < 4; ++ks) wgmma<T, true, false>(t, u[ks], tile_desc(tile + ks * 32));
+    for (int ks = 1; ks < 4; ++ks) wgmma<T, true, false>(t, u[ks], desc_at(tile_desc(tile), ks * 32));
     wgmma_commit();
   }
 
@@ -157,7 +157,7 @@ struct Consumer {
           phi(f, xs, jb);
           wgmma_fence();
 #pragma unroll
-          for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dv, f[ks], tile_desc(b + ks * 2048));
+          for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dv, f[ks], desc_at(tile_desc(b), ks * 2048));
           wgmma_commit();
           wgmma_wait<1>();  // T
           if (tile % 2 == 1) {
@@ -196,11 +196,11 @@ struct Consumer {
     wgmma_fence();
     wgmma<T, false, false>(dx, u[0], tile_desc(stage()));
 #pragma unroll
-    for (int ks = 1; ks < 4; ++ks) wgmma<T, true, false>(dx, u[ks], tile_desc(stage() + ks * 32));
+    for (int ks = 1; ks < 4; ++ks) wgmma<T, true, false>(dx, u[ks], desc_at(tile_desc(stage()), ks * 32));
     if constexpr (kKeys) {
       wgmma<T, false, true>(dv, x[0], tile_desc(stage()));
 #pragma unroll
-      for (int ks = 1; ks < 4; ++ks) wgmma<T, true, true>(dv, x[ks], tile_desc(stage() + ks * 2048));
+      for (int ks = 1; ks < 4; ++ks) wgmma<T, true, true>(dv, x[ks], desc_at(tile_desc(stage()), ks * 2048));
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -212,20 +212,22 @@ struct Consumer {
   __device__ __forceinline__ void scores(float (&t)[32], float (&m)[32]) {
     wgmma<T, false, false>(t, x[0], tile_desc(stage()));
 #pragma unroll
-    for (int ks = 1; ks < 4; ++ks) wgmma<T, true, false>(t, x[ks], tile_desc(stage() + ks * 32));
-    wgmma<T, false, false>(m, u[0], tile_desc(stage() + kTile));
+    for (int ks = 1; ks < 4; ++ks) wgmma<T, true, false>(t, x[ks], desc_at(tile_desc(stage()), ks * 32));
+    wgmma<T, false, false>(m, u[0], desc_at(tile_desc(stage()), kTile));
 #pragma unroll
-    for (int ks = 1; ks < 4; ++ks) wgmma<T, true, false>(m, u[ks], tile_desc(stage() + kTile + ks * 32));
+    for (int ks = 1; ks < 4; ++ks)
+      wgmma<T, true, false>(m, u[ks], desc_at(tile_desc(stage()), kTile + ks * 32));
   }
   // dx += e z, dv += w y
   __device__ __forceinline__ void accumulate(const uint32_t (&e)[4][4], const uint32_t (&w)[4][4],
                                              uint32_t tile) {
     if constexpr (kKeys) {
 #pragma unroll
-      for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dv, w[ks], tile_desc(tile + kTile + ks * 2048));
+      for (int ks = 0; ks < 4; ++ks)
+        wgmma<T, true, true>(dv, w[ks], desc_at(tile_desc(tile), kTile + ks * 2048));
     }
 #pragma unroll
-    for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dx, e[ks], tile_desc(tile + ks * 2048));
+    for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dx, e[ks], desc_at(tile_desc(tile), ks * 2048));
   }
 
   template <bool kDiagonal>

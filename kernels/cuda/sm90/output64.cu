@@ -83,9 +83,9 @@ struct Consumer {
 #pragma unroll
           for (int ks = 0; ks < 4; ++ks) {
             if (tile == 0 && ks == 0)
-              wgmma<T, false, true>(o[m], a[tile % 2][m][ks], tile_desc(b + ks * 2048));
+              wgmma<T, false, true>(o[m], a[tile % 2][m][ks], desc_at(tile_desc(b), ks * 2048));
             else
-              wgmma<T, true, true>(o[m], a[tile % 2][m][ks], tile_desc(b + ks * 2048));
+              wgmma<T, true, true>(o[m], a[tile % 2][m][ks], desc_at(tile_desc(b), ks * 2048));
           }
         wgmma_commit();
         wgmma_wait<1>();
@@ -121,8 +121,8 @@ struct Consumer {
         if (ks == 0)
           wgmma<T, false, true>(t[m], q[m][ks], tile_desc(b));
         else
-          wgmma<T, true, true>(t[m], q[m][ks], tile_desc(b + ks * 2048));
-        wgmma<T, true, true>(t[m], q[m][ks], tile_desc(b + kTile + ks * 2048));
+          wgmma<T, true, true>(t[m], q[m][ks], desc_at(tile_desc(b), ks * 2048));
+        wgmma<T, true, true>(t[m], q[m][ks], desc_at(tile_desc(b), kTile + ks * 2048));
       }
     wgmma_commit();
     wgmma_wait<0>();
@@ -150,7 +150,7 @@ struct Consumer {
         if (ks == 0)
           wgmma<T, false, true>(o[m], q[m][ks], tile_desc(stage()));
         else
-          wgmma<T, true, true>(o[m], q[m][ks], tile_desc(stage() + ks * 2048));
+          wgmma<T, true, true>(o[m], q[m][ks], desc_at(tile_desc(stage()), ks * 2048));
       }
     wgmma_commit();
     wgmma_wait<0>();
@@ -163,12 +163,12 @@ struct Consumer {
   __device__ __forceinline__ void scores(float (&t)[32], uint32_t keys) {
     wgmma<T, false, false>(t, q[m][0], tile_desc(keys));
 #pragma unroll
-    for (int ks = 1; ks < 4; ++ks) wgmma<T, true, false>(t, q[m][ks], tile_desc(keys + ks * 32));
+    for (int ks = 1; ks < 4; ++ks) wgmma<T, true, false>(t, q[m][ks], desc_at(tile_desc(keys), ks * 32));
   }
   template <int m>
   __device__ __forceinline__ void values(const uint32_t (&w)[4][4], uint32_t v) {
 #pragma unroll
-    for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(o[m], w[ks], tile_desc(v + ks * 2048));
+    for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(o[m], w[ks], desc_at(tile_desc(v), ks * 2048));
   }
   // Block r of the tile's own four against row tile `mt`: rows at r are the diagonal, later ones advance their
   // reference gate to the start of block r + 1 first.

@@ -219,7 +219,7 @@ __device__ __forceinline__ void sum_tiles(float (&acc)[3][64], Pipe<kExact> &pip
         else
           fetch(ks == 3 ? next : here, 0, (ks + 1) & 3);
         wgmma_fence();
-        wgmma<T, true, true>(acc[n], b, tile_desc(here + kTile + ks * 2048, kHalf));
+        wgmma<T, true, true>(acc[n], b, desc_at(tile_desc(here, kHalf), kTile + ks * 2048));
         wgmma_commit();
         if (ks == 0 && n == 2 && it > 0)
           pipe.release(pipe.ring.stage < 2 ? pipe.ring.stage + kStages - 2 : pipe.ring.stage - 2);

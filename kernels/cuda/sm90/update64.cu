@@ -246,7 +246,7 @@ __device__ __forceinline__ void sum_tiles(float (&acc)[6][32], Pipe<kExact> &pip
         if (m == 0 || part.j[m] / 2 != part.j[n] / 2)
           load_kt(part.j[m] / 2, m == 0 ? ahead : here, m == 0 ? (ks + 1) & 3 : ks);
         wgmma_fence();
-        wgmma<T, true, true>(acc[n], b, tile_desc(here + kTile + ks * 2048));
+        wgmma<T, true, true>(acc[n], b, desc_at(tile_desc(here), kTile + ks * 2048));
         wgmma_commit();
         if (ks == 0 && n == 2 && it > 0)
           pipe.release(pipe.ring.stage < 2 ? pipe.ring.stage + kStages - 2 : pipe.ring.stage - 2);
@@ -337,7 +337,7 @@ __device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe<kExact> 
     wgmma_fence();
 #pragma unroll
     for (int ks = 0; ks < (kExact ? 8 : 4); ++ks)
-      wgmma<T, true, true>(acc, f[ks], tile_desc(b + ks % 4 * 2048));
+      wgmma<T, true, true>(acc, f[ks], desc_at(tile_desc(b), ks % 4 * 2048));
     wgmma_commit();
     wgmma_wait<0>();
     pipe.release(pipe.ring.stage);
