@@ -288,9 +288,9 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
       wide
           ? "      q is the A operand in shared memory (sums of 2 x 64 x 128 fill 128 registers); 64 KB q + 4\n"
             "      stages x 32 KB + 16 KB y + meta = 213 KB\n"
-            "    dq, dk and dv: 128 rows (2 x m64), x and u in shared memory; 217 KB\n"
+            "    dq, dk and dv: 128 rows (2 x m64), x and u in shared memory; 218 KB\n"
           : "      A in registers; 32 KB q + 8 stages x 16 KB + 16 KB y + meta = 181 KB\n"
-            "    dq, dk and dv: 128 rows (2 x m64: two score tiles and the gradients fill 240 registers); 189 "
+            "    dq, dk and dv: 128 rows (2 x m64: two score tiles and the gradients fill 240 registers); 190 "
             "KB\n");
   if (chunked(t)) {
     const int d = static_cast<int>(p.head_dim);

@@ -16,9 +16,9 @@ struct GradientLayout {
   static constexpr int kNormStages = 4 * kDim * kDim / kStage;
   // d = 64 (128): 1024 (alignment) + rows 32 KB (64) + ring 8 x 16 KB (4 x 32) + staging 8 x 2 KB + meta 8 (4)
   // x 1040
-  // + units + barriers: 189 KB (217).
+  // + units + barriers: 190 KB (218).
   static constexpr int kSmem = 1024 + 4 * kTile + kStages * kStage + kConsumerWarps * 2048 + kStages * kMeta +
-                               3 * static_cast<int>(sizeof(GradientUnit)) + 256;
+                               4 * static_cast<int>(sizeof(GradientUnit)) + 256;
 };
 
 template <int kDim>
@@ -31,7 +31,7 @@ struct GradientSmem {
     staging = ring + L::kStages * L::kStage;
     meta = staging + kConsumerWarps * 2048;
     unit = meta + L::kStages * kMeta;
-    full = unit + 3 * sizeof(GradientUnit);
+    full = unit + 4 * sizeof(GradientUnit);
     empty = full + 8 * L::kStages;
     rows_full = empty + 8 * L::kStages;
     rows_empty = rows_full + 8;
@@ -112,7 +112,7 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
   };
   for (;;) {
     if (warp() == 0) {
-      volatile GradientUnit &next = slots[2];
+      volatile GradientUnit &next = slots[2 + (at.unit() ^ 1)];
       for (;;) {
         const int ticket = next_ticket(a.ticket, lane());
         if (ticket >= p.table.num_tiles * heads * 2) {
@@ -163,11 +163,13 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
         }
         break;
       }
-      __syncwarp();
-      barrier_wait(s.rows_empty, at.unit());
-      volatile GradientUnit &u = slots[at.unit() ^ 1];
-      copy_words(&u, &next, sizeof(GradientUnit) / 4, lane());
-      __syncwarp();
+    }
+    named_barrier<1, 32 * kProducers>();
+    at.next_unit();
+    const volatile GradientUnit &u = slots[2 + at.unit()];
+    if (warp() == 0) {
+      barrier_wait(s.rows_empty, at.unit() ^ 1);
+      copy_words(slots + at.unit(), &u, sizeof(GradientUnit) / 4, lane());
       if ((maps.x.tiled && maps.u.tiled) || u.head < 0) {  // rows behind the chunk's end are nobody's
         if (u.head >= 0 && lane() == 0) {
           barrier_expect_only(s.rows_full, 4 * kTile);
@@ -190,9 +192,6 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
         hand_over_copies(s.rows_full);
       }
     }
-    named_barrier<1, 32 * kProducers>();
-    at.next_unit();
-    const volatile GradientUnit &u = slots[at.unit()];
     if (u.head < 0) break;
 
     int n = (warp() - at.turn) & (kProducers - 1);  // this warp's next stage of the unit

@@ -79,7 +79,7 @@ __device__ __forceinline__ void produce_output(const OutputArgs &a, const Output
   constexpr int kStateTiles = tile_count(kDegree == 1 ? 1 : 2, kDim), kStateStages = (kStateTiles + 1) / 2;
   static_assert(kStages % kProducers == 0);  // a stage of the ring belongs to one warp
   const Shape &p = a.p;
-  Turns<kStages> at{1u << 31};  // unit(): the parity that `q_empty` has, and the slot in use, inverted
+  Turns<kStages> at{1u << 31};  // unit(): the slot in use
   const auto lane = [] { return thread_here() & 31; };
   const auto warp = [] { return thread_here() >> 5 & (kProducers - 1); };
   // Every barrier that consumers wait for counts one arrival: that of lane 0, when all lanes of its warp have
@@ -96,9 +96,10 @@ __device__ __forceinline__ void produce_output(const OutputArgs &a, const Output
     hand_over(bar);
   };
   for (;;) {
-    // The first warp takes the unit, prepares what is known of it while the consumers work, and loads q.
+    // The first warp takes a unit while the consumers work on the one before, and the others begin with its
+    // stages. Slots 2 and 3 are the producers' own copies of 0 and 1.
     if (warp() == 0) {
-      volatile UnitMeta &next = slots[2];
+      volatile UnitMeta &next = slots[2 + (at.unit() ^ 1)];
       for (;;) {
         const int ticket = next_ticket(a.ticket, lane());
         if (ticket >= p.table.num_tiles * p.heads_q) {
@@ -126,13 +127,17 @@ __device__ __forceinline__ void produce_output(const OutputArgs &a, const Output
         }
         break;
       }
-      __syncwarp();
-      barrier_wait(s.q_empty, at.unit());
-      volatile UnitMeta &u = slots[at.unit() ^ 1];
-      copy_words(&u, &next, sizeof(UnitMeta) / 4, lane());
-      __syncwarp();
-      if (maps.q.tiled ||
-          u.head < 0) {  // rows behind the chunk's end are nobody's: each row of the products is its own
+    }
+    // Nobody reads the slot that the first warp writes next: that is of the unit before this one.
+    named_barrier<1, 32 * kProducers>();
+    at.next_unit();
+    const volatile UnitMeta &u = slots[2 + at.unit()];
+    // It also tells the consumers, as soon as they have read the q before, and loads q.
+    if (warp() == 0) {
+      barrier_wait(s.q_empty, at.unit() ^ 1);
+      copy_words(slots + at.unit(), &u, sizeof(UnitMeta) / 4, lane());
+      if (maps.q.tiled || u.head < 0) {
+        // Rows behind the chunk's end are nobody's: each row of the products is its own.
         if (u.head >= 0 && lane() == 0) {
           barrier_expect_only(s.q_full, kRowTiles * kTile);
 #pragma unroll 1
@@ -151,10 +156,6 @@ __device__ __forceinline__ void produce_output(const OutputArgs &a, const Output
         hand_over_copies(s.q_full);
       }
     }
-    // Nobody reads the slot that the first warp writes next: that is of the unit before this one.
-    named_barrier<1, 32 * kProducers>();
-    at.next_unit();
-    const volatile UnitMeta &u = slots[at.unit()];
     if (u.head < 0) break;
 
     int n = (warp() - at.turn) & (kProducers - 1);  // this warp's next stage of the unit
