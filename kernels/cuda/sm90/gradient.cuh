@@ -24,12 +24,12 @@ struct GradientUnit {
   float r[kUnitRows], delta[kUnitRows];  // of the rows (queries)
 };
 
-// e = s^{p-1} f (m - delta), w = s^p f; on the diagonal f = r 2^(gate difference), and only visible pairs.
-// This lane holds rows `row` and row + 8 and columns `col`, col + 1 of every 8.
-template <typename T, int kDegree, bool kKeys, bool kDiagonal, int kW>
-__device__ __forceinline__ void weigh_gradient(const float (&t)[32], const float (&m)[32], uint32_t (&e)[4][4],
-                                               uint32_t (&w)[kW][4], uint32_t md, int row, int col, float d0,
-                                               float d1) {
+// m := s^{p-1} f (m - delta), t := s^p f from t = s; on the diagonal f = r 2^(gate difference), and only
+// visible pairs. This lane holds rows `row` and row + 8 and columns `col`, col + 1 of every 8. In place, so
+// that the fragments of the block before may still be read by products in flight.
+template <int kDegree, bool kKeys, bool kDiagonal>
+__device__ __forceinline__ void weigh_gradient(float (&t)[32], float (&m)[32], uint32_t md, int row, int col,
+                                               float d0, float d1) {
   float g[2] = {0.f, 0.f};
   if constexpr (kDiagonal) {
     g[0] = load_f1(md + kGate + row * 4);
@@ -46,11 +46,10 @@ __device__ __forceinline__ void weigh_gradient(const float (&t)[32], const float
     if constexpr (kDiagonal) gc = load_f2(at + kGate);
     if constexpr (kKeys) delta = load_f2(at + kDelta);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float ev[2], wv[2];
+    for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const float sv = t[4 * n + 2 * h + k];
+        float &sv = t[4 * n + 2 * h + k], &mv = m[4 * n + 2 * h + k];
         float fv = k ? f.y : f.x;
         if constexpr (kDiagonal) {
           const float gv = k ? gc.y : gc.x;
@@ -59,13 +58,23 @@ __device__ __forceinline__ void weigh_gradient(const float (&t)[32], const float
           fv = (kKeys ? c >= r : c <= r) ? fv : 0.f;
         }
         const float a = power<kDegree - 1>(sv) * fv;
-        ev[k] = a * (m[4 * n + 2 * h + k] - (kKeys ? (k ? delta.y : delta.x) : (h ? d1 : d0)));
-        wv[k] = a * sv;
+        mv = a * (mv - (kKeys ? (k ? delta.y : delta.x) : (h ? d1 : d0)));
+        sv = a * sv;
       }
-      e[n / 2][(n & 1) * 2 + h] = pack2<T>(ev[0], ev[1]);
-      if constexpr (kKeys) w[n / 2][(n & 1) * 2 + h] = pack2<T>(wv[0], wv[1]);
-    }
   }
+}
+// The same numbers as operands: e from m and, for keys, w from t.
+template <typename T, bool kKeys, int kW>
+__device__ __forceinline__ void pack_gradient(const float (&t)[32], const float (&m)[32], uint32_t (&e)[4][4],
+                                              uint32_t (&w)[kW][4]) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int i = 4 * n + 2 * h;
+      e[n / 2][(n & 1) * 2 + h] = pack2<T>(m[i], m[i + 1]);
+      if constexpr (kKeys) w[n / 2][(n & 1) * 2 + h] = pack2<T>(t[i], t[i + 1]);
+    }
 }
 
 // x . dx of a row tile's rows lane / 4 and lane / 4 + 8 from `local` on; with them delta and the weights in dZ.

@@ -197,9 +197,10 @@ struct Consumer {
 
   // e = s^{p-1} f (m - delta), w = s^p f; on the diagonal f = r 2^(gate difference), and only visible pairs.
   template <bool kDiagonal>
-  __device__ __forceinline__ void weigh(const float (&t)[32], const float (&m)[32], uint32_t (&e)[4][4],
+  __device__ __forceinline__ void weigh(float (&t)[32], float (&m)[32], uint32_t (&e)[4][4],
                                         uint32_t (&w)[kKeys ? 4 : 1][4], uint32_t md, float d0, float d1) {
-    weigh_gradient<T, kDegree, kKeys, kDiagonal>(t, m, e, w, md, row(), (lane() & 3) * 2, d0, d1);
+    weigh_gradient<kDegree, kKeys, kDiagonal>(t, m, md, row(), (lane() & 3) * 2, d0, d1);
+    pack_gradient<T, kKeys>(t, m, e, w);
   }
 
   // Row factors before the diagonal: queries exp(G_i - block start), keys exp(block end - G_j).

@@ -231,9 +231,8 @@ struct Consumer {
   }
 
   template <bool kDiagonal>
-  __device__ __forceinline__ void weigh(const float (&t)[32], const float (&m)[32], uint32_t (&e)[4][4],
-                                        uint32_t (&w)[4][4], uint32_t md, float d0, float d1) {
-    weigh_gradient<T, kDegree, kKeys, kDiagonal>(t, m, e, w, md, warp * 16 + lane / 4, (lane & 3) * 2, d0, d1);
+  __device__ __forceinline__ void weigh(float (&t)[32], float (&m)[32], float d0, float d1) {
+    weigh_gradient<kDegree, kKeys, kDiagonal>(t, m, meta(), warp * 16 + lane / 4, (lane & 3) * 2, d0, d1);
   }
 
   // Row factors before the diagonal: queries exp(G_i - block start), keys exp(block end - G_j).
@@ -260,16 +259,35 @@ struct Consumer {
     scores(t, m);
     wgmma_commit();
     wgmma_wait<0>();
+    // While the block before is accumulated, this one is weighed: only the packing waits for those products,
+    // which read e and w. Nothing is in flight across the loop's edge (the compiler would serialise).
+    if (main > 0) {
+      weigh<false>(t, m, d0, d1);
+      pack_gradient<T, kKeys>(t, m, e, w);
 #pragma unroll 1
-    for (int n = 0; n < main; ++n) {
-      const uint32_t here = stage();
+      for (int n = 1; n < main; ++n) {
+        const uint32_t before = stage();
+        const int index = ring.stage;
+        ring.next();
+        acquire();
+        wgmma_fence();
+        scores(t, m);
+        wgmma_commit();
+        accumulate(e, w, before);
+        wgmma_commit();
+        wgmma_wait<1>();
+        weigh<false>(t, m, d0, d1);
+        wgmma_wait<0>();
+        release(index);
+        pack_gradient<T, kKeys>(t, m, e, w);
+      }
+      const uint32_t before = stage();
       const int index = ring.stage;
-      weigh<false>(t, m, e, w, meta(), d0, d1);
       ring.next();
       acquire();
       wgmma_fence();
       scores(t, m);
-      accumulate(e, w, here);
+      accumulate(e, w, before);
       wgmma_commit();
       wgmma_wait<0>();
       release(index);
@@ -288,14 +306,15 @@ struct Consumer {
         if (diagonal) {
           if (n == (leads ? 0 : first))
             to_rows(min(63, unit.length - 1 - unit.row - (kKeys == leads ? 64 : 0)));
-          weigh<true>(t, m, e, w, meta(), d0, d1);
+          weigh<true>(t, m, d0, d1);
         } else {
           if (n == 0) {
             const float f = load_f1(meta() + kAdvance);
             scale(f, f);
           }
-          weigh<false>(t, m, e, w, meta(), d0, d1);
+          weigh<false>(t, m, d0, d1);
         }
+        pack_gradient<T, kKeys>(t, m, e, w);
         wgmma_fence();
         accumulate(e, w, stage());
         wgmma_commit();
