@@ -31,6 +31,9 @@ using cuda::stream_of;
 
 // Fastest first; the generic path runs what nothing above it takes.
 const Implementation *const kAll[] = {
+#if defined(POWERATTN_HAVE_LINEAR)
+    &kCudaLinear,
+#endif
 #if defined(POWERATTN_HAVE_SM90)
     &kCudaSm90,
 #endif
@@ -41,9 +44,6 @@ const Implementation *const kAll[] = {
 
 // Rows whose kernels have not run on a device: reached by their name only.
 const Implementation *const kUnmeasured[] = {
-#if defined(POWERATTN_HAVE_LINEAR)
-    &kCudaLinear,
-#endif
 #if defined(POWERATTN_HAVE_SM90)
     &kCudaSm90Next,
 #endif

@@ -41,7 +41,7 @@ struct Features {
   bool d128;    // head_dim = value_dim = 128
   bool rope;    // rotary embedding: through the prepare pass
 };
-constexpr Features kMeasured = {/*states=*/true, /*d128=*/true, /*rope=*/false};
+constexpr Features kMeasured = {/*states=*/true, /*d128=*/true, /*rope=*/true};
 constexpr Features kWritten = {/*states=*/true, /*d128=*/true, /*rope=*/true};
 
 bool with_rope(const Problem &p) { return p.rope.style != POWERATTN_ROPE_NONE; }
@@ -71,8 +71,8 @@ struct Rates {
   double gradient_state;  // their parts of the state
 };
 // Measured on an H200 with 132 multiprocessors (docs/performance-log.md).
-constexpr Rates kRates64 = {390e12, 620e12, 435e12, 330e12, 440e12};
-constexpr Rates kRates128 = {500e12, 640e12, 560e12, 460e12, 485e12};
+constexpr Rates kRates64 = {560e12, 620e12, 450e12, 480e12, 430e12};
+constexpr Rates kRates128 = {540e12, 640e12, 550e12, 550e12, 500e12};
 constexpr double kBandwidth = 3.2e12;
 constexpr double kLaunch = 3e-6;
 constexpr int kReferenceSms = 132;
