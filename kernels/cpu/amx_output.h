@@ -83,6 +83,7 @@ inline void amx_output(const Call<float> &call, const Rows &q, double position, 
   for (int64_t first = span.first; first < span.first + span.count; first += 32) {
     const int64_t count = lesser<int64_t>(32, span.first + span.count - first);
     const Span rows = {span.chunk, first, count};
+    for (int64_t i = 0; i < count; ++i) prefetch_row<float>(call.dtype, y, span.chunk + first + i, call.e);
     pack<float>(call, q, call.rope_style != POWERATTN_ROPE_NONE, position, call.d, rows,
                 Packed<float>{x - first * call.dp, nullptr, nullptr}, line);
     for (int64_t i = 0; i < 32 * call.dp; i += 32) {

@@ -53,9 +53,10 @@ void forward_wave(const Run<T> &run, const powerattn_plan &plan, const powerattn
       kernels.pack(call, run.rows(a.v, s, s.head), false, 0.0, call.e, span, s.v, scratch);
     });
 
-    // The tiles at the end of a chunk see the most keys: they go first.
+    // The tiles at the end of a chunk see the most keys: they go first where others wait for the last one.
     run.units(count, g.groups * g.tiles, [&](Slot<T> &s, int64_t unit, void *scratch) {
-      const fast::Span span = run.tile_span(s, n, g.tiles - 1 - unit / g.groups);
+      const int64_t turn = unit / g.groups;
+      const fast::Span span = run.tile_span(s, n, g.whole_streams ? turn : g.tiles - 1 - turn);
       if (span.count <= 0) return;
       const int64_t head = run.query_head(s, unit % g.groups);
       const fast::State<T> state = s.carried ? state_of(s, n) : fast::State<T>{nullptr, nullptr};
