@@ -7,6 +7,15 @@ namespace powerattn {
 namespace cpu {
 namespace {
 
+// Asks for `count` rows of `bytes` bytes. Rows of one head lie a whole token apart, a few to a page: where
+// nobody asks early, packing waits for memory and page tables.
+void prefetch_rows(const fast::Rows &rows, int64_t first, int64_t count, int64_t element, int64_t bytes) {
+  for (int64_t i = 0; i < count; ++i) {
+    const char *row = static_cast<const char *>(rows.data) + (first + i) * rows.stride * element;
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
+}
+
 // Streams first .. of one wave.
 template <class T>
 void forward_wave(const Run<T> &run, const powerattn_plan &plan, const powerattn_forward_args &a,
@@ -59,6 +68,15 @@ void forward_wave(const Run<T> &run, const powerattn_plan &plan, const powerattn
       const fast::Span span = run.tile_span(s, n, g.whole_streams ? turn : g.tiles - 1 - turn);
       if (span.count <= 0) return;
       const int64_t head = run.query_head(s, unit % g.groups);
+      if (g.whole_streams) {  // the next chunk's rows, while this one's are used
+        const int64_t next = (n + 1) * g.chunk + span.first;
+        const int64_t rows = std::clamp<int64_t>(s.tokens - next, 0, span.count);
+        prefetch_rows(run.rows(a.q, s, head), next, rows, run.size(), call.d * run.size());
+        if (unit % g.groups == 0) {
+          prefetch_rows(run.rows(a.k, s, s.head), next, rows, run.size(), call.d * run.size());
+          prefetch_rows(run.rows(a.v, s, s.head), next, rows, run.size(), call.e * run.size());
+        }
+      }
       const fast::State<T> state = s.carried ? state_of(s, n) : fast::State<T>{nullptr, nullptr};
       kernels.output(call, run.rows(a.q, s, head), s.position, s.k, s.v, s.gates, state, span,
                      run.rows(a.y, s, head), run.statistics(a.row_norm, s, head), scratch);
