@@ -29,9 +29,9 @@ const cuda::DeviceProperties *device_of(const Problem &p) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- The plan. Rates are predictions: these kernels have not run on a device yet.
+// ---- The plan. The rate is what the kernels reach together on an H200 (docs/performance-log.md).
 
-constexpr double kBandwidth = 3.0e12;  // of a device with 132 multiprocessors
+constexpr double kBandwidth = 2.7e12;  // of a device with 132 multiprocessors
 constexpr double kLaunch = 3e-6;
 constexpr int kReferenceSms = 132;
 constexpr int64_t kShortest = 128, kLongest = 4096;
