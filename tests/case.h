@@ -11,13 +11,18 @@
 //   p2           degree                                          default p2
 //   seq5,0,17    packed sequences of these lengths (b1; t defaults to their sum plus pad)
 //   pad3         padding rows after the last packed sequence
-//   gated        log gates around -0.02 | fading: around -2 | steep: around -20 | reset: gated, and some are
-//   -inf qx30 kx0.001 vx1e4 dyx1e-5   sizes of q, k, v, d_y (states follow)      default 1 thin         every
-//   fifth query is 2^-10 of its size: row sums 2^-10p of the others' unnorm       unnormalised state initial
-//   and final states (backward: their gradients) bstate       states in bfloat16 scale0.3 eps0.001 rope-half |
-//   rope-inter, rdim6 rbase100, offset (random positions of the first token) bhtd | wide | bcast   layout:
-//   [b,h,t,d] | rows with gaps | k and v shared by the batch (stride 0) slots lengths         step: a larger
-//   pool in another order with skipped sequences | padded tokens attn | chunked, c64   pinned form and chunk
+//   gated        log gates around -0.02 | fading: around -2 | steep: around -20
+//   reset        gated, and some are -inf
+//   qx30 kx0.001 vx1e4 dyx1e-5   sizes of q, k, v, d_y (states follow), default 1
+//   thin         every fifth query is 2^-10 of its size: row sums 2^-10p of the others'
+//   unnorm       unnormalised
+//   state        initial and final states (backward: their gradients)
+//   bstate       states in bfloat16
+//   scale0.3 eps0.001
+//   rope-half | rope-inter, rdim6 rbase100, offset (random positions of the first token)
+//   bhtd | wide | bcast   layout: [b,h,t,d] | rows with gaps | k and v shared by the batch (stride 0)
+//   slots lengths         step: a larger pool in another order with skipped sequences | padded tokens
+//   attn | chunked, c64   pinned form and chunk
 //   threads2 tf32
 //
 // '#' starts a comment; empty lines are skipped.

@@ -97,13 +97,14 @@ POWERATTN_INLINE T statistic(const Rows &rows, int64_t t) {
 }
 
 // Asks for the row that a later strip will load: rows of one head lie a whole token apart, which the
-// processor's own prefetchers do not follow. The address may be past the tensor's end.
+// processor's own prefetchers do not follow. The address may be past the tensor's end, and wrap.
 template <class T>
 POWERATTN_INLINE void prefetch_row(int dtype, const Rows &rows, int64_t t, int width) {
-  const int64_t element = dtype == POWERATTN_FLOAT64 ? 8 : dtype == POWERATTN_FLOAT32 ? 4 : 2;
-  const uintptr_t at =
-      reinterpret_cast<uintptr_t>(rows.data) + static_cast<uintptr_t>(t * rows.stride * element);
-  for (int64_t i = 0; i < width * element; i += 64) __builtin_prefetch(reinterpret_cast<const void *>(at + i));
+  const uintptr_t element = dtype == POWERATTN_FLOAT64 ? 8 : dtype == POWERATTN_FLOAT32 ? 4 : 2;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(rows.data) +
+                       static_cast<uintptr_t>(t) * static_cast<uintptr_t>(rows.stride) * element;
+  for (uintptr_t i = 0; i < static_cast<uintptr_t>(width) * element; i += 64)
+    __builtin_prefetch(reinterpret_cast<const void *>(at + i));
 }
 
 // Rotations of consecutive positions, pair i by the angle position * frequency_i. Angles are double; between
