@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The sm_90a kernels alone: fresh random inputs, poisoned outputs, rows checked against float64 straight from
-// the definition, then medians over events. Usage: sm90_kernels check | backward | stress | time [SEED] [d64 | d128]
-// [PART OF A CASE'S NAME]
+// the definition, then medians over events. Usage: sm90_kernels check | backward | stress | time [SEED] [d64 |
+// d128] [PART OF A CASE'S NAME]
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 

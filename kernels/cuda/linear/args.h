@@ -86,17 +86,17 @@ struct OutputArgs {
   powerattn_tensor row_norm{};  // optional out [b, t, heads of x] float: the same sum with u = 1, + eps
   float eps = 0.f;
   // Of gradients, which have no row_norm:
-  const float *bias = nullptr;   // optional [slot][head_dim]: added to x_r . State, decays with it (of z: dz)
-  float *out_float = nullptr;    // if given, instead of out: contiguous [b, heads of x, t, head_dim]
-  powerattn_tensor partner{};    // optional, as out: the input whose gradient out is
+  const float *bias = nullptr;  // optional [slot][head_dim]: added to x_r . State, decays with it (of z: dz)
+  float *out_float = nullptr;   // if given, instead of out: contiguous [b, heads of x, t, head_dim]
+  powerattn_tensor partner{};   // optional, as out: the input whose gradient out is
   // With partner, out [head_dim / 64][b, heads of x, t]: partner_r . out_r over 64 columns each, not rounded.
   float *dot = nullptr;
   int64_t dot_plane = 0;  // b heads t
 };
 cudaError_t output(const OutputArgs &a, cudaStream_t stream);
 
-// dlog_g_t = <S_C, R_C> + z_C . r_C + sum over tokens i >= t of the chunk (q_i . dq_i - k_i . dk_i), with the state
-// S, z after the chunk and its gradient R, r.
+// dlog_g_t = <S_C, R_C> + z_C . r_C + sum over tokens i >= t of the chunk (q_i . dq_i - k_i . dk_i), with the
+// state S, z after the chunk and its gradient R, r.
 struct GateArgs {
   Shape shape;
   const float *q_dot = nullptr;  // [head_dim / 64][b, heads_q, t]

@@ -149,7 +149,8 @@ def test_opcheck():
     opcheck(torch.ops.powerattn.step_.default, (*plain, pool.s, pool.z, slots, None, slots + 1, *OPTIONS))
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning", "ignore:The CUDA Graph is empty:UserWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 def test_compile_reduces_overhead():
     """torch.compile with CUDA graphs of its own."""
     torch.manual_seed(0)
