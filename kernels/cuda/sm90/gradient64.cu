@@ -273,6 +273,7 @@ struct Consumer {
         wgmma_fence();
         scores(t, m);
         wgmma_commit();
+        wgmma_fence();
         accumulate(e, w, before);
         wgmma_commit();
         wgmma_wait<1>();
