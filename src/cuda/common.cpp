@@ -41,6 +41,11 @@ powerattn_status device_properties(int device_index, const DeviceProperties **pr
   return POWERATTN_OK;
 }
 
+const DeviceProperties *device_of(const Problem &p) {
+  const DeviceProperties *properties = nullptr;
+  return device_properties(p.device_index, &properties) == POWERATTN_OK ? properties : nullptr;
+}
+
 DeviceGuard::DeviceGuard(int device_index) {
   cudaGetLastError();
   int current = 0;

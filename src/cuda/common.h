@@ -24,6 +24,12 @@ struct DeviceProperties {
 
 // Read once per device and kept. Fails with NO_DEVICE and the reason.
 powerattn_status device_properties(int device_index, const DeviceProperties **properties);
+// The properties of a problem's device; null where it cannot be read: then nothing is chosen.
+const DeviceProperties *device_of(const Problem &p);
+// The multiprocessors of the device whose rates the cost models hold.
+constexpr int kReferenceSms = 132;
+
+inline bool with_rope(const Problem &p) { return p.rope.style != POWERATTN_ROPE_NONE; }
 
 // Makes the plan's device current and the caller's again at the end. Also drops a pending error of an earlier
 // call that is none of ours, so that what cudaGetLastError says afterwards is.

@@ -12,8 +12,8 @@
 #include "backend.h"
 #include "kernels/cuda/chunks.h"
 #include "kernels/cuda/linear/args.h"
-#include "kernels/cuda/prepare.h"
 #include "src/cuda/common.h"
+#include "src/cuda/rope.h"
 #include "status.h"
 
 namespace powerattn {
@@ -21,11 +21,9 @@ namespace {
 
 namespace k1 = cuda::linear;
 
-// Null where the device cannot be read: then nothing is chosen.
-const cuda::DeviceProperties *device_of(const Problem &p) {
-  const cuda::DeviceProperties *properties = nullptr;
-  return cuda::device_properties(p.device_index, &properties) == POWERATTN_OK ? properties : nullptr;
-}
+using cuda::device_of;
+using cuda::kReferenceSms;
+using cuda::with_rope;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -33,7 +31,6 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr double kBandwidth = 2.7e12;  // of a device with 132 multiprocessors
 constexpr double kLaunch = 3e-6;
-constexpr int kReferenceSms = 132;
 constexpr int64_t kShortest = 128, kLongest = 4096;
 
 // A sequence longer than a chunk has states between its chunks.
@@ -133,8 +130,6 @@ States carve_states(const Problem &p, const Tiling &t, Carver *c) {
   }
   return s;
 }
-
-bool with_rope(const Problem &p) { return p.rope.style != POWERATTN_ROPE_NONE; }
 
 struct Common {
   void *tables = nullptr;
@@ -247,29 +242,12 @@ struct Call {
   // The tensor that the kernels read: x itself, or its rotated copy.
   powerattn_tensor rotate(const powerattn_tensor &x, uint16_t *copy, int64_t heads, const int64_t *offset) {
     if (copy == nullptr) return x;
-    cuda::PrepareArgs a;
-    a.in = x;
-    a.in_dtype = a.out_dtype = p.dtype;
-    a.out = copy;
-    a.heads = heads;
-    a.dim = p.head_dim;
-    a.rope = true;
-    a.rope_offset = offset;
-    if (ok()) run(cuda::prepare(p, shape.table, a, stream));
-    return {copy, heads * p.seq_len * p.head_dim, p.head_dim, p.seq_len * p.head_dim};
+    if (ok()) run(cuda::rotate(p, shape.table, x, copy, heads, offset, stream));
+    return cuda::rotated(p, copy, heads);
   }
 
   void rotate_back(const float *x, const powerattn_tensor &out, int64_t heads, const int64_t *offset) {
-    if (x == nullptr) return;
-    cuda::FinishArgs a;
-    a.in = x;
-    a.out = out;
-    a.out_dtype = p.dtype;
-    a.heads = heads;
-    a.dim = p.head_dim;
-    a.rope = true;
-    a.rope_offset = offset;
-    if (ok()) run(cuda::finish(p, shape.table, a, stream));
+    if (ok() && x != nullptr) run(cuda::rotate_back(p, shape.table, x, out, heads, offset, stream));
   }
 
   // S and z before every chunk, from keys and values.

@@ -10,10 +10,10 @@
 
 #include "backend.h"
 #include "kernels/cuda/chunks.h"
-#include "kernels/cuda/prepare.h"
 #include "kernels/cuda/sm80/args.h"
 #include "kernels/cuda/tiles.h"
 #include "src/cuda/common.h"
+#include "src/cuda/rope.h"
 #include "status.h"
 
 namespace powerattn {
@@ -21,17 +21,14 @@ namespace {
 
 namespace k80 = cuda::sm80;
 
-// Null where the device cannot be read: then nothing is chosen.
-const cuda::DeviceProperties *device_of(const Problem &p) {
-  const cuda::DeviceProperties *properties = nullptr;
-  return cuda::device_properties(p.device_index, &properties) == POWERATTN_OK ? properties : nullptr;
-}
+using cuda::device_of;
+using cuda::kReferenceSms;
+using cuda::with_rope;
 
 // Executed rates as measured on an H200 (docs/performance-log.md), multiply-adds counted twice; other devices
 // by their number of multiprocessors.
 constexpr double kRateState = 250e12, kRateIntra = 200e12, kRateBackward = 210e12, kBandwidth = 2.5e12;
 constexpr double kLaunch = 4e-6;
-constexpr int kReferenceSms = 132;
 
 struct Cost {
   double forward = 0, backward = 0;
@@ -147,8 +144,6 @@ States carve_states(const Problem &p, const Tiling &t, Carver *c) {
   if (with_units(p)) s.units = c->take<k80::Units>(slots);
   return s;
 }
-
-bool with_rope(const Problem &p) { return p.rope.style != POWERATTN_ROPE_NONE; }
 
 struct Common {
   void *tables = nullptr;
@@ -327,28 +322,11 @@ struct Call {
   // The tensor that the kernels read: x itself, or its rotated copy.
   powerattn_tensor rotate(const powerattn_tensor &x, uint16_t *copy, int64_t heads, const int64_t *offset) {
     if (copy == nullptr) return x;
-    cuda::PrepareArgs a;
-    a.in = x;
-    a.in_dtype = a.out_dtype = p.dtype;
-    a.out = copy;
-    a.heads = heads;
-    a.dim = p.head_dim;
-    a.rope = true;
-    a.rope_offset = offset;
-    if (ok()) run(cuda::prepare(p, shape.table, a, stream));
-    return {copy, heads * p.seq_len * p.head_dim, p.head_dim, p.seq_len * p.head_dim};
+    if (ok()) run(cuda::rotate(p, shape.table, x, copy, heads, offset, stream));
+    return cuda::rotated(p, copy, heads);
   }
   void rotate_back(const float *x, const powerattn_tensor &out, int64_t heads, const int64_t *offset) {
-    if (x == nullptr) return;
-    cuda::FinishArgs a;
-    a.in = x;
-    a.out = out;
-    a.out_dtype = p.dtype;
-    a.heads = heads;
-    a.dim = p.head_dim;
-    a.rope = true;
-    a.rope_offset = offset;
-    if (ok()) run(cuda::finish(p, shape.table, a, stream));
+    if (ok() && x != nullptr) run(cuda::rotate_back(p, shape.table, x, out, heads, offset, stream));
   }
 
   // What the weighed sums of u need in float16.

@@ -11,11 +11,11 @@
 
 #include "backend.h"
 #include "kernels/cuda/chunks.h"
-#include "kernels/cuda/prepare.h"
 #include "kernels/cuda/sm80/args.h"
 #include "kernels/cuda/sm90/kernels.h"
 #include "kernels/cuda/tiles.h"
 #include "src/cuda/common.h"
+#include "src/cuda/rope.h"
 #include "status.h"
 
 namespace powerattn {
@@ -24,11 +24,9 @@ namespace {
 namespace k80 = cuda::sm80;
 namespace k90 = cuda::sm90;
 
-// Null where the device cannot be read: then nothing is chosen.
-const cuda::DeviceProperties *device_of(const Problem &p) {
-  const cuda::DeviceProperties *properties = nullptr;
-  return cuda::device_properties(p.device_index, &properties) == POWERATTN_OK ? properties : nullptr;
-}
+using cuda::device_of;
+using cuda::kReferenceSms;
+using cuda::with_rope;
 
 // ---- What has run on a device.
 
@@ -43,8 +41,6 @@ struct Features {
 };
 constexpr Features kMeasured = {/*states=*/true, /*d128=*/true, /*rope=*/true};
 constexpr Features kWritten = {/*states=*/true, /*d128=*/true, /*rope=*/true};
-
-bool with_rope(const Problem &p) { return p.rope.style != POWERATTN_ROPE_NONE; }
 
 const char kNotMeasured[] = "not yet run on a device (POWERATTN_CUDA_IMPLEMENTATION=cuda.sm90.next tries it)";
 
@@ -75,7 +71,6 @@ constexpr Rates kRates64 = {560e12, 620e12, 450e12, 480e12, 430e12};
 constexpr Rates kRates128 = {540e12, 640e12, 550e12, 550e12, 500e12};
 constexpr double kBandwidth = 3.2e12;
 constexpr double kLaunch = 3e-6;
-constexpr int kReferenceSms = 132;
 
 struct Cost {
   double forward = 0, backward = 0;
@@ -421,16 +416,8 @@ struct Call {
   // The tensor that the kernels read: x itself, or its rotated copy.
   powerattn_tensor rotate(const powerattn_tensor &x, uint16_t *copy, int64_t heads, const int64_t *offset) {
     if (copy == nullptr) return x;
-    cuda::PrepareArgs a;
-    a.in = x;
-    a.in_dtype = a.out_dtype = p.dtype;
-    a.out = copy;
-    a.heads = heads;
-    a.dim = p.head_dim;
-    a.rope = true;
-    a.rope_offset = offset;
-    run([&] { return cuda::prepare(p, shape.table, a, stream); });
-    return {copy, heads * p.seq_len * p.head_dim, p.head_dim, p.seq_len * p.head_dim};
+    run([&] { return cuda::rotate(p, shape.table, x, copy, heads, offset, stream); });
+    return cuda::rotated(p, copy, heads);
   }
   // Where the gradient of q or k goes: out itself, or float32 that is rotated back.
   k90::Tensor gradient_of(const powerattn_tensor &out, float *copy, int64_t heads) const {
@@ -445,16 +432,7 @@ struct Call {
     return v;
   }
   void rotate_back(const float *x, const powerattn_tensor &out, int64_t heads, const int64_t *offset) {
-    if (x == nullptr) return;
-    cuda::FinishArgs a;
-    a.in = x;
-    a.out = out;
-    a.out_dtype = p.dtype;
-    a.heads = heads;
-    a.dim = p.head_dim;
-    a.rope = true;
-    a.rope_offset = offset;
-    run([&] { return cuda::finish(p, shape.table, a, stream); });
+    if (x != nullptr) run([&] { return cuda::rotate_back(p, shape.table, x, out, heads, offset, stream); });
   }
 
   // S and Z before every chunk, from keys and values.
