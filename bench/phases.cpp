@@ -39,16 +39,8 @@ bool forward_phases(const powerattn_plan *plan, const powerattn_forward_args &a,
     const int64_t chunks = run.most_chunks(count);
     for (int64_t n = 0; n < chunks; ++n) {
       last = now();
-      run.units(count, g.tiles + 1, [&](Slot<float> &s, int64_t tile, void *scratch) {
-        if (tile == g.tiles) {
-          const fast::Span all = {n * g.chunk, 0, run.tokens(s, n)};
-          if (call.gated) kernels.gates(call, run.statistics(a.log_g, s, s.head), all, &s.gates);
-          return;
-        }
-        const fast::Span span = run.tile_span(s, n, tile);
-        if (span.count <= 0) return;
-        kernels.pack(call, run.rows(a.k, s, s.head), run.rotates(), s.position, call.d, span, s.k, scratch);
-        kernels.pack(call, run.rows(a.v, s, s.head), false, 0.0, call.e, span, s.v, scratch);
+      run.units(count, g.tiles + 1, [&](Slot<float> &s, int64_t unit, void *scratch) {
+        run.pack(a.k, a.v, a.log_g, s, n, unit, scratch);
       });
       lap(&out->pack);
       const auto output = [&](bool with_state) {

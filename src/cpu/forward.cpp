@@ -49,17 +49,8 @@ void forward_wave(const Run<T> &run, const powerattn_plan &plan, const powerattn
   }
 
   for (int64_t n = 0; n < chunks; ++n) {
-    run.units(count, g.tiles + 1, [&](Slot<T> &s, int64_t tile, void *scratch) {
-      if (run.tokens(s, n) == 0) return;
-      if (tile == g.tiles) {
-        const fast::Span all = {n * g.chunk, 0, run.tokens(s, n)};
-        if (call.gated) kernels.gates(call, run.statistics(a.log_g, s, s.head), all, &s.gates);
-        return;
-      }
-      const fast::Span span = run.tile_span(s, n, tile);
-      if (span.count <= 0) return;
-      kernels.pack(call, run.rows(a.k, s, s.head), run.rotates(), s.position, call.d, span, s.k, scratch);
-      kernels.pack(call, run.rows(a.v, s, s.head), false, 0.0, call.e, span, s.v, scratch);
+    run.units(count, g.tiles + 1, [&](Slot<T> &s, int64_t unit, void *scratch) {
+      run.pack(a.k, a.v, a.log_g, s, n, unit, scratch);
     });
 
     // The tiles at the end of a chunk see the most keys: they go first where others wait for the last one.

@@ -131,6 +131,22 @@ struct Run {
     });
   }
 
+  // Unit `unit` of g.tiles + 1 of chunk n: keys and values of a tile, or the chunk's gates.
+  void pack(const powerattn_tensor &k, const powerattn_tensor &v, const powerattn_tensor &log_g, Slot<T> &s,
+            int64_t n, int64_t unit, void *memory) const {
+    if (tokens(s, n) == 0) return;
+    if (unit == g.tiles) {
+      if (call.gated) {
+        kernels.gates(call, statistics(log_g, s, s.head), {n * g.chunk, 0, tokens(s, n)}, &s.gates);
+      }
+      return;
+    }
+    const fast::Span span = tile_span(s, n, unit);
+    if (span.count <= 0) return;
+    kernels.pack(call, rows(k, s, s.head), rotates(), s.position, call.d, span, s.k, memory);
+    kernels.pack(call, rows(v, s, s.head), false, 0.0, call.e, span, s.v, memory);
+  }
+
   // Rows of a state in blocks: f(slot, first row, rows, scratch).
   template <class F>
   void state_units(int64_t count, const F &f) const {

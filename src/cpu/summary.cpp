@@ -32,19 +32,8 @@ void run_summary(const powerattn_plan &plan, const powerattn_summary_args &a) {
     const int64_t count = run.start_wave(first, a.cu_seqlens, a.rope_offset);
     const int64_t chunks = run.most_chunks(count);
     for (int64_t n = 0; n < chunks; ++n) {
-      run.units(count, g.tiles + 1, [&](Slot<T> &s, int64_t tile, void *scratch) {
-        const int64_t tokens = run.tokens(s, n);
-        if (tokens == 0) return;
-        if (tile == g.tiles) {
-          if (call.gated) {
-            run.kernels.gates(call, run.statistics(a.log_g, s, s.head), {n * g.chunk, 0, tokens}, &s.gates);
-          }
-          return;
-        }
-        const fast::Span span = run.tile_span(s, n, tile);
-        if (span.count <= 0) return;
-        run.kernels.pack(call, run.rows(a.k, s, s.head), run.rotates(), s.position, call.d, span, s.k, scratch);
-        run.kernels.pack(call, run.rows(a.v, s, s.head), false, 0.0, call.e, span, s.v, scratch);
+      run.units(count, g.tiles + 1, [&](Slot<T> &s, int64_t unit, void *scratch) {
+        run.pack(a.k, a.v, a.log_g, s, n, unit, scratch);
       });
       run.state_units(count, [&](Slot<T> &s, int64_t row, int64_t rows, void *scratch) {
         if (run.tokens(s, n) == 0) return;
