@@ -18,18 +18,10 @@
 #include <vector>
 
 #include "kernels/cuda/linear/args.h"
+#include "must.h"
 
 namespace pa = powerattn;
 namespace k1 = powerattn::cuda::linear;
-
-#define CK(x)                                                                             \
-  do {                                                                                    \
-    const cudaError_t error_ = (x);                                                       \
-    if (error_ != cudaSuccess) {                                                          \
-      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #x, cudaGetErrorString(error_)); \
-      std::exit(2);                                                                       \
-    }                                                                                     \
-  } while (0)
 
 namespace {
 

@@ -21,19 +21,11 @@
 
 #include "kernels/cuda/sm80/args.h"
 #include "kernels/cuda/tiles.h"
+#include "must.h"
 
 namespace pa = powerattn;
 namespace k80 = powerattn::cuda::sm80;
 using pa::Dtype;
-
-#define CK(x)                                                                             \
-  do {                                                                                    \
-    const cudaError_t error_ = (x);                                                       \
-    if (error_ != cudaSuccess) {                                                          \
-      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #x, cudaGetErrorString(error_)); \
-      std::exit(2);                                                                       \
-    }                                                                                     \
-  } while (0)
 
 namespace {
 

@@ -16,19 +16,11 @@
 #include <vector>
 
 #include "kernels/cuda/sm90/kernels.h"
+#include "must.h"
 
 using namespace powerattn;
 using bf16 = __nv_bfloat16;
 namespace k90 = powerattn::cuda::sm90;
-
-#define CK(x)                                                           \
-  do {                                                                  \
-    cudaError_t e_ = (x);                                               \
-    if (e_ != cudaSuccess) {                                            \
-      printf("%s line %d: %s\n", #x, __LINE__, cudaGetErrorString(e_)); \
-      exit(2);                                                          \
-    }                                                                   \
-  } while (0)
 
 // The kernels of each head size.
 static cudaError_t update(const k90::UpdateArgs &a, int sms) {
