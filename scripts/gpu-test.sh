@@ -50,7 +50,7 @@ cases() {
   } | tee -a "$report"
 }
 lists=(tests/cases/smoke.txt tests/cases/chunked.txt tests/cases/ci.txt tests/cases/gpu.txt)
-cases every-implementation '' "${lists[@]}"
+cases every-implementation '' "${lists[@]}" tests/cases/{linear,sm90,sm90_large}.txt
 cases generic-path cuda.generic "${lists[@]}"
 
 echo "== runtime" | tee -a "$report"
