@@ -34,6 +34,7 @@ struct Piece {
 struct BulkStore {
   void *dst;
   uint32_t src, bytes;
+  bool add;  // floats
 };
 
 // What a sleeping thread waits for: an instruction and its operands.

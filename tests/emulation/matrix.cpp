@@ -37,8 +37,13 @@ void store(void *const *lanes) {
   for (int i = 0; i < static_cast<Matrices *>(lanes[0])->count; ++i) {
     for (int row = 0; row < 8; ++row) {
       unsigned char *to = row_of(lanes, 8 * i + row, true, "stmatrix");
-      for (int t = 0; t < 4; ++t)
-        std::memcpy(to + 4 * t, static_cast<Matrices *>(lanes[4 * row + t])->stored + i, 4);
+      for (int t = 0; t < 8; ++t) {  // element (r, c) of a matrix is in lane 4 r + c / 2
+        const bool trans = static_cast<Matrices *>(lanes[0])->transposed;
+        const int r = trans ? t : row, c = trans ? row : t;
+        const uint32_t pair = static_cast<Matrices *>(lanes[4 * r + c / 2])->stored[i];
+        const auto element = static_cast<uint16_t>(pair >> 16 * (c & 1));
+        std::memcpy(to + 2 * t, &element, 2);
+      }
       const Thread &writer = *self->owner->threads[size_t(self->warp->index * kLanes + 8 * i + row)];
       note_write(*self->owner, writer, static_cast<Matrices *>(lanes[8 * i + row])->address, 16);
     }
@@ -89,8 +94,8 @@ void load_matrices(uint32_t *r, int count, bool transposed, uint32_t address) {
   Matrices m{r, nullptr, address, count, transposed};
   meet_all(transposed ? "ldmatrix.trans" : "ldmatrix", &m, load);
 }
-void store_matrices(uint32_t address, const uint32_t *r, int count) {
-  Matrices m{nullptr, r, address, count, false};
+void store_matrices(uint32_t address, const uint32_t *r, int count, bool transposed) {
+  Matrices m{nullptr, r, address, count, transposed};
   meet_all("stmatrix", &m, store);
 }
 

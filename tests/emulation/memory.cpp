@@ -144,7 +144,17 @@ void perform(Block &block, size_t n) {
 void perform(Thread &t, const BulkStore &s) {
   check_proxy(*t.owner, t, s.src, s.bytes, "cp.async.bulk");
   note_access(*t.owner, uint32_t(t.index), now(t), s.src, s.bytes, false);
-  std::memcpy(s.dst, shared_pointer(*t.owner, s.src, s.bytes, "cp.async.bulk"), s.bytes);
+  const unsigned char *from = shared_pointer(*t.owner, s.src, s.bytes, "cp.async.bulk");
+  if (!s.add) {
+    std::memcpy(s.dst, from, s.bytes);
+    return;
+  }
+  auto *to = static_cast<float *>(s.dst);
+  for (uint32_t i = 0; i < s.bytes / 4; ++i) {
+    float x;
+    std::memcpy(&x, from + 4 * i, 4);
+    to[i] += x;
+  }
 }
 
 }  // namespace
@@ -166,16 +176,20 @@ void begin_load(Block::Load load, const char *what) {
   if (machine.timing == Timing::kEarly) perform(block, block.loads.size() - 1);
 }
 
-void bulk_store(void *dst, uint32_t src, uint32_t bytes) {
+namespace {
+void begin_store(void *dst, uint32_t src, uint32_t bytes, bool add) {
   if (bytes == 0 || bytes % 16 || src % 16 || reinterpret_cast<uintptr_t>(dst) % 16)
     fail("cp.async.bulk of %u bytes from 0x%x to %p: multiples of 16", bytes, src, dst);
   if (!is_global(dst, bytes))
     fail("cp.async.bulk writes %u bytes at %p, which no allocation holds", bytes, dst);
   shared_pointer(*self->owner, src, bytes, "cp.async.bulk");
   check_race(*self->owner, *self, src, bytes, false, "cp.async.bulk");
-  self->stores.push_back({dst, src, bytes});
+  self->stores.push_back({dst, src, bytes, add});
   if (machine.timing == Timing::kEarly) bulk_store_wait(0);
 }
+}  // namespace
+void bulk_store(void *dst, uint32_t src, uint32_t bytes) { begin_store(dst, src, bytes, false); }
+void bulk_add(float *dst, uint32_t src, uint32_t bytes) { begin_store(dst, src, bytes, true); }
 void bulk_store_wait(int pending) {
   auto &stores = self->stores;
   while (stores.size() > size_t(pending)) {

@@ -85,6 +85,14 @@ __device__ __forceinline__ void bulk_store(void *dst, uint32_t src, uint32_t byt
       "r"(src), "r"(bytes)
       : "memory");
 }
+// Adds floats of shared memory to those at dst, each sum rounded once. A group of its own.
+__device__ __forceinline__ void bulk_add(float *dst, uint32_t src, uint32_t bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], "
+      "%2;\ncp.async.bulk.commit_group;" ::"l"(dst),
+      "r"(src), "r"(bytes)
+      : "memory");
+}
 // Until at most kPending groups of this thread have not been read out of shared memory.
 template <int kPending = 0>
 __device__ __forceinline__ void bulk_store_wait_read() {
@@ -96,11 +104,34 @@ __device__ __forceinline__ void bulk_store_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ---- Between blocks: turns at what several of them add to, in an order that is always the same
+// ---------------
+
+// Until the counter has this value, and what was added before it got there can be added to by bulk copies.
+__device__ __forceinline__ void await_turn(const int32_t *counter, int value) {
+  int seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  } while (seen != value);
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+// After this thread's bulk copies have arrived.
+__device__ __forceinline__ void pass_turn(int32_t *counter, int value) {
+  asm volatile("fence.proxy.async;\nst.release.gpu.global.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
 // ---- Shared memory by address: these loads stay behind the barrier in front of them, and no more ----------
 
 // The transpose of ldmatrix4: lane l addresses row l % 8 of matrix l / 8.
 __device__ __forceinline__ void stmatrix4(uint32_t a, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(r0), "r"(r1),
+               "r"(r2), "r"(r3)
+               : "memory");
+}
+// The same, each matrix transposed.
+__device__ __forceinline__ void stmatrix4_trans(uint32_t a, uint32_t r0, uint32_t r1, uint32_t r2,
+                                                uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(r0), "r"(r1),
                "r"(r2), "r"(r3)
                : "memory");
 }

@@ -46,6 +46,7 @@ void copy_wait(int pending);
 void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t barrier);
 void tensor_load(uint32_t dst, const void *map, const int32_t (&at)[4], uint32_t barrier);
 void bulk_store(void *dst, uint32_t src, uint32_t bytes);  // and commits it as a group
+void bulk_add(float *dst, uint32_t src, uint32_t bytes);   // the same
 void bulk_store_wait(int pending);
 void proxy_fence();
 
@@ -60,8 +61,8 @@ void barrier_arrive_copies(uint32_t barrier);           // cp.async.mbarrier.arr
 // ---- Matrices ---------------------------------------------------------------------------------------------
 
 enum class Element { kBfloat16, kFloat16, kTf32 };
-void load_matrices(uint32_t *r, int count, bool transposed, uint32_t address);  // ldmatrix
-void store_matrices(uint32_t address, const uint32_t *r, int count);            // stmatrix
+void load_matrices(uint32_t *r, int count, bool transposed, uint32_t address);         // ldmatrix
+void store_matrices(uint32_t address, const uint32_t *r, int count, bool transposed);  // stmatrix
 // mma.sync, c[16, 8] += a[16, K] b[K, 8]; K = 16, or 8 of TF32.
 void multiply(Element element, float *c, const uint32_t *a, uint32_t b0, uint32_t b1);
 

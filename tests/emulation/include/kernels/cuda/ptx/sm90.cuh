@@ -37,6 +37,7 @@ inline void tensor_load(uint32_t dst, const void *map, int x0, int x1, int x2, i
   emulation::tensor_load(dst, map, {x0, x1, x2, x3}, bar);
 }
 inline void bulk_store(void *dst, uint32_t src, uint32_t bytes) { emulation::bulk_store(dst, src, bytes); }
+inline void bulk_add(float *dst, uint32_t src, uint32_t bytes) { emulation::bulk_add(dst, src, bytes); }
 template <int kPending = 0>
 void bulk_store_wait_read() {
   emulation::bulk_store_wait(kPending);
@@ -48,8 +49,17 @@ void bulk_store_wait() {
 
 inline void stmatrix4(uint32_t a, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
   const uint32_t r[4] = {r0, r1, r2, r3};
-  emulation::store_matrices(a, r, 4);
+  emulation::store_matrices(a, r, 4, false);
 }
+inline void stmatrix4_trans(uint32_t a, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  const uint32_t r[4] = {r0, r1, r2, r3};
+  emulation::store_matrices(a, r, 4, true);
+}
+// Clusters run one after the other: a turn that has not come never will.
+inline void await_turn(const int32_t *counter, int value) {
+  if (*counter != value) emulation::fail("waits for turn %d, but it is turn %d", value, *counter);
+}
+inline void pass_turn(int32_t *counter, int value) { *counter = value; }
 template <typename T>
 T load_as(uint32_t a) {
   T v;
