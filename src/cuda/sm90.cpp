@@ -63,14 +63,22 @@ struct Rates {
   double intra;           // output: two products per pair of tokens
   double state;           // output: phi(q) S
   double update;          // update: phi(k)^T v
+  double joint;           // dq, dk and dv of the attention form in one pass: five products
   double gradient;        // dq, dk and dv inside a chunk: seven products
   double gradient_state;  // their parts of the state
 };
 // Measured on an H200 with 132 multiprocessors (docs/performance-log.md).
-constexpr Rates kRates64 = {560e12, 620e12, 450e12, 480e12, 430e12};
-constexpr Rates kRates128 = {540e12, 640e12, 550e12, 550e12, 500e12};
+constexpr Rates kRates64 = {560e12, 620e12, 450e12, 460e12, 480e12, 430e12};
+constexpr Rates kRates128 = {540e12, 640e12, 550e12, 550e12, 550e12, 500e12};
 constexpr double kBandwidth = 3.2e12;
 constexpr double kLaunch = 3e-6;
+
+// Whether dq, dk and dv come from one pass. Its sums of dq, for one sequence and key head at a time, have to
+// stay in the L2 cache: two passes were faster with 33 MB of them, one with 17 MB (docs/performance-log.md).
+constexpr int64_t kMostSums = int64_t(24) << 20;
+bool in_one_pass(const Problem &p, bool chunks) {
+  return !chunks && p.degree > 1 && p.max_seq_len * p.head_dim * p.group() <= kMostSums / 4;
+}
 
 struct Cost {
   double forward = 0, backward = 0;
@@ -88,8 +96,11 @@ Cost cost(const Problem &p, int64_t chunk, int sms) {
   const double io = 4 * d * (q + kv) / (kBandwidth * speed);  // q, k, v, y once
   Cost c;
   c.forward = std::max(q * (span + 64) * 4 * d / (rate.intra * speed), io) + 4 * kLaunch;
-  // Three products for dq, four for dk and dv.
-  c.backward = q * (span + 64) * 14 * d / (rate.gradient * speed) + io + 8 * kLaunch;
+  if (in_one_pass(p, chunk > 0))  // and the sums of dq, written and read
+    c.backward = q * (span + 64) * 10 * d / (rate.joint * speed) + io + q * 8 * d / (kBandwidth * speed);
+  else  // three products for dq, four for dk and dv
+    c.backward = q * (span + 64) * 14 * d / (rate.gradient * speed) + io;
+  c.backward += 8 * kLaunch;
   if (with_rope(p)) {  // q and k read and written; backward also their gradients, float32 into bfloat16
     c.forward += io + 2 * kLaunch;
     c.backward += 3 * io + 4 * kLaunch;
@@ -230,8 +241,14 @@ struct Gradients {
   float *k_state_dot = nullptr;  // with states
   float *weight = nullptr, *z_weight = nullptr;
   float *d_q = nullptr, *d_k = nullptr;  // of the rotated q and k
+  float *sums = nullptr;                 // of dq, in one pass with dk and dv
+  int32_t *turns = nullptr;
   uint16_t *tiles = nullptr, *z = nullptr;
 };
+int64_t tiles_of(const Problem &p, const Tiling &t) {
+  return cuda::tile_bound(p, chunk_of(p, t), k90::kOutputRows);
+}
+int64_t turns_of(const Problem &p, const Tiling &t) { return k90::joint_turns(tiles_of(p, t), p.heads_q); }
 Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
   Gradients g;
   const int64_t rows_q = p.batch * p.heads_q * p.seq_len, rows_kv = p.batch * p.heads_kv * p.seq_len;
@@ -242,6 +259,10 @@ Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
   if (with_rope(p)) {
     g.d_q = c->take<float>(rows_q * p.head_dim);
     g.d_k = c->take<float>(rows_kv * p.head_dim);
+  }
+  if (in_one_pass(p, chunked(t))) {
+    g.turns = c->take<int32_t>(turns_of(p, t));
+    g.sums = c->take<float>(k90::joint_sums(tiles_of(p, t), p.heads_q, p.head_dim));
   }
   if (chunked(t)) {
     const int d = static_cast<int>(p.head_dim);
@@ -283,10 +304,14 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
       wide
           ? "      q is the A operand in shared memory (sums of 2 x 64 x 128 fill 128 registers); 64 KB q + 4\n"
             "      stages x 32 KB + 16 KB y + meta = 213 KB\n"
-            "    dq, dk and dv: 128 rows (2 x m64), x and u in shared memory; 218 KB\n"
-          : "      A in registers; 32 KB q + 8 stages x 16 KB + 16 KB y + meta = 181 KB\n"
-            "    dq, dk and dv: 128 rows (2 x m64: two score tiles and the gradients fill 240 registers); 190 "
-            "KB\n");
+          : "      A in registers; 32 KB q + 8 stages x 16 KB + 16 KB y + meta = 181 KB\n");
+  if (in_one_pass(p, chunked(t)))
+    text->append(wide ? "    dq, dk and dv in one pass: 128 keys (2 x m64), 64 queries a stage; 198 KB\n"
+                      : "    dq, dk and dv in one pass: 128 keys (2 x m64), 64 queries a stage; 216 KB\n");
+  else
+    text->append(wide ? "    dq, dk and dv: 128 rows (2 x m64), x and u in shared memory; 218 KB\n"
+                      : "    dq, dk and dv: 128 rows (2 x m64: two score tiles and the gradients fill 240 "
+                        "registers); 190 KB\n");
   if (chunked(t)) {
     const int d = static_cast<int>(p.head_dim);
     if (p.degree == 2)
@@ -351,6 +376,9 @@ cudaError_t update(const k90::UpdateArgs &a, int sms, cudaStream_t stream) {
 }
 cudaError_t output(const k90::OutputArgs &a, int sms, cudaStream_t stream) {
   return a.p.head_dim == 128 ? k90::output128(a, sms, stream) : k90::output64(a, sms, stream);
+}
+cudaError_t joint(const k90::JointArgs &a, int sms, cudaStream_t stream) {
+  return a.p.head_dim == 128 ? k90::joint128(a, sms, stream) : k90::joint64(a, sms, stream);
 }
 cudaError_t gradient(const k90::GradientArgs &a, int sms, cudaStream_t stream) {
   return a.p.head_dim == 128 ? k90::gradient128(a, sms, stream) : k90::gradient64(a, sms, stream);
@@ -518,7 +546,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   call.begin(common, args.cu_seqlens, args.log_g);
   const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
   const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
-  const bool in_chunks = chunked(plan.tiling), z = in_chunks && with_z(p);
+  const bool in_chunks = chunked(plan.tiling), z = in_chunks && with_z(p), one_pass = in_one_pass(p, in_chunks);
   const bool ends = args.d_final_state.s != nullptr || args.d_final_state.z != nullptr;
 
   k90::RowsArgs rows;
@@ -552,55 +580,91 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     call.scan(own.tiles, own.z, args.d_final_state, args.d_initial_state, true);
   };
 
-  k90::GradientArgs q;
-  q.p = call.shape;
-  q.x = view(tq);
-  q.u = rows.dy;
-  q.z = view(tk);
-  q.y = view(args.v);
-  q.dx = call.gradient_of(args.d_q, own.d_q, p.heads_q);
-  q.gate = call.gate;
-  q.r = own.r;
-  q.delta = own.delta;
-  q.state = states.tiles;
-  q.norm = p.normalize ? states.z : nullptr;
-  q.end_has_state = args.initial_state.s != nullptr;
-  q.scale_p = call.weight_scale();
-  q.dot = args.d_log_g.data != nullptr ? own.q_dot : nullptr;
-  q.ticket = call.tickets();
-  if (p.use_state && p.normalize) {  // states that leave the call: dq first, since it corrects delta
-    q.delta_out = own.delta;
-    q.weight = own.weight;
-    q.norm_weight = own.z_weight;
-  }
-  if (in_chunks && q.delta_out == nullptr) end_states();
-  call.run([&] { return gradient(q, call.sms, call.stream); });
-  if (in_chunks && q.delta_out != nullptr) end_states();
-  k90::GradientArgs k = q;
-  k.delta_out = k.norm_weight = nullptr;
-  k.weight = nullptr;
-  k.keys = 1;
-  k.x = view(tk);
-  k.u = view(args.v);
-  k.z = view(tq);
-  k.y = rows.dy;
-  k.dx = call.gradient_of(args.d_k, own.d_k, p.heads_kv);
-  k.dv = view(args.d_v);
-  k.state = own.tiles;
-  k.norm = own.z;
-  k.end_has_state = ends;
-  k.dot = args.d_log_g.data != nullptr ? own.k_dot : nullptr;
-  k.state_dot = args.d_log_g.data != nullptr ? own.k_state_dot : nullptr;
-  k.ticket = call.tickets();
-  call.run([&] { return gradient(k, call.sms, call.stream); });
+  // With states that leave the call dq comes first, since it corrects delta.
+  const bool corrected = p.use_state && p.normalize;
+  const auto together = [&] {  // dq, dk and dv of the attention form
+    k90::JointArgs j;
+    j.p = call.shape;
+    j.q = view(tq);
+    j.k = view(tk);
+    j.v = view(args.v);
+    j.dy = rows.dy;
+    j.dk = call.gradient_of(args.d_k, own.d_k, p.heads_kv);
+    j.dv = view(args.d_v);
+    j.gate = call.gate;
+    j.r = own.r;
+    j.delta = own.delta;
+    j.dot = args.d_log_g.data != nullptr ? own.k_dot : nullptr;
+    j.dq = own.sums;
+    j.turns = own.turns;
+    j.ticket = call.tickets();
+    call.run([&] {
+      return cudaMemsetAsync(own.turns, 0, sizeof(int32_t) * static_cast<size_t>(turns_of(p, plan.tiling)),
+                             call.stream);
+    });
+    call.run([&] { return joint(j, call.sms, call.stream); });
+    k90::JointQueriesArgs finish;
+    finish.p = call.shape;
+    finish.q = j.q;
+    finish.dq = call.gradient_of(args.d_q, own.d_q, p.heads_q);
+    finish.sums = own.sums;
+    finish.dot = args.d_log_g.data != nullptr ? own.q_dot : nullptr;
+    call.run([&] { return k90::joint_queries(finish, call.stream); });
+  };
+  const auto one_by_one = [&] {  // dq, then dk and dv, with the states' parts
+    k90::GradientArgs q;
+    q.p = call.shape;
+    q.x = view(tq);
+    q.u = rows.dy;
+    q.z = view(tk);
+    q.y = view(args.v);
+    q.dx = call.gradient_of(args.d_q, own.d_q, p.heads_q);
+    q.gate = call.gate;
+    q.r = own.r;
+    q.delta = own.delta;
+    q.state = states.tiles;
+    q.norm = p.normalize ? states.z : nullptr;
+    q.end_has_state = args.initial_state.s != nullptr;
+    q.scale_p = call.weight_scale();
+    q.dot = args.d_log_g.data != nullptr ? own.q_dot : nullptr;
+    q.ticket = call.tickets();
+    if (corrected) {
+      q.delta_out = own.delta;
+      q.weight = own.weight;
+      q.norm_weight = own.z_weight;
+    }
+    if (in_chunks && !corrected) end_states();
+    call.run([&] { return gradient(q, call.sms, call.stream); });
+    if (in_chunks && corrected) end_states();
+    k90::GradientArgs k = q;
+    k.delta_out = k.norm_weight = nullptr;
+    k.weight = nullptr;
+    k.keys = 1;
+    k.x = view(tk);
+    k.u = view(args.v);
+    k.z = view(tq);
+    k.y = rows.dy;
+    k.dx = call.gradient_of(args.d_k, own.d_k, p.heads_kv);
+    k.dv = view(args.d_v);
+    k.state = own.tiles;
+    k.norm = own.z;
+    k.end_has_state = ends;
+    k.dot = args.d_log_g.data != nullptr ? own.k_dot : nullptr;
+    k.state_dot = args.d_log_g.data != nullptr ? own.k_state_dot : nullptr;
+    k.ticket = call.tickets();
+    call.run([&] { return gradient(k, call.sms, call.stream); });
+  };
+  if (one_pass)
+    together();
+  else
+    one_by_one();
   call.rotate_back(own.d_q, args.d_q, p.heads_q, args.rope_offset);
   call.rotate_back(own.d_k, args.d_k, p.heads_kv, args.rope_offset);
 
   if (args.d_log_g.data != nullptr) {
     k80::GateArgs w;
     w.shape = call.shape80;
-    if (q.delta_out !=
-        nullptr) {  // dk read the corrected delta: what q . dq then is, not what dq's own delta left
+    if (corrected) {  // dk read the corrected delta: what q . dq then is, not what dq's own delta left
       w.r = own.r;
       w.delta = own.delta;
       w.eps = static_cast<float>(p.eps);

@@ -5,7 +5,7 @@
 // chunk)
 //           -> output.   Attention form: one chunk per sequence, output only.
 // Backward: preprocess (delta, 1/l, weights) -> update and scan with q, dy in reverse -> dq -> dkv -> gate
-// gradient.
+// gradient.   Attention form: preprocess -> joint (dk, dv, sums of dq) -> joint_queries (dq) -> gate gradient.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -139,5 +139,39 @@ struct GradientArgs {
 };
 cudaError_t gradient64(const GradientArgs &args, int sms, cudaStream_t stream);
 cudaError_t gradient128(const GradientArgs &args, int sms, cudaStream_t stream);  // states of degree 2 only
+
+// dq, dk and dv of the attention form in one pass, degrees 2 and 4: five products for each pair of tokens,
+// where `gradient` needs seven. Blocks own keys; dq is added up in memory, block of keys after block of keys,
+// in an order that is always the same.
+struct JointArgs {
+  Shape p;
+  Tensor q, k, v, dy, dk, dv;
+  const double *gate = nullptr;  // as in OutputArgs
+  const float *r = nullptr;      // as in GradientArgs
+  const float *delta = nullptr;
+  float *dot = nullptr;       // out: k . dk [b, heads_kv, t]; null: not wanted
+  float *dq = nullptr;        // out: joint_sums(..) sums, which joint_queries reads
+  int32_t *turns = nullptr;   // joint_turns(..), zero on entry
+  int32_t *ticket = nullptr;  // zero on entry
+  uint32_t together = 1;      // sequences and kv heads in work at a time; set at launch
+};
+constexpr int kJointRows = 128;  // queries of a sum, keys of a block; the tiles of `table` have two of them
+constexpr int64_t joint_turns(int64_t tiles, int64_t heads_q) {
+  return tiles * (kOutputRows / kJointRows) * heads_q;
+}
+constexpr int64_t joint_sums(int64_t tiles, int64_t heads_q, int64_t head_dim) {
+  return joint_turns(tiles, heads_q) * kJointRows * head_dim;
+}
+cudaError_t joint64(const JointArgs &args, int sms, cudaStream_t stream);
+cudaError_t joint128(const JointArgs &args, int sms, cudaStream_t stream);
+
+// dq from the sums; q . dq for the gate gradient.
+struct JointQueriesArgs {
+  Shape p;
+  Tensor q, dq;
+  const float *sums = nullptr;
+  float *dot = nullptr;  // out: q . dq [b, heads_q, t]; null: not wanted
+};
+cudaError_t joint_queries(const JointQueriesArgs &args, cudaStream_t stream);
 
 }  // namespace powerattn::cuda::sm90

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+// Parts that the joint gradient kernels of both head sizes share: units, shared memory, barriers, weights.
+#pragma once
+
+#include "gradient.cuh"
+#include "output_producer.cuh"
+
+namespace powerattn::cuda::sm90 {
+
+namespace joint {
+
+constexpr int kWarps = 2;        // producers
+constexpr int kAdders = 2;       // warps that add dq up: pairs in turn
+constexpr int kQueryMeta = 768;  // per stage: factor, log2 gate, delta of 64 queries (floats)
+constexpr uint32_t kQueryGate = 256, kQueryDelta = 512;
+constexpr int kPart = 64 * 64 * 4;  // of dq, on its way to the sums
+constexpr int64_t kSumsInCache = 16 << 20;
+constexpr int kUnits = 4;  // posted ahead, and not yet finished with
+
+// A block of 128 keys of a sequence, and the pairs of 64 queries (by 2: 128) that see them: `pairs` of each
+// query head of the group.
+struct Unit {
+  int32_t head, row, length, pairs;  // head < 0: no more units
+  int32_t batch, mapped;
+  int64_t token;
+  const double *gate;
+  int64_t slot;       // of the first query head's sum at the block's own queries
+  double start, end;  // G of the block's first and last key
+  float key_factor[kJointRows], key_gate[kJointRows];  // exp(end - G_j), 0 behind the sequence; log2 gates
+};
+
+template <int kDim>
+struct Layout {
+  static constexpr int kTile = 64 * kDim * 2;  // 64 rows, in halves of 64 columns
+  static constexpr int kStage = 2 * kTile;     // q and dy of 64 queries
+  static constexpr int kStages = kDim == 64 ? 4 : 2;
+  static constexpr int kKeySlots = kDim == 64 ? 2 : 1;  // units whose keys and values are there
+  static constexpr int kHalves = kDim == 64 ? 3 : 2;    // of dS: 64 queries x 128 keys
+  static constexpr int kDs = 64 * kJointRows * 2;
+  // d = 64 (128): 1024 (alignment) + keys and values 2 x 32 KB (64) + ring 4 x 16 KB (2 x 32) + dS 3 x 16 KB (2
+  // x 16) + dq 2 x 16 KB + meta 4 (2) x 768 + units and barriers: 215 KB (198).
+  static constexpr int kBytes = 1024 + kKeySlots * 4 * kTile + kStages * kStage + kHalves * kDs + 2 * kPart +
+                                kStages * kQueryMeta + kUnits * static_cast<int>(sizeof(Unit)) + 256;
+};
+
+template <int kDim>
+struct Smem {
+  using L = Layout<kDim>;
+  uint32_t keys, ring, ds, sums, meta, unit, full, empty, posted, keys_full, keys_empty, unit_empty, ds_full,
+      ds_free, sums_full, sums_empty;
+  __device__ explicit Smem(uint32_t base) {
+    keys = (base + 1023) & ~1023u;  // of each slot: k, v, two tiles each
+    ring = keys + L::kKeySlots * 4 * L::kTile;
+    ds = ring + L::kStages * L::kStage;  // rows: queries; a tile for each warpgroup's keys
+    sums = ds + L::kHalves * L::kDs;
+    meta = sums + 2 * kPart;
+    unit = meta + L::kStages * kQueryMeta;
+    full = unit + kUnits * sizeof(Unit);
+    empty = full + 8 * L::kStages;
+    posted = empty + 8 * L::kStages;
+    keys_full = posted + 8 * kUnits;
+    keys_empty = keys_full + 16;
+    unit_empty = keys_empty + 16;
+    ds_full = unit_empty + 8 * kUnits;
+    ds_free = ds_full + 8;
+    sums_full = ds_free + 8;
+    sums_empty = sums_full + 32;
+  }
+};
+
+struct Maps {
+  TileMap q, k, v, dy;
+};
+inline cudaError_t maps_of(const JointArgs &a, Maps *maps) {
+  cudaError_t error = tile_map(a.q, a.p, a.p.heads_q, &maps->q);
+  if (error == cudaSuccess) error = tile_map(a.k, a.p, a.p.heads_kv, &maps->k);
+  if (error == cudaSuccess) error = tile_map(a.v, a.p, a.p.heads_kv, &maps->v);
+  if (error == cudaSuccess) error = tile_map(a.dy, a.p, a.p.heads_q, &maps->dy);
+  return error;
+}
+
+template <int kDim>
+__device__ __forceinline__ void init_barriers(const Smem<kDim> &s) {
+  for (int i = 0; i < Layout<kDim>::kStages; ++i) {
+    barrier_init(s.full + 8 * i, 1);
+    barrier_init(s.empty + 8 * i, kConsumerWarps);
+  }
+  for (int i = 0; i < kUnits; ++i) {
+    barrier_init(s.posted + 8 * i, 1);
+    barrier_init(s.unit_empty + 8 * i, kConsumerWarps + kWarps - 1 + kAdders);
+  }
+  for (int i = 0; i < 2; ++i) {
+    barrier_init(s.keys_full + 8 * i, 1);
+    barrier_init(s.keys_empty + 8 * i, kConsumerWarps);
+    for (int k = 0; k < kAdders; ++k) barrier_init(s.sums_full + 16 * i + 8 * k, kConsumerWarps / 2);
+    barrier_init(s.sums_empty + 8 * i, 1);
+  }
+  barrier_init(s.ds_full, kConsumerWarps);
+  barrier_init(s.ds_free, kDim == 64 ? kConsumerWarps / 2 : kConsumerWarps);
+  fence_barrier_init();
+}
+
+// t := w, m := e from t = s and m. This lane holds keys `key` and key + 8 of the unit and queries `col`, col +
+// 1 of every 8 from `query` on. Own queries (kDiagonal): exact gates, and only visible pairs.
+template <int kDegree, bool kDiagonal>
+__device__ __forceinline__ void weigh(float (&t)[32], float (&m)[32], uint32_t meta, int key, int query,
+                                      int col, const float (&keys)[2]) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const uint32_t at = meta + (n * 8 + col) * 4;
+    const float2 f = load_f2(at), delta = load_f2(at + kQueryDelta);
+    float2 gate = make_float2(0.f, 0.f);
+    if constexpr (kDiagonal) gate = load_f2(at + kQueryGate);
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        float &sv = t[4 * n + 2 * h + k], &mv = m[4 * n + 2 * h + k];
+        float c = k ? f.y : f.x;
+        if constexpr (kDiagonal) {
+          c *= exp2_fast((k ? gate.y : gate.x) - keys[h]);
+          c = query + n * 8 + col + k >= key + 8 * h ? c : 0.f;
+        } else {
+          c *= keys[h];
+        }
+        const float x = power<kDegree - 1>(sv) * c;
+        mv = x * (mv - (k ? delta.y : delta.x));
+        sv = x * sv;
+      }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void pack(const float (&t)[32], const float (&m)[32], uint32_t (&e)[4][4],
+                                     uint32_t (&w)[4][4]) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int i = 4 * n + 2 * h;
+      e[n / 2][(n & 1) * 2 + h] = pack2<T>(m[i], m[i + 1]);
+      w[n / 2][(n & 1) * 2 + h] = pack2<T>(t[i], t[i + 1]);
+    }
+}
+// e into a tile [query][key]: 8 x 8 matrices (keys 0-7 and 8-15 of the warp) of queries 8 n and 8 n + 8.
+__device__ __forceinline__ void store_ds(uint32_t tile, const uint32_t (&e)[4][4], int warp, int lane) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const int query = n * 16 + (lane & 7) + (lane >> 4) * 8, piece = warp * 2 + ((lane >> 3) & 1);
+    stmatrix4_trans(tile + query * 128 + ((piece ^ (query & 7)) << 4), e[n][0], e[n][1], e[n][2], e[n][3]);
+  }
+}
+// A part of dq, to where a warp has 4 KB of it.
+__device__ __forceinline__ void store_part(uint32_t to, const float (&dq)[32], int lane) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    store_u4(to + lane * 16 + i * 512,
+             make_uint4(__float_as_uint(dq[4 * i]), __float_as_uint(dq[4 * i + 1]),
+                        __float_as_uint(dq[4 * i + 2]), __float_as_uint(dq[4 * i + 3])));
+}
+
+}  // namespace joint
+
+}  // namespace powerattn::cuda::sm90

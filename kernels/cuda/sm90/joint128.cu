@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+// dq, dk and dv of the attention form in one pass, head_dim = value_dim = 128: the equations of joint64.cu. dk
+// and dv take 128 registers, so that the products of one warpgroup do not overlap its own weights; the other
+// warpgroup's do. dq of 64 queries is a warpgroup's 64 columns, and a step late: then both have written e.
+#include <cstddef>
+
+#include "joint_producer.cuh"
+
+namespace powerattn::cuda::sm90 {
+namespace joint {
+namespace {
+
+using L = Layout<128>;
+constexpr int kTile = L::kTile, kStage = L::kStage, kStages = L::kStages, kColumns = 8192;  // of 64 columns
+
+template <typename T, int kDegree>
+struct Consumer {
+  const Smem<128> &s;
+  const int group;
+  uint32_t turn = 0;  // steps of 64 queries so far
+  uint32_t unit = 0;  // its number
+  float dk[64], dv[64];
+  uint32_t e[4][4], w[4][4];
+
+  __device__ __forceinline__ int lane() const { return thread_here() & 31; }
+  __device__ __forceinline__ int warp() const { return thread_here() >> 5 & 3; }
+  __device__ __forceinline__ uint32_t stage() const { return s.ring + turn % kStages * kStage; }
+  __device__ __forceinline__ void arrive(uint32_t bar) {
+    __syncwarp();
+    if (lane() == 0) barrier_arrive(bar);
+  }
+  __device__ __forceinline__ uint32_t ds_at(uint32_t n) const { return s.ds + n % L::kHalves * L::kDs; }
+  __device__ __forceinline__ float of_key(uint32_t offset, int h) const {
+    return load_f1(s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit)) + offset +
+                   static_cast<uint32_t>(group * 64 + warp() * 16 + lane() / 4 + 8 * h) * 4);
+  }
+  // Where 16 of the 128 columns of a tile of rows begin.
+  static __device__ __forceinline__ constexpr uint32_t columns(int ks) {
+    return static_cast<uint32_t>(ks / 4 * kColumns + ks % 4 * 32);
+  }
+
+  // s = k q^T, m = v dy^T
+  __device__ __forceinline__ void scores(float (&t)[32], float (&m)[32]) {
+    const uint64_t k = tile_desc(s.keys + group * kTile), q = tile_desc(stage());
+    wgmma_fence();
+    wgmma<T, false, false>(t, k, q);
+#pragma unroll
+    for (int ks = 1; ks < 8; ++ks) wgmma<T, true, false>(t, desc_at(k, columns(ks)), desc_at(q, columns(ks)));
+    wgmma<T, false, false>(m, desc_at(k, 2 * kTile), desc_at(q, kTile));
+#pragma unroll
+    for (int ks = 1; ks < 8; ++ks)
+      wgmma<T, true, false>(m, desc_at(k, 2 * kTile + columns(ks)), desc_at(q, kTile + columns(ks)));
+    wgmma_commit();
+  }
+  // dv += w dy, dk += e q
+  __device__ __forceinline__ void add() {
+    const uint64_t q = tile_desc(stage(), kColumns);
+    wgmma_fence();
+#pragma unroll
+    for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dv, w[ks], desc_at(q, kTile + ks * 2048));
+#pragma unroll
+    for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dk, e[ks], desc_at(q, ks * 2048));
+    wgmma_commit();
+  }
+  // dq of step `n`: this warpgroup's columns of the sum over all 128 keys.
+  __device__ __forceinline__ void queries(float (&dq)[32], uint32_t n) {
+    const uint64_t a = tile_desc(ds_at(n)), k = tile_desc(s.keys + group * kColumns);
+    wgmma_fence();
+    wgmma<T, false, true>(dq, a, k);
+#pragma unroll
+    for (int ks = 1; ks < 8; ++ks)
+      wgmma<T, true, true>(dq, desc_at(a, ks / 4 * 8192 + ks % 4 * 32),
+                           desc_at(k, ks / 4 * kTile + ks % 4 * 2048));
+    wgmma_commit();
+  }
+  // Hands dq of step `n` to the warps that add it up; its operands in dS are free.
+  __device__ __forceinline__ void hand_over(const float (&dq)[32], uint32_t n) {
+    arrive(s.ds_free);
+    barrier_wait(s.sums_empty + 8 * group, (n & 1) ^ 1);
+    store_part(s.sums + group * kPart + warp() * 4096, dq, lane());
+    fence_async_proxy();
+    arrive(s.sums_full + 16 * group + 8 * (n / 2 & 1));
+  }
+
+  // 64 queries, from `query` of the unit's own on (kDiagonal). kFirst: no step of the unit came before.
+  template <bool kDiagonal, bool kFirst>
+  __device__ __forceinline__ void step(int query) {
+    float t[32], m[32];
+    barrier_wait(s.full + turn % kStages * 8, turn / kStages & 1);
+    scores(t, m);
+    wgmma_wait<0>();
+    const uint32_t of = kDiagonal ? offsetof(Unit, key_gate) : offsetof(Unit, key_factor);
+    const float keys[2] = {of_key(of, 0), of_key(of, 1)};
+    weigh<kDegree, kDiagonal>(t, m, s.meta + turn % kStages * kQueryMeta, group * 64 + warp() * 16 + lane() / 4,
+                              query, (lane() & 3) * 2, keys);
+    pack<T>(t, m, e, w);
+    add();
+    // dq two steps ago (the first time: of the step before, finish()) has read what lay here.
+    barrier_wait(s.ds_free, kFirst ? (turn & 1) ^ 1 : turn & 1);
+    store_ds(ds_at(turn) + group * 8192, e, warp(), lane());
+    fence_async_proxy();
+    if constexpr (!kFirst) barrier_wait(s.ds_full, (turn & 1) ^ 1);  // of the step before
+    arrive(s.ds_full);
+    if constexpr (kFirst) {
+      wgmma_wait<0>();
+      arrive(s.empty + turn % kStages * 8);
+    } else {
+      queries(t, turn - 1);
+      wgmma_wait<1>();
+      arrive(s.empty + turn % kStages * 8);
+      wgmma_wait<0>();
+      hand_over(t, turn - 1);
+    }
+    ++turn;
+  }
+  // dq of a head's last step.
+  __device__ __forceinline__ void finish() {
+    float dq[32];
+    barrier_wait(s.ds_full, (turn & 1) ^ 1);
+    queries(dq, turn - 1);
+    wgmma_wait<0>();
+    hand_over(dq, turn - 1);
+  }
+
+  // k . dk of this lane's two rows, for the gate gradient.
+  __device__ __forceinline__ void store_dots(const JointArgs &a, const volatile Unit &u) {
+    const int at = warp() * 16 + (lane() & 15), high = lane() >> 4,
+              row = u.row + group * 64 + warp() * 16 + lane() / 4;
+    float dot[2] = {0.f, 0.f};
+#pragma unroll
+    for (int ks = 0; ks < 8; ++ks) {
+      uint32_t x[4];
+      ldmatrix4(
+          x, s.keys + group * kTile + ks / 4 * kColumns + at * 128 + (((2 * (ks % 4) + high) ^ (at & 7)) << 4));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // rows lane() / 4 + 8 (i & 1), columns 16 ks + 8 (i / 2) + 2 (lane % 4)
+        const float2 v = unpack2<T>(x[i]);
+        const int c = 4 * (2 * ks + i / 2) + 2 * (i & 1);
+        dot[i & 1] += dk[c] * v.x + dk[c + 1] * v.y;
+      }
+    }
+    float *to = a.dot + token_row(a.p, u.batch, a.p.heads_kv, u.head, u.token) + row;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float sum = static_cast<float>(kDegree) * quad_sum(dot[h]);
+      if ((lane() & 3) == 0 && row + 8 * h < u.length) to[8 * h] = sum;
+    }
+  }
+  template <bool kFloats>
+  __device__ __forceinline__ void store(const float (&x)[64], float factor, const Tensor &o,
+                                        const volatile Unit &u) {
+    const int row = u.row + group * 64 + warp() * 16;
+    T *const to =
+        static_cast<T *>(o.data) + u.batch * o.stride_b + u.head * o.stride_h + (u.token + row) * o.stride_t;
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+      store_rows<T, kFloats>(x + 32 * c, factor, factor, s.sums + group * kPart + warp() * 4096, o,
+                             to + (kFloats && o.floats ? 128 : 64) * c, u.length - row, lane());
+  }
+  __device__ __forceinline__ void epilogue(const JointArgs &a, const volatile Unit &u) {
+    if (a.dot) store_dots(a, u);
+    arrive(s.keys_empty);
+    barrier_wait(s.sums_empty + 8 * group, (turn & 1) ^ 1);  // this warp()'s part serves as staging
+    store<true>(dk, static_cast<float>(kDegree), a.dk, u);
+    store<false>(dv, 1.f, a.dv, u);
+    arrive(s.unit_empty + unit % kUnits * 8);
+  }
+};
+
+template <typename T, int kDegree>
+__global__ void __launch_bounds__(384, 1)
+    joint128_kernel(const __grid_constant__ JointArgs a, const __grid_constant__ Maps maps) {
+  unsigned char *raw = dynamic_shared<unsigned char>();
+  const Smem<128> s(shared_address(raw));
+  Unit *units = reinterpret_cast<Unit *>(raw + (s.unit - shared_address(raw)));
+  const int tid = threadIdx.x, group = __shfl_sync(0xffffffffu, tid / 128, 0);
+  if (tid == 0) init_barriers(s);
+  __syncthreads();
+  if (group == 2) {
+    registers_dec<kProducerRegisters>();
+    const int warp = __shfl_sync(0xffffffffu, tid / 32 - 8, 0);
+    if (warp < kWarps)
+      produce<T, 128>(a, maps, s, units, static_cast<uint32_t>(warp));
+    else
+      add_queries(a, s, units, static_cast<uint32_t>(warp - kWarps), tid % 32);
+  } else {
+    registers_inc<kConsumerRegisters>();
+    Consumer<T, kDegree> c{s, group};
+    for (;; ++c.unit) {
+      barrier_wait(s.keys_full, c.unit & 1);
+      const volatile Unit &unit = units[c.unit % kUnits];
+      if (__shfl_sync(0xffffffffu, unit.head, 0) < 0) break;
+#pragma unroll
+      for (int i = 0; i < 64; ++i) c.dk[i] = c.dv[i] = 0.f;
+#pragma unroll 1
+      for (int head = 0; head < a.p.group; ++head) {
+        c.template step<true, true>(0);
+        c.template step<true, false>(64);
+        const int steps = __shfl_sync(0xffffffffu, 2 * unit.pairs, 0);
+#pragma unroll 1
+        for (int n = 2; n < steps; ++n) c.template step<false, false>(0);
+        c.finish();
+      }
+      c.epilogue(a, unit);
+    }
+  }
+}
+
+template <int kDegree>
+cudaError_t launch(const JointArgs &a, int sms, cudaStream_t stream) {
+  if (a.p.table.num_tiles == 0) return cudaSuccess;
+  Maps maps;
+  const cudaError_t error = maps_of(a, &maps);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(joint128_kernel<__nv_bfloat16, kDegree>, sms, 384, L::kBytes, stream, in_groups(a),
+                       maps);
+}
+
+}  // namespace
+}  // namespace joint
+
+cudaError_t joint128(const JointArgs &a, int sms, cudaStream_t stream) {
+  switch (a.p.degree) {
+    case 2:
+      return joint::launch<2>(a, sms, stream);
+    case 4:
+      return joint::launch<4>(a, sms, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace powerattn::cuda::sm90

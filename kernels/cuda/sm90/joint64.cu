@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0
+// dq, dk and dv of the attention form in one pass, head_dim = value_dim = 64. A block owns 128 keys, 64 in each
+// consumer warpgroup, and sees 128 queries at a time, in two halves. For keys j, queries i >= j:
+//   s = k q^T,  m = v dy^T                                            (rows: keys)
+//   w = c exp(G_i - G_j) r_i s^p,  e = c exp(G_i - G_j) r_i s^{p-1} (m - delta_i)
+//   dv += w dy,  dk += e q,  dq_i = sum_j e_ji k_j                    (dq and dk: times p, later)
+// e goes through shared memory, transposed, for dq: each warpgroup takes 64 of the 128 queries and all keys,
+// once both have written theirs, while the scores of the next queries are under way.
+#include <cstddef>
+
+#include "joint_producer.cuh"
+
+namespace powerattn::cuda::sm90 {
+namespace joint {
+namespace {
+
+using L = Layout<64>;
+constexpr int kTile = L::kTile, kStage = L::kStage, kStages = L::kStages, kHalves = L::kHalves;
+
+// Few registers are left beside the products: of the rings it keeps one count, and what it needs of the unit it
+// reads where it is used.
+template <typename T, int kDegree>
+struct Consumer {
+  const Smem<64> &s;
+  const int lane, warp, group;
+  uint32_t turn = 0;    // halves so far: the next stage of the ring; and twice the pairs
+  uint32_t half = 0;    // turn % kHalves at the pair's begin
+  uint32_t unit = 0;    // its number
+  uint32_t before = 0;  // the unit of the last pair
+  float dk[32], dv[32];
+  uint32_t e[4][4], w[4][4];
+
+  __device__ __forceinline__ uint32_t stage(uint32_t n) const { return s.ring + n % kStages * kStage; }
+  __device__ __forceinline__ uint32_t meta(uint32_t n) const { return s.meta + n % kStages * kQueryMeta; }
+  __device__ __forceinline__ uint32_t keys(uint32_t n) const { return s.keys + n % L::kKeySlots * (4 * kTile); }
+  __device__ __forceinline__ void acquire() { barrier_wait(s.full + turn % kStages * 8, turn / kStages & 1); }
+  __device__ __forceinline__ void arrive(uint32_t bar) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(bar);
+  }
+  __device__ __forceinline__ void release(uint32_t n) { arrive(s.empty + n % kStages * 8); }
+  // Parity of the barriers' phase of the pair before.
+  __device__ __forceinline__ uint32_t pair_phase() const { return (turn / 2 & 1) ^ 1; }
+  __device__ __forceinline__ uint32_t ds_at(uint32_t n) const {
+    return s.ds + (n >= kHalves ? n - kHalves : n) * (2 * kTile);
+  }
+  __device__ __forceinline__ float of_key(uint32_t offset, int h) const {
+    return load_f1(s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit)) + offset +
+                   static_cast<uint32_t>(group * 64 + warp * 16 + lane / 4 + 8 * h) * 4);
+  }
+
+  // s = k q^T, m = v dy^T (all without fence and commit)
+  __device__ __forceinline__ void scores(float (&t)[32], float (&m)[32]) {
+    const uint64_t k = tile_desc(keys(unit) + group * kTile), q = tile_desc(stage(turn));
+    wgmma<T, false, false>(t, k, q);
+#pragma unroll
+    for (int ks = 1; ks < 4; ++ks) wgmma<T, true, false>(t, desc_at(k, ks * 32), desc_at(q, ks * 32));
+    wgmma<T, false, false>(m, desc_at(k, 2 * kTile), desc_at(q, kTile));
+#pragma unroll
+    for (int ks = 1; ks < 4; ++ks)
+      wgmma<T, true, false>(m, desc_at(k, 2 * kTile + ks * 32), desc_at(q, kTile + ks * 32));
+  }
+  // dv += w dy
+  __device__ __forceinline__ void values(uint32_t tile) {
+#pragma unroll
+    for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dv, w[ks], desc_at(tile_desc(tile), kTile + ks * 2048));
+  }
+  // dk += e q
+  __device__ __forceinline__ void keys_of(uint32_t tile) {
+#pragma unroll
+    for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dk, e[ks], desc_at(tile_desc(tile), ks * 2048));
+  }
+  // dq of this warpgroup's half of the last pair: the sum over all 128 keys.
+  __device__ __forceinline__ void queries(float (&dq)[32]) {
+    const uint32_t n =
+        turn > 0 ? half + 1 + static_cast<uint32_t>(group) : 2;  // at first what nobody writes yet
+    const uint64_t a = tile_desc(ds_at(n % kHalves)), k = tile_desc(keys(before));
+    wgmma<T, false, true>(dq, a, k);
+#pragma unroll
+    for (int n = 1; n < 8; ++n)
+      wgmma<T, true, true>(dq, desc_at(a, (n / 4) * kTile + (n % 4) * 32), desc_at(k, n * 2048));
+  }
+  // Hands dq of the last pair to the warp that adds it up; the operands in dS are free.
+  __device__ __forceinline__ void hand_over(const float (&dq)[32]) {
+    if (group == 0) arrive(s.ds_free);
+    barrier_wait(s.sums_empty + 8 * group, pair_phase() ^ 1);
+    store_part(s.sums + group * kPart + warp * 4096, dq, lane);
+    fence_async_proxy();
+    arrive(s.sums_full + 16 * group + 8 * pair_phase());
+  }
+
+  template <bool kDiagonal>
+  __device__ __forceinline__ void weigh(float (&t)[32], float (&m)[32], int query) {
+    const uint32_t of = kDiagonal ? offsetof(Unit, key_gate) : offsetof(Unit, key_factor);
+    const float keys[2] = {of_key(of, 0), of_key(of, 1)};
+    joint::weigh<kDegree, kDiagonal>(t, m, meta(turn), group * 64 + warp * 16 + lane / 4, query, (lane & 3) * 2,
+                                     keys);
+  }
+
+  // 128 queries. Nothing is in flight across its ends (the compiler would serialise). What the last half left
+  // to be added up is added here, but for the first pair of a head, and dq of the pair before, which may have
+  // been another unit's.
+  template <bool kFirst>
+  __device__ __forceinline__ void two_halves() {
+    float t[32], m[32], dq[32];
+    acquire();
+    wgmma_fence();
+    scores(t, m);
+    wgmma_commit();
+    if constexpr (!kFirst) {
+      add(turn - 1);
+      wgmma_wait<1>();  // w is free: its registers are needed
+    }
+    start_queries(dq);  // before the first unit: of nothing, and for no one
+    if constexpr (kFirst) wgmma_wait<1>();
+    weigh<kFirst>(t, m, 0);
+    if constexpr (!kFirst) {
+      wgmma_wait<1>();
+      release(turn - 1);
+    }
+    pack<T>(t, m, e, w);
+    store_ds(ds_at(half) + group * kTile, e, warp, lane);
+    wgmma_wait<0>();
+    if (!kFirst || turn > 0) hand_over(dq);
+    if constexpr (kFirst) {
+      if (before != unit) arrive(s.keys_empty + before % L::kKeySlots * 8);
+      before = unit;
+    }
+
+    ++turn;
+    acquire();
+    wgmma_fence();
+    scores(t, m);
+    wgmma_commit();
+    add(turn - 1);
+    wgmma_wait<2>();
+    weigh<kFirst>(t, m, 64);
+    wgmma_wait<0>();
+    release(turn - 1);
+    pack<T>(t, m, e, w);
+    barrier_wait(s.ds_free, pair_phase());  // dq of the pair before has read what lay here
+    store_ds(ds_at(half + 1) + group * kTile, e, warp, lane);
+    fence_async_proxy();
+    arrive(s.ds_full);
+    ++turn;
+    half = half == 0 ? 2 : half - 1;
+  }
+  __device__ __forceinline__ void add(uint32_t n) {
+    wgmma_fence();
+    values(stage(n));
+    wgmma_commit();
+    wgmma_fence();
+    keys_of(stage(n));
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void start_queries(float (&dq)[32]) {
+    barrier_wait(s.ds_full, pair_phase());
+    wgmma_fence();
+    queries(dq);
+    wgmma_commit();
+  }
+  // What the last half of a head leaves to be added up.
+  __device__ __forceinline__ void finish() {
+    add(turn - 1);
+    wgmma_wait<0>();
+    release(turn - 1);
+  }
+  // dq of the very last pair.
+  __device__ __forceinline__ void finish_queries() {
+    float dq[32];
+    start_queries(dq);
+    wgmma_wait<0>();
+    hand_over(dq);
+  }
+
+  // k . dk of this lane's two rows, for the gate gradient.
+  __device__ __forceinline__ void store_dots(const JointArgs &a, const volatile Unit &unit) {
+    const int at = warp * 16 + (lane & 15), high = lane >> 4,
+              row = unit.row + group * 64 + warp * 16 + lane / 4;
+    float dot[2] = {0.f, 0.f};
+#pragma unroll
+    for (int ks = 0; ks < 4; ++ks) {
+      uint32_t x[4];
+      ldmatrix4(x, keys(this->unit) + group * kTile + at * 128 + (((2 * ks + high) ^ (at & 7)) << 4));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // rows lane / 4 + 8 (i & 1), columns 16 ks + 8 (i / 2) + 2 (lane % 4)
+        const float2 v = unpack2<T>(x[i]);
+        const int c = 4 * (2 * ks + i / 2) + 2 * (i & 1);
+        dot[i & 1] += dk[c] * v.x + dk[c + 1] * v.y;
+      }
+    }
+    float *to = a.dot + token_row(a.p, unit.batch, a.p.heads_kv, unit.head, unit.token) + row;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float sum = static_cast<float>(kDegree) * quad_sum(dot[h]);
+      if ((lane & 3) == 0 && row + 8 * h < unit.length) to[8 * h] = sum;
+    }
+  }
+  template <bool kFloats>
+  __device__ __forceinline__ void store(const float (&x)[32], float factor, const Tensor &o,
+                                        const volatile Unit &unit) {
+    const int row = unit.row + group * 64 + warp * 16;
+    store_rows<T, kFloats>(x, factor, factor, s.sums + group * kPart + warp * 4096, o,
+                           static_cast<T *>(o.data) + unit.batch * o.stride_b + unit.head * o.stride_h +
+                               (unit.token + row) * o.stride_t,
+                           unit.length - row, thread_here() & 31);
+  }
+  __device__ __forceinline__ void epilogue(const JointArgs &a, const volatile Unit &unit) {
+    if (a.dot) store_dots(a, unit);
+    barrier_wait(s.sums_empty + 8 * group, pair_phase() ^ 1);  // this warp's part serves as staging
+    store<true>(dk, static_cast<float>(kDegree), a.dk, unit);
+    store<false>(dv, 1.f, a.dv, unit);
+    arrive(s.unit_empty + this->unit % kUnits * 8);
+  }
+};
+
+template <typename T, int kDegree>
+__global__ void __launch_bounds__(384, 1)
+    joint64_kernel(const __grid_constant__ JointArgs a, const __grid_constant__ Maps maps) {
+  unsigned char *raw = dynamic_shared<unsigned char>();
+  const Smem<64> s(shared_address(raw));
+  Unit *units = reinterpret_cast<Unit *>(raw + (s.unit - shared_address(raw)));
+  const int tid = threadIdx.x, group = __shfl_sync(0xffffffffu, tid / 128, 0);
+  if (tid == 0) init_barriers(s);
+  __syncthreads();
+  if (group == 2) {
+    registers_dec<kProducerRegisters>();
+    const int warp = __shfl_sync(0xffffffffu, tid / 32 - 8, 0);
+    if (warp < kWarps)
+      produce<T, 64>(a, maps, s, units, static_cast<uint32_t>(warp));
+    else
+      add_queries(a, s, units, static_cast<uint32_t>(warp - kWarps), tid % 32);
+  } else {
+    registers_inc<kConsumerRegisters>();
+    Consumer<T, kDegree> c{s, tid % 32, (tid % 128) / 32, group};
+    for (;; ++c.unit) {
+      barrier_wait(s.keys_full + c.unit % L::kKeySlots * 8, c.unit / L::kKeySlots & 1);
+      const volatile Unit &unit = units[c.unit % kUnits];
+      if (__shfl_sync(0xffffffffu, unit.head, 0) < 0) break;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) c.dk[i] = c.dv[i] = 0.f;
+#pragma unroll 1
+      for (int head = 0; head < a.p.group; ++head) {
+        c.template two_halves<true>();
+        const int pairs = __shfl_sync(0xffffffffu, unit.pairs, 0);
+#pragma unroll 1
+        for (int n = 1; n < pairs; ++n) c.template two_halves<false>();
+        c.finish();
+      }
+      c.epilogue(a, unit);
+    }
+    if (c.turn > 0) c.finish_queries();
+  }
+}
+
+template <int kDegree>
+cudaError_t launch(const JointArgs &a, int sms, cudaStream_t stream) {
+  if (a.p.table.num_tiles == 0) return cudaSuccess;
+  Maps maps;
+  const cudaError_t error = maps_of(a, &maps);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(joint64_kernel<__nv_bfloat16, kDegree>, sms, 384, L::kBytes, stream, in_groups(a), maps);
+}
+
+}  // namespace
+}  // namespace joint
+
+cudaError_t joint64(const JointArgs &a, int sms, cudaStream_t stream) {
+  switch (a.p.degree) {
+    case 2:
+      return joint::launch<2>(a, sms, stream);
+    case 4:
+      return joint::launch<4>(a, sms, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace powerattn::cuda::sm90

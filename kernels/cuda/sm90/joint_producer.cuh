@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0
+// What feeds the joint gradient kernel and what carries its dq away: two producer warps load a unit's keys and
+// values, then queries and dy by 64 with their factors; the other two of their group add dq to its sums.
+#pragma once
+
+#include <algorithm>
+
+#include "joint.cuh"
+
+namespace powerattn::cuda::sm90 {
+
+namespace joint {
+
+// As many sequences and heads at a time as leave their sums in the L2 cache: 16 MB of it.
+inline JointArgs in_groups(JointArgs a) {
+  const int64_t sequences = a.p.packed ? 1 : a.p.table.num_sequences,
+                bytes = a.p.table.num_tiles * kOutputRows / sequences * a.p.head_dim * 4 * a.p.group;
+  a.together = static_cast<uint32_t>(std::max<int64_t>(1, std::min<int64_t>(kSumsInCache / bytes, 1024)));
+  return a;
+}
+
+// Unit `u` of blocks * heads. A block adds its dq behind the blocks after it in the sequence, which so have to
+// be handed out before; and well before, since whoever takes one may still be busy: the sequences and heads are
+// dealt with `together` at a time, last blocks first.
+__device__ __forceinline__ bool take(Unit &x, const JointArgs &a, const Maps &maps, uint32_t u) {
+  const Shape &p = a.p;
+  const uint32_t heads = static_cast<uint32_t>(p.heads_kv),
+                 sequences = p.packed ? 1 : static_cast<uint32_t>(p.table.num_sequences),
+                 per = static_cast<uint32_t>(p.table.num_tiles) * 2 / sequences,  // blocks
+      span = a.together * per, first = u / span * a.together, rest = u % span,
+                 lanes = min(a.together, sequences * heads - first), lane = first + rest % lanes,
+                 n = lane / heads * per + per - 1 - rest / lanes;
+  const Tile t = p.table.tiles[n / 2];
+  const int row = t.offset + static_cast<int>(n & 1) * kJointRows;
+  if (t.length <= static_cast<int>(n & 1) * kJointRows) return false;  // unused, or behind the sequence
+  const Chunk c = p.table.chunks[t.chunk];
+  x.head = static_cast<int32_t>(lane % heads);
+  x.row = row;
+  x.length = c.length;
+  x.pairs = (c.length - row + kJointRows - 1) / kJointRows;
+  x.batch = static_cast<int32_t>(batch_of(p.packed, t.sequence));
+  x.token = c.start;
+  x.mapped = min(mapped_blocks(maps.q, maps.dy, p, c, (c.length + 63) / 64),
+                 mapped_blocks(maps.k, maps.v, p, c, (c.length + 63) / 64));
+  x.slot = int64_t(n) * p.heads_q + x.head * p.group;
+  x.gate = a.gate ? a.gate + token_row(p, x.batch, p.heads_kv, x.head, c.start) : nullptr;
+  x.start = x.gate ? x.gate[row] : 0.0;
+  x.end = x.gate ? x.gate[min(row + kJointRows, c.length) - 1] : 0.0;
+  return true;
+}
+
+// Factors of queries `lane` and `lane` + 32 of block `block`, loaded before the stage is free:
+//   the unit's own:  f_i = c r_i,                        gate = (G_i - G_start) log2(e)
+//   later ones:      f_i = c r_i exp(G_i - G_end) <= c r_i
+// Behind the sequence they give every key the weight 0.
+struct QueryFactors {
+  float factor[2], gate[2], delta[2];
+};
+__device__ __forceinline__ QueryFactors load_factors(const JointArgs &a, const volatile Unit &u, int block,
+                                                     int head, int lane) {
+  QueryFactors x;
+  const int64_t row = token_row(a.p, u.batch, a.p.heads_q, head, u.token);
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const int i = block * 64 + lane + 32 * k;
+    x.factor[k] = x.delta[k] = 0.f;
+    x.gate[k] = -INFINITY;
+    if (i < u.length) {
+      x.factor[k] = a.r ? a.r[row + i] : 1.f;
+      x.delta[k] = a.delta ? a.delta[row + i] : 0.f;
+      const double *g = u.gate;
+      x.gate[k] =
+          g ? static_cast<float>(__ldg(g + i) - (block * 64 < u.row + kJointRows ? u.start : u.end)) : 0.f;
+    }
+  }
+  return x;
+}
+__device__ __forceinline__ void write_factors(uint32_t meta, const QueryFactors &x, float scale, bool own,
+                                              int lane) {
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const uint32_t at = meta + (lane + 32 * k) * 4;
+    const float gate = x.gate[k] * kLog2e;
+    store_f1(at, scale * x.factor[k] * (own ? 1.f : exp2_fast(gate)));
+    store_f1(at + kQueryGate, gate);
+    store_f1(at + kQueryDelta, x.delta[k]);
+  }
+}
+
+// The next unit, for everyone.
+__device__ __forceinline__ void post(const JointArgs &a, const Maps &maps, uint32_t posted, Unit &unit,
+                                     int lane) {
+  const Shape &p = a.p;
+  volatile Unit &u = unit;
+  for (;;) {
+    const uint32_t ticket = static_cast<uint32_t>(next_ticket(a.ticket, lane));
+    bool taken = true;
+    if (lane == 0) {
+      if (ticket >= static_cast<uint32_t>(p.table.num_tiles) * 2 * static_cast<uint32_t>(p.heads_kv))
+        u.head = -1;
+      else
+        taken = take(unit, a, maps, ticket);
+    }
+    if (__shfl_sync(0xffffffffu, taken, 0)) break;
+  }
+  __syncwarp();
+  if (u.head >= 0) {
+#pragma unroll
+    for (int n = lane; n < kJointRows; n += 32) {
+      const int j = u.row + n;
+      float factor = j < u.length ? 1.f : 0.f, gate = 0.f;
+      if (const double *g = u.gate; g && j < u.length) {
+        const double own = __ldg(g + j);
+        factor = exp2_fast(static_cast<float>(u.end - own) * kLog2e);
+        gate = static_cast<float>(own - u.start) * kLog2e;
+      }
+      u.key_factor[n] = factor;
+      u.key_gate[n] = gate;
+    }
+  }
+  __syncwarp();
+  if (lane == 0) barrier_arrive(posted);
+}
+
+// Warp 0 also fetches the units, their keys and values. Few registers: lanes are read anew, as in
+// output_producer.cuh, and what belongs to the unit lies in shared memory.
+template <typename T, int kDim>
+__device__ __forceinline__ void produce(const JointArgs &a, const Maps &maps, const Smem<kDim> &s, Unit *units,
+                                        uint32_t warp) {
+  using L = Layout<kDim>;
+  constexpr int kTile = L::kTile, kStage = L::kStage, kStages = L::kStages;
+  const auto lane = [] { return thread_here() & 31; };
+  const auto hand_over = [&](uint32_t bar) {
+    __syncwarp();
+    if (lane() == 0) barrier_arrive(bar);
+  };
+  const auto hand_over_copies = [&](uint32_t bar) {  // of all lanes
+    copy_commit();
+    copy_wait<0>();
+    fence_async_proxy();
+    hand_over(bar);
+  };
+  uint32_t turn = 0;   // stages of the units before
+  uint32_t index = 0;  // of the next unit
+  int total = 0;       // stages of the unit
+  for (;;) {
+    bool ahead = warp == 0;  // the next unit is still to be fetched
+#pragma unroll 1
+    for (int n = static_cast<int>((warp - turn) % kWarps);; n += kWarps) {
+      if (ahead && n + 1 >= total) {  // not earlier: who has the unit after that one waits for its first sums
+        barrier_wait(s.unit_empty + index % kUnits * 8, (index / kUnits & 1) ^ 1);
+        post(a, maps, s.posted + index % kUnits * 8, units[index % kUnits], lane());
+        ahead = false;
+      }
+      if (n >= total) break;
+      const volatile Unit &u = units[(index - 1) % kUnits];
+      const int span = 2 * u.pairs, part = n / span, rest = n - part * span;
+      const auto stage = [&] { return (turn + static_cast<uint32_t>(n)) % kStages; };
+      const auto block = [&] { return u.row / 64 + rest; };
+      const auto head = [&] { return u.head * a.p.group + part; };
+      const QueryFactors x = load_factors(a, u, block(), head(), lane());
+      barrier_wait(s.empty + 8 * stage(), ((turn + static_cast<uint32_t>(n)) / kStages & 1) ^ 1);
+      if (block() < u.mapped && lane() == 0) {
+        const int token = static_cast<int>(u.token) + block() * 64, batch = u.batch;
+        const uint32_t to = s.ring + stage() * kStage, bar = s.full + 8 * stage();
+        barrier_expect_only(bar, kStage);
+        fetch_tile<kDim>(to, maps.q, batch, head(), token, bar);
+        fetch_tile<kDim>(to + kTile, maps.dy, batch, head(), token, bar);
+      }
+      write_factors(s.meta + stage() * kQueryMeta, x, a.p.scale_p, rest < 2, lane());
+      if (block() < u.mapped) {
+        hand_over(s.full + 8 * stage());
+      } else {
+#pragma unroll 1
+        for (int m = 0; m < 2; ++m) {
+          const Tensor &z = m ? a.dy : a.q;
+          load_tile<T, kDim, 32>(s.ring + stage() * kStage + m * kTile, z,
+                                 row_pointer<T>(z, u.batch, head(), u.token + block() * 64),
+                                 u.length - block() * 64, lane());
+        }
+        hand_over_copies(s.full + 8 * stage());
+      }
+    }
+    turn += static_cast<uint32_t>(total);
+    const volatile Unit &u = units[index % kUnits];
+    if (warp == 0) {
+      const uint32_t place = index % L::kKeySlots;
+      const auto bar = [&] { return s.keys_full + 8 * place; };
+      const auto to = [&] { return s.keys + place * (4 * kTile); };
+      barrier_wait(s.keys_empty + 8 * place, (index / L::kKeySlots & 1) ^ 1);
+      if (u.head < 0) {
+        hand_over(bar());
+      } else if (u.row / 64 + 2 <= u.mapped) {
+        if (lane() == 0) {
+          barrier_expect_only(bar(), 4 * kTile);
+#pragma unroll 1
+          for (int m = 0; m < 2; ++m) {
+            const int token = static_cast<int>(u.token) + u.row + m * 64;
+            fetch_tile<kDim>(to() + m * kTile, maps.k, u.batch, u.head, token, bar());
+            fetch_tile<kDim>(to() + (2 + m) * kTile, maps.v, u.batch, u.head, token, bar());
+          }
+        }
+        hand_over(bar());
+      } else {
+#pragma unroll 1
+        for (int n = 0; n < 4; ++n) {
+          const Tensor &x = n < 2 ? a.k : a.v;
+          const int row = u.row + (n & 1) * 64;
+          load_tile<T, kDim, 32>(to() + n * kTile, x, row_pointer<T>(x, u.batch, u.head, u.token + row),
+                                 u.length - row, lane());
+        }
+        hand_over_copies(bar());
+      }
+    } else {
+      if (index > 0) hand_over(s.unit_empty + (index - 1) % kUnits * 8);
+      barrier_wait(s.posted + index % kUnits * 8, index / kUnits & 1);
+    }
+    if (u.head < 0) break;
+    total = 2 * u.pairs * a.p.group;
+    ++index;
+  }
+}
+
+// The sum of queries i is, in this order, the dq of key blocks i, i - 1, .. 0: `turns` counts them. The parts
+// of 128 queries follow one another in the two buffers: 64 queries each, or (head_dim 128) 64 columns of them.
+// Every second pair of 128 queries is this warp's: while one pair's copies are under way, and the turn is
+// passed on, the other warp has the next.
+template <int kDim>
+__device__ __forceinline__ void add_queries(const JointArgs &a, const Smem<kDim> &s, Unit *units, uint32_t warp,
+                                            int lane) {
+  constexpr uint32_t kParts = 2 * kDim / 64;
+  uint32_t pair = 0;
+  for (uint32_t index = 0;; ++index) {
+    const uint32_t slot = index % kUnits;
+    barrier_wait(s.posted + 8 * slot, index / kUnits & 1);
+    const volatile Unit &u = units[slot];
+    if (u.head < 0) break;
+    if (lane == 0) {
+#pragma unroll 1
+      for (int head = 0; head < a.p.group; ++head) {
+#pragma unroll 1
+        for (int n = 0; n < u.pairs; ++n, ++pair) {
+          if ((pair & 1) != warp) continue;
+          const int64_t at = u.slot + int64_t(n) * a.p.heads_q + head;
+          float *to = a.dq + at * (kJointRows * kDim);
+          await_turn(a.turns + at, n);
+#pragma unroll 1
+          for (uint32_t i = 0; i < kParts; ++i, to += kPart / 4) {
+            const uint32_t buffer = i & 1, from = s.sums + buffer * kPart;
+            barrier_wait(s.sums_full + 16 * buffer + 8 * warp, ((pair >> 1) * (kParts / 2) + (i >> 1)) & 1);
+            if (n == 0)
+              bulk_store(to, from, kPart);
+            else
+              bulk_add(to, from, kPart);
+            bulk_store_wait_read<0>();
+            barrier_arrive(s.sums_empty + 8 * buffer);
+          }
+          bulk_store_wait<0>();
+          pass_turn(a.turns + at, n + 1);
+        }
+      }
+      barrier_arrive(s.unit_empty + 8 * slot);
+    }
+    __syncwarp();
+  }
+}
+
+}  // namespace joint
+
+}  // namespace powerattn::cuda::sm90
