@@ -126,10 +126,12 @@ struct Useful {
 
 // The operations of one kernel's own equations: `update` adds phi(k) v^T (then phi(q) dy^T), `output` is a
 // query of the state and two products per pair, `gradient` is dq (three products), then dk with dv (four);
-// where a second `output` computes dv alone (cuda.sm80), dk is three. 0: moves data.
+// where a second `output` computes dv alone (cuda.sm80), dk is three; `joint64`, `joint128` are all three
+// gradients (five). 0: moves data.
 double kernel_flops(const std::string &name, const Useful &u, int nth, bool separate_dv) {
   const auto is = [&](const char *part) { return name.find(part) != std::string::npos; };
   if (is("update")) return u.state * (nth == 0 ? u.kv : u.q);
+  if (is("joint64") || is("joint128")) return u.pairs * 10 * u.d;
   if (is("output")) return u.pairs * 4 * u.d + u.state * (nth == 0 ? u.q : u.kv);
   if (is("gradient")) {
     if (nth == 0) return u.pairs * 6 * u.d + u.state * u.q;
@@ -146,11 +148,12 @@ void print_kernels(const std::string &config, const Useful &u, const std::functi
   };
   const bool separate_dv = count("output") > 1;
   double other = 0, sum = 0;
-  int updates = 0, outputs = 0, gradients = 0;
+  int updates = 0, outputs = 0, gradients = 0, joints = 0;
   for (const NodeTime &n : nodes) {
     int *const seen = n.name.find("update") != std::string::npos     ? &updates
                       : n.name.find("output") != std::string::npos   ? &outputs
                       : n.name.find("gradient") != std::string::npos ? &gradients
+                      : n.name.find("joint") != std::string::npos    ? &joints
                                                                      : nullptr;
     const double flops = seen != nullptr ? kernel_flops(n.name, u, (*seen)++, separate_dv) : 0;
     sum += n.ms;

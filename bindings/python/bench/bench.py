@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cost of the Python layers on the CPU: over the C call, and against the same formula in eager PyTorch.
 
-    python bindings/python/bench/bench.py [--json results.json]
+    python bindings/python/bench/bench.py [--json results.json] [--device cuda]
+
+With a GPU: what a step call costs the host over the C call, since the rest is the GPU's time.
 
 All ratios are of calls that alternate within one run, best of several, so that a busy machine changes both sides.
 """
@@ -51,11 +53,14 @@ class StepArgs(ctypes.Structure):
     )
 
 
-def alternate(calls: dict[str, Callable[[], object]], repeats: int, inner: int = 1) -> dict[str, float]:
-    """Best seconds of each, the calls taking turns."""
+def alternate(
+    calls: dict[str, Callable[[], object]], repeats: int, inner: int = 1, settle: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """Best seconds of each, the calls taking turns; ``settle`` is called before every turn."""
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(repeats):
         for name, call in calls.items():
+            settle()
             start = time.perf_counter()
             for _ in range(inner):
                 call()
@@ -63,31 +68,37 @@ def alternate(calls: dict[str, Callable[[], object]], repeats: int, inner: int =
     return best
 
 
-def step_overhead() -> dict[str, float]:
-    """A step through each Python entry against the C function on a prepared struct."""
+def step_overhead(device: str) -> dict[str, float]:
+    """A step through each Python entry against the C function on a prepared struct.
+
+    On a GPU a turn's launches only queue up, and what is timed is the host's part of them.
+    """
     torch.set_num_threads(1)
-    q, k, v = (torch.randn(1, 1, 1, 8) for _ in range(3))
-    state = PowerAttentionState(1, 1, 8)
+    q, k, v = (torch.randn(1, 1, 1, 8, device=device) for _ in range(3))
+    state = PowerAttentionState(1, 1, 8, device=device)
     plan = _native.get_plan(q, v, 0, True, state._options, 1)
-    y = torch.empty(1, 1, 1, 8)
+    y = torch.empty_like(q)
     work, _work = _native.workspace(plan.workspace_step, q)
     args = StepArgs(struct_size=ctypes.sizeof(StepArgs), num_slots=1, workspace=work)
     args.workspace_bytes = plan.workspace_step
     for name, x in (("q", q), ("k", k), ("v", v), ("y", y)):
         setattr(args, name, Tensor(*_native.tensor_numbers(x)))
+    if device == "cuda":
+        args.stream = torch.cuda.current_stream().cuda_stream
     args.state = State(*_native.state_numbers(state.s, state.z))
     function = ctypes.CDLL(native.__file__).powerattn_step
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     address = ctypes.addressof(args)
     with torch.no_grad():
-        slots = torch.tensor([0])
+        slots = torch.tensor([0], device=device)
         calls = {
             "c": lambda: function(plan.handle, address),
             "pool": lambda: state.step(q, k, v),
             "pool with slots": lambda: state.step(q, k, v, slots=slots),
             "function": lambda: step(q, k, v, (state.s, state.z)),
         }
-        return alternate(calls, 2000, 20)  # short turns: a busy machine leaves some of them alone
+        settle = torch.cuda.synchronize if device == "cuda" else lambda: None
+        return alternate(calls, 2000, 20, settle)  # short turns: a busy machine leaves some of them alone
 
 
 def against_c(t: int, threads: int) -> dict[str, float]:
@@ -161,6 +172,7 @@ def cpu_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     results: dict[str, object] = {
@@ -168,13 +180,15 @@ def main() -> None:
         "cpu": cpu_name(), "cores": os.cpu_count(),
         "threads": options.threads, "load": os.getloadavg()[0],
     }  # fmt: skip
-    results["step"] = row = step_overhead()
+    if options.device == "cuda":
+        results["gpu"] = torch.cuda.get_device_name()
+    results["step"] = row = step_overhead(options.device)
     over = ", ".join(f"{name} {1e6 * (row[name] - row['c']):.2f} us" for name in row if name != "c")
     print(f"step: C {1e6 * row['c']:.2f} us; over C: {over}")
-    for t in (4096, 16384):
+    for t in (4096, 16384) if options.device == "cpu" else ():
         results[f"c_{t}"] = row = against_c(t, options.threads)
         print(f"t={t} p=2: C {1e3 * row['c']:.1f} ms, PyTorch front / C = {row['ratio']:.3f}")
-    for t, degree in ((2048, 2), (2048, 4), (4096, 2)):
+    for t, degree in ((2048, 2), (2048, 4), (4096, 2)) if options.device == "cpu" else ():
         results[f"eager_{t}_p{degree}"] = row = against_eager(t, degree, options.threads)
         print(
             f"t={t} p={degree}: eager / ours: forward {row['forward_ratio']:.1f}, "
