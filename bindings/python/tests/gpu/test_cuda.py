@@ -110,6 +110,39 @@ def test_step_in_a_cuda_graph(rope, slots):
         assert pool.position.tolist() == eager.position.tolist()
 
 
+def test_positions_are_counted_when_they_are_read(monkeypatch):
+    """Whatever order of calls, index tensors that are used again, and a graph captured in between."""
+    pool, expected = PowerAttentionState(4, 2, 16, device="cuda"), [0, 0, 0, 0]
+    q, k, v = (torch.randn(4, 2, 2, 16, device="cuda") for _ in range(3))
+    slots, lengths = torch.tensor([2, -1, 0], device="cuda"), torch.tensor([2, 2, 1], device="cuda")
+    three = (q[:3], k[:3], v[:3])
+
+    def some(i: int) -> None:
+        pool.step(*three, slots=slots, lengths=lengths if i % 2 else None)
+
+    with torch.no_grad():
+        for i in range(300):
+            some(i)
+            expected[int(slots[0])] += 2
+            expected[0] += 1 if i % 2 else 2
+            slots[0] = 3 if i % 3 else 2  # the caller's buffer
+            if i % 7 == 0:
+                pool.step(q, k, v)
+                expected = [n + 2 for n in expected]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            some(1)
+        for _ in range(3):
+            graph.replay()
+    expected[int(slots[0])] += 6
+    expected[0] += 3
+    assert pool.clone().position.tolist() == pool.position.tolist() == expected
+    pool.step(q, k, v)
+    monkeypatch.setattr("power_attention.torch.state._capturing", lambda: True)
+    with pytest.raises(pa.InvalidArgumentError, match="before the capture"):
+        pool.position  # noqa: B018
+
+
 def test_forward_and_backward_in_a_cuda_graph():
     q, k, v, g = (x.requires_grad_() for x in tokens(t=300, device="cuda"))
     expected = torch.autograd.grad(power_attention(q, k, v, log_g=g).square().sum(), (q, k, v, g))

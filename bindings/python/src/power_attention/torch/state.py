@@ -20,6 +20,12 @@ _modes = torch._C._len_torch_dispatch_stack
 _function_mode = torch._C._is_torch_function_mode_enabled
 _autocasts = torch._C._is_any_autocast_enabled
 _grad = torch.is_grad_enabled
+_capturing = torch.cuda.is_current_stream_capturing
+
+
+def _current_device() -> int:
+    """Of a process that has a CUDA tensor: without asking whether CUDA is there."""
+    return int(torch._C._cuda_getDevice())
 
 
 def _refuse_grad(*tensors: Tensor) -> None:
@@ -115,7 +121,7 @@ def _step_(
         return torch.ops.powerattn.step_(  # type: ignore[no-any-return]
             q, k, v, log_g, s, z, slots, lengths, rope_offset, *options
         )
-    if not q.is_cuda or q.get_device() == torch.cuda.current_device():
+    if not q.is_cuda or q.get_device() == _current_device():
         return _native.step_here(q, k, v, log_g, s, z, slots, lengths, rope_offset, options)
     return _native.step(q, k, v, log_g, s, z, slots, lengths, rope_offset, *options)
 
@@ -173,6 +179,7 @@ class PowerAttentionState:
         self._pending = 0  # tokens that every slot has seen and _position does not count yet
         self._pending_slots: list[int] = []  # and those that some have: slots, and as many numbers of tokens
         self._pending_tokens: list[int] = []
+        self._pending_copies: list[tuple[Tensor, Tensor | int]] = []  # the same on a GPU
 
     @property
     def slots(self) -> int:
@@ -212,6 +219,11 @@ class PowerAttentionState:
     @property
     def position(self) -> Tensor:
         """Tokens seen by each slot, int64 ``[slots]``; the offset of rotary embeddings."""
+        if self._position.is_cuda and (self._pending or self._pending_copies) and _capturing():
+            raise InvalidArgumentError(
+                "position is read while a CUDA graph is captured, and steps before it are not counted yet; read it "
+                "once before the capture"
+            )
         if self._pending:
             self._position += self._pending
             self._pending = 0
@@ -219,29 +231,37 @@ class PowerAttentionState:
             slots, tokens = torch.tensor(self._pending_slots), torch.tensor(self._pending_tokens)
             self._pending_slots, self._pending_tokens = [], []
             self._add(slots, tokens)
+        if self._pending_copies:
+            copies, self._pending_copies = self._pending_copies, []
+            amounts = [a if isinstance(a, Tensor) else torch.full_like(slots, a) for slots, a in copies]
+            self._add(torch.cat([slots for slots, _ in copies]), torch.cat(amounts))
         return self._position
 
     @position.setter
     def position(self, value: Tensor) -> None:
-        self._position, self._pending, self._pending_slots, self._pending_tokens = value, 0, [], []
+        self._position, self._pending = value, 0
+        self._pending_slots, self._pending_tokens, self._pending_copies = [], [], []
 
     def _advance(self, b: int, t: int, slots: Tensor | None, lengths: Tensor | None) -> None:
-        # On the CPU positions are counted when they are next read. On a device the counting is work in the
-        # stream like the rest, so that a captured graph repeats it.
-        later = not self._position.is_cuda and not _compiling()
+        # Positions are counted when they are next read; the order does not matter. But what a captured graph has
+        # to repeat, and what the next step's rotary embedding needs on a GPU, is work in the stream like the rest.
+        cuda = self._position.is_cuda
+        later = not _compiling() and not (cuda and (self.rope is not None or _capturing()))
         if slots is None:
             if later and lengths is None and b == self._position.shape[0]:
                 self._pending += t
             else:
-                self.position[:b] += t if lengths is None else lengths
-            return
-        if later and b <= 64:
+                self._position[:b] += t if lengths is None else lengths
+        elif later and cuda:  # copies: the caller may write the next slots into the same tensor
+            self._pending_copies.append((slots.clone(), t if lengths is None else lengths.clone()))
+            if len(self._pending_copies) == 256:
+                self.position  # noqa: B018  counts what is pending
+        elif later and b <= 64:
             self._pending_slots += slots.tolist()
             self._pending_tokens += (t,) * b if lengths is None else lengths.tolist()
-            if len(self._pending_slots) < 4096:
-                return
-        self.position  # noqa: B018  counts what is pending
-        if not later or b > 64:
+            if len(self._pending_slots) >= 4096:
+                self.position  # noqa: B018
+        else:
             self._add(slots, t if lengths is None else lengths)
 
     def _add(self, slots: Tensor, amount: Tensor | int) -> None:
