@@ -100,16 +100,6 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
   Turns<kStages> at{1u << 31};
   const auto lane = [] { return thread_here() & 31; };
   const auto warp = [] { return thread_here() >> 5 & (kProducers - 1); };
-  const auto hand_over = [&](uint32_t bar) {
-    __syncwarp();
-    if (lane() == 0) barrier_arrive(bar);
-  };
-  const auto hand_over_copies = [&](uint32_t bar) {  // of all lanes
-    copy_commit();
-    copy_wait<0>();
-    fence_async_proxy();
-    hand_over(bar);
-  };
   for (;;) {
     if (warp() == 0) {
       volatile GradientUnit &next = slots[2 + (at.unit() ^ 1)];

@@ -130,18 +130,6 @@ __device__ __forceinline__ void weigh(float (&t)[32], float (&m)[32], uint32_t m
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void pack(const float (&t)[32], const float (&m)[32], uint32_t (&e)[4][4],
-                                     uint32_t (&w)[4][4]) {
-#pragma unroll
-  for (int n = 0; n < 8; ++n)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int i = 4 * n + 2 * h;
-      e[n / 2][(n & 1) * 2 + h] = pack2<T>(m[i], m[i + 1]);
-      w[n / 2][(n & 1) * 2 + h] = pack2<T>(t[i], t[i + 1]);
-    }
-}
 // e into a tile [query][key]: 8 x 8 matrices (keys 0-7 and 8-15 of the warp) of queries 8 n and 8 n + 8.
 __device__ __forceinline__ void store_ds(uint32_t tile, const uint32_t (&e)[4][4], int warp, int lane) {
 #pragma unroll

@@ -93,7 +93,7 @@ struct Consumer {
     const float keys[2] = {of_key(of, 0), of_key(of, 1)};
     weigh<kDegree, kDiagonal>(t, m, s.meta + turn % kStages * kQueryMeta, group * 64 + warp() * 16 + lane() / 4,
                               query, (lane() & 3) * 2, keys);
-    pack<T>(t, m, e, w);
+    pack_gradient<T, true>(t, m, e, w);
     add();
     // dq two steps ago (the first time: of the step before, finish()) has read what lay here.
     barrier_wait(s.ds_free, kFirst ? (turn & 1) ^ 1 : turn & 1);
@@ -160,7 +160,7 @@ struct Consumer {
   __device__ __forceinline__ void epilogue(const JointArgs &a, const volatile Unit &u) {
     if (a.dot) store_dots(a, u);
     arrive(s.keys_empty);
-    barrier_wait(s.sums_empty + 8 * group, (turn & 1) ^ 1);  // this warp()'s part serves as staging
+    barrier_wait(s.sums_empty + 8 * group, (turn & 1) ^ 1);  // this warp's part serves as staging
     store<true>(dk, static_cast<float>(kDegree), a.dk, u);
     store<false>(dv, 1.f, a.dv, u);
     arrive(s.unit_empty + unit % kUnits * 8);

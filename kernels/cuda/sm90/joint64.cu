@@ -118,7 +118,7 @@ struct Consumer {
       wgmma_wait<1>();
       release(turn - 1);
     }
-    pack<T>(t, m, e, w);
+    pack_gradient<T, true>(t, m, e, w);
     store_ds(ds_at(half) + group * kTile, e, warp, lane);
     wgmma_wait<0>();
     if (!kFirst || turn > 0) hand_over(dq);
@@ -137,7 +137,7 @@ struct Consumer {
     weigh<kFirst>(t, m, 64);
     wgmma_wait<0>();
     release(turn - 1);
-    pack<T>(t, m, e, w);
+    pack_gradient<T, true>(t, m, e, w);
     barrier_wait(s.ds_free, pair_phase());  // dq of the pair before has read what lay here
     store_ds(ds_at(half + 1) + group * kTile, e, warp, lane);
     fence_async_proxy();

@@ -130,16 +130,6 @@ __device__ __forceinline__ void produce(const JointArgs &a, const Maps &maps, co
   using L = Layout<kDim>;
   constexpr int kTile = L::kTile, kStage = L::kStage, kStages = L::kStages;
   const auto lane = [] { return thread_here() & 31; };
-  const auto hand_over = [&](uint32_t bar) {
-    __syncwarp();
-    if (lane() == 0) barrier_arrive(bar);
-  };
-  const auto hand_over_copies = [&](uint32_t bar) {  // of all lanes
-    copy_commit();
-    copy_wait<0>();
-    fence_async_proxy();
-    hand_over(bar);
-  };
   uint32_t turn = 0;   // stages of the units before
   uint32_t index = 0;  // of the next unit
   int total = 0;       // stages of the unit

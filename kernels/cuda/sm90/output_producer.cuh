@@ -71,6 +71,20 @@ __device__ __forceinline__ void copy_words(volatile void *to, const volatile voi
     static_cast<volatile uint32_t *>(to)[i] = static_cast<const volatile uint32_t *>(from)[i];
 }
 
+// Every barrier that consumers wait for counts one arrival of a producer warp: that of lane 0, when all its
+// lanes have done their part. (A lane that waits for a barrier must not be able to miss a whole turn of it: the
+// lanes of a warp meet between turns, and no other warp waits for this one's stages.)
+__device__ __forceinline__ void hand_over(uint32_t bar) {
+  __syncwarp();
+  if ((thread_here() & 31) == 0) barrier_arrive(bar);
+}
+__device__ __forceinline__ void hand_over_copies(uint32_t bar) {  // of all lanes
+  copy_commit();
+  copy_wait<0>();
+  fence_async_proxy();
+  hand_over(bar);
+}
+
 template <typename T, int kDegree, int kDim>
 __device__ __forceinline__ void produce_output(const OutputArgs &a, const OutputMaps &maps,
                                                const OutputSmem<kDim> &s, UnitMeta *slots) {
@@ -82,19 +96,6 @@ __device__ __forceinline__ void produce_output(const OutputArgs &a, const Output
   Turns<kStages> at{1u << 31};  // unit(): the slot in use
   const auto lane = [] { return thread_here() & 31; };
   const auto warp = [] { return thread_here() >> 5 & (kProducers - 1); };
-  // Every barrier that consumers wait for counts one arrival: that of lane 0, when all lanes of its warp have
-  // done their part. (A lane that waits for a barrier must not be able to miss a whole turn of it: the lanes of
-  // a warp meet between turns, and no other warp waits for this one's stages.)
-  const auto hand_over = [&](uint32_t bar) {
-    __syncwarp();
-    if (lane() == 0) barrier_arrive(bar);
-  };
-  const auto hand_over_copies = [&](uint32_t bar) {  // of all lanes
-    copy_commit();
-    copy_wait<0>();
-    fence_async_proxy();
-    hand_over(bar);
-  };
   for (;;) {
     // The first warp takes a unit while the consumers work on the one before, and the others begin with its
     // stages. Slots 2 and 3 are the producers' own copies of 0 and 1.
