@@ -13,12 +13,12 @@ constexpr int kWarps = 2;        // producers
 constexpr int kAdders = 2;       // warps that add dq up: pairs in turn
 constexpr int kQueryMeta = 768;  // per stage: factor, log2 gate, delta of 64 queries (floats)
 constexpr uint32_t kQueryGate = 256, kQueryDelta = 512;
-constexpr int kPart = 64 * 64 * 4;  // of dq, on its way to the sums
-constexpr int64_t kSumsInCache = 16 << 20;
-constexpr int kUnits = 4;  // posted ahead, and not yet finished with
+constexpr int kPart = 64 * 64 * 4;          // of dq, on its way to the sums
+constexpr int64_t kSumsInCache = 16 << 20;  // bytes of dq in work at a time
+constexpr int kUnits = 4;                   // posted ahead, and not yet finished with
 
-// A block of 128 keys of a sequence, and the pairs of 64 queries (by 2: 128) that see them: `pairs` of each
-// query head of the group.
+// A block of 128 keys of a sequence, and the queries that see them: `pairs` times 2 x 64 of each query head of
+// the group.
 struct Unit {
   int32_t head, row, length, pairs;  // head < 0: no more units
   int32_t batch, mapped;
@@ -38,7 +38,7 @@ struct Layout {
   static constexpr int kHalves = kDim == 64 ? 3 : 2;    // of dS: 64 queries x 128 keys
   static constexpr int kDs = 64 * kJointRows * 2;
   // d = 64 (128): 1024 (alignment) + keys and values 2 x 32 KB (64) + ring 4 x 16 KB (2 x 32) + dS 3 x 16 KB (2
-  // x 16) + dq 2 x 16 KB + meta 4 (2) x 768 + units and barriers: 215 KB (198).
+  // x 16) + dq 2 x 16 KB + meta 4 (2) x 768 + units and barriers: 216 KB (199).
   static constexpr int kBytes = 1024 + kKeySlots * 4 * kTile + kStages * kStage + kHalves * kDs + 2 * kPart +
                                 kStages * kQueryMeta + kUnits * static_cast<int>(sizeof(Unit)) + 256;
 };
@@ -145,6 +145,51 @@ __device__ __forceinline__ void store_part(uint32_t to, const float (&dq)[32], i
     store_u4(to + lane * 16 + i * 512,
              make_uint4(__float_as_uint(dq[4 * i]), __float_as_uint(dq[4 * i + 1]),
                         __float_as_uint(dq[4 * i + 2]), __float_as_uint(dq[4 * i + 3])));
+}
+
+// A field of Unit that has one number for each key; `key`: of the unit.
+__device__ __forceinline__ float of_key(uint32_t unit, uint32_t offset, int key) {
+  return load_f1(unit + offset + static_cast<uint32_t>(key) * 4);
+}
+
+// k . dk of this lane's two of the warp's 16 rows, from `local` of the unit on, for the gate gradient. `keys`:
+// the warpgroup's 64 rows of k.
+template <typename T, int kDegree, int kDim>
+__device__ __forceinline__ void store_dots(const JointArgs &a, const volatile Unit &u,
+                                           const float (&dk)[kDim / 2], uint32_t keys, int local, int warp,
+                                           int lane) {
+  const int at = warp * 16 + (lane & 15), high = lane >> 4, row = u.row + local + lane / 4;
+  float dot[2] = {0.f, 0.f};
+#pragma unroll
+  for (int ks = 0; ks < kDim / 16; ++ks) {
+    uint32_t x[4];
+    ldmatrix4(x, keys + ks / 4 * 8192 + at * 128 + (((2 * (ks % 4) + high) ^ (at & 7)) << 4));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // rows lane / 4 + 8 (i & 1), columns 16 ks + 8 (i / 2) + 2 (lane % 4)
+      const float2 v = unpack2<T>(x[i]);
+      const int c = 4 * (2 * ks + i / 2) + 2 * (i & 1);
+      dot[i & 1] += dk[c] * v.x + dk[c + 1] * v.y;
+    }
+  }
+  float *to = a.dot + token_row(a.p, u.batch, a.p.heads_kv, u.head, u.token) + row;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float sum = static_cast<float>(kDegree) * quad_sum(dot[h]);
+    if ((lane & 3) == 0 && row + 8 * h < u.length) to[8 * h] = sum;
+  }
+}
+
+// The warp's 16 rows of dk or dv, from `local` of the unit on.
+template <typename T, bool kFloats, int kDim>
+__device__ __forceinline__ void store_gradient(const float (&x)[kDim / 2], float factor, uint32_t staging,
+                                               const Tensor &o, const volatile Unit &u, int local, int lane) {
+  const int row = u.row + local;
+  T *const to =
+      static_cast<T *>(o.data) + u.batch * o.stride_b + u.head * o.stride_h + (u.token + row) * o.stride_t;
+#pragma unroll
+  for (int c = 0; c < kDim / 64; ++c)
+    store_rows<T, kFloats>(x + 32 * c, factor, factor, staging, o, to + (kFloats && o.floats ? 128 : 64) * c,
+                           u.length - row, lane);
 }
 
 }  // namespace joint

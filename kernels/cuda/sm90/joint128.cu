@@ -30,10 +30,14 @@ struct Consumer {
     if (lane() == 0) barrier_arrive(bar);
   }
   __device__ __forceinline__ uint32_t ds_at(uint32_t n) const { return s.ds + n % L::kHalves * L::kDs; }
+  __device__ __forceinline__ int row() const {
+    return group * 64 + warp() * 16;
+  }  // this warp's first, of the unit
   __device__ __forceinline__ float of_key(uint32_t offset, int h) const {
-    return load_f1(s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit)) + offset +
-                   static_cast<uint32_t>(group * 64 + warp() * 16 + lane() / 4 + 8 * h) * 4);
+    return joint::of_key(s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit)), offset,
+                         row() + lane() / 4 + 8 * h);
   }
+
   // Where 16 of the 128 columns of a tile of rows begin.
   static __device__ __forceinline__ constexpr uint32_t columns(int ks) {
     return static_cast<uint32_t>(ks / 4 * kColumns + ks % 4 * 32);
@@ -91,8 +95,8 @@ struct Consumer {
     wgmma_wait<0>();
     const uint32_t of = kDiagonal ? offsetof(Unit, key_gate) : offsetof(Unit, key_factor);
     const float keys[2] = {of_key(of, 0), of_key(of, 1)};
-    weigh<kDegree, kDiagonal>(t, m, s.meta + turn % kStages * kQueryMeta, group * 64 + warp() * 16 + lane() / 4,
-                              query, (lane() & 3) * 2, keys);
+    weigh<kDegree, kDiagonal>(t, m, s.meta + turn % kStages * kQueryMeta, row() + lane() / 4, query,
+                              (lane() & 3) * 2, keys);
     pack_gradient<T, true>(t, m, e, w);
     add();
     // dq two steps ago (the first time: of the step before, finish()) has read what lay here.
@@ -122,47 +126,13 @@ struct Consumer {
     hand_over(dq, turn - 1);
   }
 
-  // k . dk of this lane's two rows, for the gate gradient.
-  __device__ __forceinline__ void store_dots(const JointArgs &a, const volatile Unit &u) {
-    const int at = warp() * 16 + (lane() & 15), high = lane() >> 4,
-              row = u.row + group * 64 + warp() * 16 + lane() / 4;
-    float dot[2] = {0.f, 0.f};
-#pragma unroll
-    for (int ks = 0; ks < 8; ++ks) {
-      uint32_t x[4];
-      ldmatrix4(
-          x, s.keys + group * kTile + ks / 4 * kColumns + at * 128 + (((2 * (ks % 4) + high) ^ (at & 7)) << 4));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // rows lane() / 4 + 8 (i & 1), columns 16 ks + 8 (i / 2) + 2 (lane % 4)
-        const float2 v = unpack2<T>(x[i]);
-        const int c = 4 * (2 * ks + i / 2) + 2 * (i & 1);
-        dot[i & 1] += dk[c] * v.x + dk[c + 1] * v.y;
-      }
-    }
-    float *to = a.dot + token_row(a.p, u.batch, a.p.heads_kv, u.head, u.token) + row;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float sum = static_cast<float>(kDegree) * quad_sum(dot[h]);
-      if ((lane() & 3) == 0 && row + 8 * h < u.length) to[8 * h] = sum;
-    }
-  }
-  template <bool kFloats>
-  __device__ __forceinline__ void store(const float (&x)[64], float factor, const Tensor &o,
-                                        const volatile Unit &u) {
-    const int row = u.row + group * 64 + warp() * 16;
-    T *const to =
-        static_cast<T *>(o.data) + u.batch * o.stride_b + u.head * o.stride_h + (u.token + row) * o.stride_t;
-#pragma unroll
-    for (int c = 0; c < 2; ++c)
-      store_rows<T, kFloats>(x + 32 * c, factor, factor, s.sums + group * kPart + warp() * 4096, o,
-                             to + (kFloats && o.floats ? 128 : 64) * c, u.length - row, lane());
-  }
   __device__ __forceinline__ void epilogue(const JointArgs &a, const volatile Unit &u) {
-    if (a.dot) store_dots(a, u);
+    if (a.dot) store_dots<T, kDegree, 128>(a, u, dk, s.keys + group * kTile, row(), warp(), lane());
     arrive(s.keys_empty);
     barrier_wait(s.sums_empty + 8 * group, (turn & 1) ^ 1);  // this warp's part serves as staging
-    store<true>(dk, static_cast<float>(kDegree), a.dk, u);
-    store<false>(dv, 1.f, a.dv, u);
+    store_gradient<T, true, 128>(dk, static_cast<float>(kDegree), s.sums + group * kPart + warp() * 4096, a.dk,
+                                 u, row(), lane());
+    store_gradient<T, false, 128>(dv, 1.f, s.sums + group * kPart + warp() * 4096, a.dv, u, row(), lane());
     arrive(s.unit_empty + unit % kUnits * 8);
   }
 };
@@ -178,11 +148,7 @@ __global__ void __launch_bounds__(384, 1)
   __syncthreads();
   if (group == 2) {
     registers_dec<kProducerRegisters>();
-    const int warp = __shfl_sync(0xffffffffu, tid / 32 - 8, 0);
-    if (warp < kWarps)
-      produce<T, 128>(a, maps, s, units, static_cast<uint32_t>(warp));
-    else
-      add_queries(a, s, units, static_cast<uint32_t>(warp - kWarps), tid % 32);
+    serve<T>(a, maps, s, units, tid);
   } else {
     registers_inc<kConsumerRegisters>();
     Consumer<T, kDegree> c{s, group};
@@ -206,25 +172,15 @@ __global__ void __launch_bounds__(384, 1)
   }
 }
 
-template <int kDegree>
-cudaError_t launch(const JointArgs &a, int sms, cudaStream_t stream) {
-  if (a.p.table.num_tiles == 0) return cudaSuccess;
-  Maps maps;
-  const cudaError_t error = maps_of(a, &maps);
-  if (error != cudaSuccess) return error;
-  return launch_kernel(joint128_kernel<__nv_bfloat16, kDegree>, sms, 384, L::kBytes, stream, in_groups(a),
-                       maps);
-}
-
 }  // namespace
 }  // namespace joint
 
 cudaError_t joint128(const JointArgs &a, int sms, cudaStream_t stream) {
   switch (a.p.degree) {
     case 2:
-      return joint::launch<2>(a, sms, stream);
+      return joint::launch<128>(joint::joint128_kernel<__nv_bfloat16, 2>, a, sms, stream);
     case 4:
-      return joint::launch<4>(a, sms, stream);
+      return joint::launch<128>(joint::joint128_kernel<__nv_bfloat16, 4>, a, sms, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -44,9 +44,12 @@ struct Consumer {
   __device__ __forceinline__ uint32_t ds_at(uint32_t n) const {
     return s.ds + (n >= kHalves ? n - kHalves : n) * (2 * kTile);
   }
+  __device__ __forceinline__ int row() const {
+    return group * 64 + warp * 16;
+  }  // this warp's first, of the unit
   __device__ __forceinline__ float of_key(uint32_t offset, int h) const {
-    return load_f1(s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit)) + offset +
-                   static_cast<uint32_t>(group * 64 + warp * 16 + lane / 4 + 8 * h) * 4);
+    return joint::of_key(s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit)), offset,
+                         row() + lane / 4 + 8 * h);
   }
 
   // s = k q^T, m = v dy^T (all without fence and commit)
@@ -93,8 +96,7 @@ struct Consumer {
   __device__ __forceinline__ void weigh(float (&t)[32], float (&m)[32], int query) {
     const uint32_t of = kDiagonal ? offsetof(Unit, key_gate) : offsetof(Unit, key_factor);
     const float keys[2] = {of_key(of, 0), of_key(of, 1)};
-    joint::weigh<kDegree, kDiagonal>(t, m, meta(turn), group * 64 + warp * 16 + lane / 4, query, (lane & 3) * 2,
-                                     keys);
+    joint::weigh<kDegree, kDiagonal>(t, m, meta(turn), row() + lane / 4, query, (lane & 3) * 2, keys);
   }
 
   // 128 queries. Nothing is in flight across its ends (the compiler would serialise). What the last half left
@@ -173,44 +175,14 @@ struct Consumer {
     hand_over(dq);
   }
 
-  // k . dk of this lane's two rows, for the gate gradient.
-  __device__ __forceinline__ void store_dots(const JointArgs &a, const volatile Unit &unit) {
-    const int at = warp * 16 + (lane & 15), high = lane >> 4,
-              row = unit.row + group * 64 + warp * 16 + lane / 4;
-    float dot[2] = {0.f, 0.f};
-#pragma unroll
-    for (int ks = 0; ks < 4; ++ks) {
-      uint32_t x[4];
-      ldmatrix4(x, keys(this->unit) + group * kTile + at * 128 + (((2 * ks + high) ^ (at & 7)) << 4));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // rows lane / 4 + 8 (i & 1), columns 16 ks + 8 (i / 2) + 2 (lane % 4)
-        const float2 v = unpack2<T>(x[i]);
-        const int c = 4 * (2 * ks + i / 2) + 2 * (i & 1);
-        dot[i & 1] += dk[c] * v.x + dk[c + 1] * v.y;
-      }
-    }
-    float *to = a.dot + token_row(a.p, unit.batch, a.p.heads_kv, unit.head, unit.token) + row;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float sum = static_cast<float>(kDegree) * quad_sum(dot[h]);
-      if ((lane & 3) == 0 && row + 8 * h < unit.length) to[8 * h] = sum;
-    }
-  }
-  template <bool kFloats>
-  __device__ __forceinline__ void store(const float (&x)[32], float factor, const Tensor &o,
-                                        const volatile Unit &unit) {
-    const int row = unit.row + group * 64 + warp * 16;
-    store_rows<T, kFloats>(x, factor, factor, s.sums + group * kPart + warp * 4096, o,
-                           static_cast<T *>(o.data) + unit.batch * o.stride_b + unit.head * o.stride_h +
-                               (unit.token + row) * o.stride_t,
-                           unit.length - row, thread_here() & 31);
-  }
-  __device__ __forceinline__ void epilogue(const JointArgs &a, const volatile Unit &unit) {
-    if (a.dot) store_dots(a, unit);
+  __device__ __forceinline__ void epilogue(const JointArgs &a, const volatile Unit &u) {
+    if (a.dot) store_dots<T, kDegree, 64>(a, u, dk, keys(unit) + group * kTile, row(), warp, lane);
     barrier_wait(s.sums_empty + 8 * group, pair_phase() ^ 1);  // this warp's part serves as staging
-    store<true>(dk, static_cast<float>(kDegree), a.dk, unit);
-    store<false>(dv, 1.f, a.dv, unit);
-    arrive(s.unit_empty + this->unit % kUnits * 8);
+    store_gradient<T, true, 64>(dk, static_cast<float>(kDegree), s.sums + group * kPart + warp * 4096, a.dk, u,
+                                row(), thread_here() & 31);
+    store_gradient<T, false, 64>(dv, 1.f, s.sums + group * kPart + warp * 4096, a.dv, u, row(),
+                                 thread_here() & 31);
+    arrive(s.unit_empty + unit % kUnits * 8);
   }
 };
 
@@ -225,11 +197,7 @@ __global__ void __launch_bounds__(384, 1)
   __syncthreads();
   if (group == 2) {
     registers_dec<kProducerRegisters>();
-    const int warp = __shfl_sync(0xffffffffu, tid / 32 - 8, 0);
-    if (warp < kWarps)
-      produce<T, 64>(a, maps, s, units, static_cast<uint32_t>(warp));
-    else
-      add_queries(a, s, units, static_cast<uint32_t>(warp - kWarps), tid % 32);
+    serve<T>(a, maps, s, units, tid);
   } else {
     registers_inc<kConsumerRegisters>();
     Consumer<T, kDegree> c{s, tid % 32, (tid % 128) / 32, group};
@@ -253,24 +221,15 @@ __global__ void __launch_bounds__(384, 1)
   }
 }
 
-template <int kDegree>
-cudaError_t launch(const JointArgs &a, int sms, cudaStream_t stream) {
-  if (a.p.table.num_tiles == 0) return cudaSuccess;
-  Maps maps;
-  const cudaError_t error = maps_of(a, &maps);
-  if (error != cudaSuccess) return error;
-  return launch_kernel(joint64_kernel<__nv_bfloat16, kDegree>, sms, 384, L::kBytes, stream, in_groups(a), maps);
-}
-
 }  // namespace
 }  // namespace joint
 
 cudaError_t joint64(const JointArgs &a, int sms, cudaStream_t stream) {
   switch (a.p.degree) {
     case 2:
-      return joint::launch<2>(a, sms, stream);
+      return joint::launch<64>(joint::joint64_kernel<__nv_bfloat16, 2>, a, sms, stream);
     case 4:
-      return joint::launch<4>(a, sms, stream);
+      return joint::launch<64>(joint::joint64_kernel<__nv_bfloat16, 4>, a, sms, stream);
     default:
       return cudaErrorInvalidValue;
   }

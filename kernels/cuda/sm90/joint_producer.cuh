@@ -255,6 +255,26 @@ __device__ __forceinline__ void add_queries(const JointArgs &a, const Smem<kDim>
   }
 }
 
+// What the four warps beside the consumers do.
+template <typename T, int kDim>
+__device__ __forceinline__ void serve(const JointArgs &a, const Maps &maps, const Smem<kDim> &s, Unit *units,
+                                      int tid) {
+  const int warp = __shfl_sync(0xffffffffu, tid / 32 - kConsumerWarps, 0);
+  if (warp < kWarps)
+    produce<T, kDim>(a, maps, s, units, static_cast<uint32_t>(warp));
+  else
+    add_queries(a, s, units, static_cast<uint32_t>(warp - kWarps), tid % 32);
+}
+
+template <int kDim>
+cudaError_t launch(void (*kernel)(JointArgs, Maps), const JointArgs &a, int sms, cudaStream_t stream) {
+  if (a.p.table.num_tiles == 0) return cudaSuccess;
+  Maps maps;
+  const cudaError_t error = maps_of(a, &maps);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(kernel, sms, 384, Layout<kDim>::kBytes, stream, in_groups(a), maps);
+}
+
 }  // namespace joint
 
 }  // namespace powerattn::cuda::sm90
