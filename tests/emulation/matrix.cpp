@@ -96,7 +96,7 @@ void load_matrices(uint32_t *r, int count, bool transposed, uint32_t address) {
 }
 void store_matrices(uint32_t address, const uint32_t *r, int count, bool transposed) {
   Matrices m{nullptr, r, address, count, transposed};
-  meet_all("stmatrix", &m, store);
+  meet_all(transposed ? "stmatrix.trans" : "stmatrix", &m, store);
 }
 
 void multiply(Element element, float *c, const uint32_t *a, uint32_t b0, uint32_t b1) {
