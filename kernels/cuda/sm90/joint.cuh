@@ -25,7 +25,6 @@ struct Unit {
   int64_t token;
   const double *gate;
   int64_t slot;       // of the first query head's sum at the block's own queries
-  double start, end;  // G of the block's first and last key
   float key_factor[kJointRows], key_gate[kJointRows];  // exp(end - G_j), 0 behind the sequence; log2 gates
 };
 

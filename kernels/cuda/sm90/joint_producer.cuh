@@ -13,8 +13,9 @@ namespace joint {
 
 // As many sequences and heads at a time as leave their sums in the L2 cache: 16 MB of it.
 inline JointArgs in_groups(JointArgs a) {
-  const int64_t sequences = a.p.packed ? 1 : a.p.table.num_sequences,
-                bytes = a.p.table.num_tiles * kOutputRows / sequences * a.p.head_dim * 4 * a.p.group;
+  a.blocks = static_cast<uint32_t>(a.p.table.num_tiles * (kOutputRows / kJointRows) /
+                                   (a.p.packed ? 1 : a.p.table.num_sequences));
+  const int64_t bytes = int64_t(a.blocks) * kJointRows * a.p.head_dim * 4 * a.p.group;
   a.together = static_cast<uint32_t>(std::max<int64_t>(1, std::min<int64_t>(kSumsInCache / bytes, 1024)));
   return a;
 }
@@ -24,28 +25,30 @@ inline JointArgs in_groups(JointArgs a) {
 // dealt with `together` at a time, last blocks first.
 __device__ __forceinline__ bool take(Unit &x, const JointArgs &a, const Maps &maps, uint32_t u) {
   const Shape &p = a.p;
-  const uint32_t heads = static_cast<uint32_t>(p.heads_kv),
-                 sequences = p.packed ? 1 : static_cast<uint32_t>(p.table.num_sequences),
-                 per = static_cast<uint32_t>(p.table.num_tiles) * 2 / sequences,  // blocks
-      span = a.together * per, first = u / span * a.together, rest = u % span,
-                 lanes = min(a.together, sequences * heads - first), lane = first + rest % lanes,
-                 n = lane / heads * per + per - 1 - rest / lanes;
-  const Tile t = p.table.tiles[n / 2];
-  const int row = t.offset + static_cast<int>(n & 1) * kJointRows;
-  if (t.length <= static_cast<int>(n & 1) * kJointRows) return false;  // unused, or behind the sequence
-  const Chunk c = p.table.chunks[t.chunk];
-  x.head = static_cast<int32_t>(lane % heads);
+  const uint32_t heads = static_cast<uint32_t>(p.heads_kv), all = p.packed ? 1u : p.table.num_sequences,
+                 span = a.together * a.blocks, group = u / span, first = group * a.together,
+                 rest = u - group * span, lanes = min(a.together, all * heads - first), turn = rest / lanes,
+                 lane = first + (rest - turn * lanes), sequence = lane / heads, block = a.blocks - 1 - turn;
+  int row = static_cast<int>(block) * kJointRows, chunk = static_cast<int>(sequence);
+  x.batch = static_cast<int32_t>(sequence);
+  if (p.packed) {  // blocks of all sequences
+    const Tile t = p.table.tiles[block / 2];
+    row = t.offset + static_cast<int>(block & 1) * kJointRows;
+    chunk = t.length == 0 ? -1 : t.chunk;
+    x.batch = 0;
+  }
+  if (chunk < 0) return false;
+  const Chunk c = p.table.chunks[chunk];
+  if (row >= c.length) return false;
+  x.head = static_cast<int32_t>(lane - sequence * heads);
   x.row = row;
   x.length = c.length;
   x.pairs = (c.length - row + kJointRows - 1) / kJointRows;
-  x.batch = static_cast<int32_t>(batch_of(p.packed, t.sequence));
   x.token = c.start;
   x.mapped = min(mapped_blocks(maps.q, maps.dy, p, c, (c.length + 63) / 64),
                  mapped_blocks(maps.k, maps.v, p, c, (c.length + 63) / 64));
-  x.slot = int64_t(n) * p.heads_q + x.head * p.group;
+  x.slot = int64_t(sequence * a.blocks + block) * p.heads_q + x.head * p.group;
   x.gate = a.gate ? a.gate + token_row(p, x.batch, p.heads_kv, x.head, c.start) : nullptr;
-  x.start = x.gate ? x.gate[row] : 0.0;
-  x.end = x.gate ? x.gate[min(row + kJointRows, c.length) - 1] : 0.0;
   return true;
 }
 
@@ -60,6 +63,8 @@ __device__ __forceinline__ QueryFactors load_factors(const JointArgs &a, const v
                                                      int head, int lane) {
   QueryFactors x;
   const int64_t row = token_row(a.p, u.batch, a.p.heads_q, head, u.token);
+  const double *const gate = u.gate;
+  const int from = block * 64 < u.row + kJointRows ? u.row : u.row + kJointRows - 1;  // start, or end
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     const int i = block * 64 + lane + 32 * k;
@@ -68,9 +73,7 @@ __device__ __forceinline__ QueryFactors load_factors(const JointArgs &a, const v
     if (i < u.length) {
       x.factor[k] = a.r ? a.r[row + i] : 1.f;
       x.delta[k] = a.delta ? a.delta[row + i] : 0.f;
-      const double *g = u.gate;
-      x.gate[k] =
-          g ? static_cast<float>(__ldg(g + i) - (block * 64 < u.row + kJointRows ? u.start : u.end)) : 0.f;
+      x.gate[k] = gate ? static_cast<float>(__ldg(gate + i) - __ldg(gate + from)) : 0.f;
     }
   }
   return x;
@@ -87,39 +90,79 @@ __device__ __forceinline__ void write_factors(uint32_t meta, const QueryFactors 
   }
 }
 
-// The next unit, for everyone.
+// The next unit, for everyone but the consumers.
 __device__ __forceinline__ void post(const JointArgs &a, const Maps &maps, uint32_t posted, Unit &unit,
                                      int lane) {
   const Shape &p = a.p;
-  volatile Unit &u = unit;
   for (;;) {
     const uint32_t ticket = static_cast<uint32_t>(next_ticket(a.ticket, lane));
     bool taken = true;
     if (lane == 0) {
       if (ticket >= static_cast<uint32_t>(p.table.num_tiles) * 2 * static_cast<uint32_t>(p.heads_kv))
-        u.head = -1;
+        unit.head = -1;
       else
         taken = take(unit, a, maps, ticket);
     }
     if (__shfl_sync(0xffffffffu, taken, 0)) break;
   }
   __syncwarp();
-  if (u.head >= 0) {
+  if (lane == 0) barrier_arrive(posted);
+}
+
+// Factors of its keys, four for each lane.
+__device__ __forceinline__ void write_keys(Unit &unit, int lane) {
+  const volatile Unit &u = unit;
+  const double *const gate = u.gate;
+  const int row = u.row, last = min(kJointRows, u.length - row) - 1;
+  double g[kJointRows / 32];
 #pragma unroll
-    for (int n = lane; n < kJointRows; n += 32) {
-      const int j = u.row + n;
-      float factor = j < u.length ? 1.f : 0.f, gate = 0.f;
-      if (const double *g = u.gate; g && j < u.length) {
-        const double own = __ldg(g + j);
-        factor = exp2_fast(static_cast<float>(u.end - own) * kLog2e);
-        gate = static_cast<float>(own - u.start) * kLog2e;
-      }
-      u.key_factor[n] = factor;
-      u.key_gate[n] = gate;
+  for (int i = 0; i < kJointRows / 32; ++i) g[i] = gate ? __ldg(gate + row + min(lane + 32 * i, last)) : 0.0;
+  const double start = __shfl_sync(0xffffffffu, g[0], 0),
+               end = __shfl_sync(0xffffffffu, g[kJointRows / 32 - 1], 31);
+#pragma unroll
+  for (int i = 0; i < kJointRows / 32; ++i) {
+    const int n = lane + 32 * i;
+    unit.key_factor[n] = n <= last ? exp2_fast(static_cast<float>(end - g[i]) * kLog2e) : 0.f;
+    unit.key_gate[n] = static_cast<float>(g[i] - start) * kLog2e;
+  }
+}
+
+// The keys and values of unit `index`, and the factors of its keys.
+template <typename T, int kDim, typename F>
+__device__ __forceinline__ void load_keys(const JointArgs &a, const Maps &maps, const Smem<kDim> &s, Unit &unit,
+                                          uint32_t index, const F &lane) {
+  using L = Layout<kDim>;
+  const volatile Unit &u = unit;
+  const auto bar = [&] { return s.keys_full + 8 * (index % L::kKeySlots); };
+  const auto to = [&] { return s.keys + index % L::kKeySlots * (4 * L::kTile); };
+  barrier_wait(s.keys_empty + 8 * (index % L::kKeySlots), (index / L::kKeySlots & 1) ^ 1);
+  if (u.head < 0) {
+    hand_over(bar());
+    return;
+  }
+  const bool mapped = u.row / 64 + 2 <= u.mapped;
+  if (mapped && lane() == 0) {
+    barrier_expect_only(bar(), 4 * L::kTile);
+#pragma unroll 1
+    for (int m = 0; m < 2; ++m) {
+      const int token = static_cast<int>(u.token) + u.row + m * 64;
+      fetch_tile<kDim>(to() + m * L::kTile, maps.k, u.batch, u.head, token, bar());
+      fetch_tile<kDim>(to() + (2 + m) * L::kTile, maps.v, u.batch, u.head, token, bar());
     }
   }
-  __syncwarp();
-  if (lane == 0) barrier_arrive(posted);
+  write_keys(unit, lane());
+  if (mapped) {
+    hand_over(bar());
+    return;
+  }
+#pragma unroll 1
+  for (int n = 0; n < 4; ++n) {
+    const Tensor &x = n < 2 ? a.k : a.v;
+    const int row = u.row + (n & 1) * 64;
+    load_tile<T, kDim, 32>(to() + n * L::kTile, x, row_pointer<T>(x, u.batch, u.head, u.token + row),
+                           u.length - row, lane());
+  }
+  hand_over_copies(bar());
 }
 
 // Warp 0 also fetches the units, their keys and values. Few registers: lanes are read anew, as in
@@ -134,13 +177,19 @@ __device__ __forceinline__ void produce(const JointArgs &a, const Maps &maps, co
   uint32_t index = 0;  // of the next unit
   int total = 0;       // stages of the unit
   for (;;) {
-    bool ahead = warp == 0;  // the next unit is still to be fetched
+    int wanted = warp == 0 ? 2 : 0;  // of the next unit: itself and its keys, its keys, nothing
 #pragma unroll 1
     for (int n = static_cast<int>((warp - turn) % kWarps);; n += kWarps) {
-      if (ahead && n + 1 >= total) {  // not earlier: who has the unit after that one waits for its first sums
+      if (wanted == 2 && n + 1 >= total) {  // not earlier: who has the unit after it waits for its first sums
         barrier_wait(s.unit_empty + index % kUnits * 8, (index / kUnits & 1) ^ 1);
         post(a, maps, s.posted + index % kUnits * 8, units[index % kUnits], lane());
-        ahead = false;
+        wanted = 1;
+      }
+      // At stage kStages + kWarps the unit's stage 0 has been released, and so what the unit before had of
+      // keys.
+      if (wanted == 1 && (n >= total || (L::kKeySlots > 1 && n >= kStages + kWarps))) {
+        load_keys<T>(a, maps, s, units[index % kUnits], index, lane);
+        wanted = 0;
       }
       if (n >= total) break;
       const volatile Unit &u = units[(index - 1) % kUnits];
@@ -173,35 +222,7 @@ __device__ __forceinline__ void produce(const JointArgs &a, const Maps &maps, co
     }
     turn += static_cast<uint32_t>(total);
     const volatile Unit &u = units[index % kUnits];
-    if (warp == 0) {
-      const uint32_t place = index % L::kKeySlots;
-      const auto bar = [&] { return s.keys_full + 8 * place; };
-      const auto to = [&] { return s.keys + place * (4 * kTile); };
-      barrier_wait(s.keys_empty + 8 * place, (index / L::kKeySlots & 1) ^ 1);
-      if (u.head < 0) {
-        hand_over(bar());
-      } else if (u.row / 64 + 2 <= u.mapped) {
-        if (lane() == 0) {
-          barrier_expect_only(bar(), 4 * kTile);
-#pragma unroll 1
-          for (int m = 0; m < 2; ++m) {
-            const int token = static_cast<int>(u.token) + u.row + m * 64;
-            fetch_tile<kDim>(to() + m * kTile, maps.k, u.batch, u.head, token, bar());
-            fetch_tile<kDim>(to() + (2 + m) * kTile, maps.v, u.batch, u.head, token, bar());
-          }
-        }
-        hand_over(bar());
-      } else {
-#pragma unroll 1
-        for (int n = 0; n < 4; ++n) {
-          const Tensor &x = n < 2 ? a.k : a.v;
-          const int row = u.row + (n & 1) * 64;
-          load_tile<T, kDim, 32>(to() + n * kTile, x, row_pointer<T>(x, u.batch, u.head, u.token + row),
-                                 u.length - row, lane());
-        }
-        hand_over_copies(bar());
-      }
-    } else {
+    if (warp != 0) {
       if (index > 0) hand_over(s.unit_empty + (index - 1) % kUnits * 8);
       barrier_wait(s.posted + index % kUnits * 8, index / kUnits & 1);
     }

@@ -153,7 +153,8 @@ struct JointArgs {
   float *dq = nullptr;        // out: joint_sums(..) sums, which joint_queries reads
   int32_t *turns = nullptr;   // joint_turns(..), zero on entry
   int32_t *ticket = nullptr;  // zero on entry
-  uint32_t together = 1;      // sequences and kv heads in work at a time; set at launch
+  // Set at launch: sequences and kv heads in work at a time, and blocks of keys of each.
+  uint32_t together = 1, blocks = 1;
 };
 constexpr int kJointRows = 128;  // queries of a sum, keys of a block; the tiles of `table` have two of them
 constexpr int64_t joint_turns(int64_t tiles, int64_t heads_q) {
