@@ -129,6 +129,18 @@ def test_positions_are_counted_when_they_are_read(monkeypatch):
             if i % 7 == 0:
                 pool.step(q, k, v)
                 expected = [n + 2 for n in expected]
+            if i % 5 == 0:  # the same slots again and again, as they are and under another name
+                for same in (slots, slots, slots.view(3)):
+                    pool.step(*three, slots=same)
+                expected[int(slots[0])] += 6
+                expected[0] += 6
+            if i % 11 == 0:  # slots that count no versions
+                with torch.inference_mode():
+                    other = torch.tensor([1, 1 - i % 2 - 1, 3], device="cuda")
+                    pool.step(*three, slots=other)
+                    expected[1] += 2
+                    expected[3] += 2
+                    expected[0] += 2 if i % 2 == 0 else 0
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             some(1)

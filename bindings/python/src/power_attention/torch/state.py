@@ -20,7 +20,8 @@ _modes = torch._C._len_torch_dispatch_stack
 _function_mode = torch._C._is_torch_function_mode_enabled
 _autocasts = torch._C._is_any_autocast_enabled
 _grad = torch.is_grad_enabled
-_capturing = torch.cuda.is_current_stream_capturing
+_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False)  # absent from builds for CPUs
+_int64 = torch.int64
 
 
 def _current_device() -> int:
@@ -126,6 +127,19 @@ def _step_(
     return _native.step(q, k, v, log_g, s, z, slots, lengths, rope_offset, *options)
 
 
+class _Again:
+    """Tokens of slots that lie on a GPU, for as long as the caller's tensor is the same and has not been written."""
+
+    __slots__ = ("copy", "slots", "tokens", "version")
+
+    def __init__(self, slots: Tensor, version: int, copy: Tensor, tokens: int) -> None:
+        self.slots, self.version, self.copy, self.tokens = slots, version, copy, tokens
+
+    def close(self, pending: list[tuple[Tensor, Tensor | int]]) -> None:
+        """Puts what was counted to the rest."""
+        pending.append((self.copy, self.tokens))
+
+
 class PowerAttentionState:
     """A pool of states for continuous batching, with the position that each slot has reached.
 
@@ -180,6 +194,7 @@ class PowerAttentionState:
         self._pending_slots: list[int] = []  # and those that some have: slots, and as many numbers of tokens
         self._pending_tokens: list[int] = []
         self._pending_copies: list[tuple[Tensor, Tensor | int]] = []  # the same on a GPU
+        self._again: _Again | None = None  # the last of them, should its slots come again
 
     @property
     def slots(self) -> int:
@@ -201,8 +216,13 @@ class PowerAttentionState:
         slots: Tensor | Sequence[int] | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
-        """Feeds tokens to the slots, in place, and returns y. See :func:`step`."""
-        if slots is not None:
+        """Feeds tokens to the slots, in place, and returns y. See :func:`step`.
+
+        Positions are counted when they are read. A tensor of slots on a GPU may be written between steps by what
+        PyTorch counts as a change (``copy_``, indexing, ..); something else that writes it, such as a replayed CUDA
+        graph, needs ``position`` to be read before, or a pool with ``rope``, which counts at every step.
+        """
+        if slots is not None and not (type(slots) is Tensor and slots.dtype is _int64 and slots.is_contiguous()):
             slots = index(slots, q)
         if lengths is not None:
             lengths = index(lengths, q)
@@ -219,7 +239,7 @@ class PowerAttentionState:
     @property
     def position(self) -> Tensor:
         """Tokens seen by each slot, int64 ``[slots]``; the offset of rotary embeddings."""
-        if self._position.is_cuda and (self._pending or self._pending_copies) and _capturing():
+        if self._position.is_cuda and (self._pending or self._pending_copies or self._again) and _capturing():
             raise InvalidArgumentError(
                 "position is read while a CUDA graph is captured, and steps before it are not counted yet; read it "
                 "once before the capture"
@@ -231,6 +251,9 @@ class PowerAttentionState:
             slots, tokens = torch.tensor(self._pending_slots), torch.tensor(self._pending_tokens)
             self._pending_slots, self._pending_tokens = [], []
             self._add(slots, tokens)
+        if self._again is not None:
+            self._again.close(self._pending_copies)
+            self._again = None
         if self._pending_copies:
             copies, self._pending_copies = self._pending_copies, []
             amounts = [a if isinstance(a, Tensor) else torch.full_like(slots, a) for slots, a in copies]
@@ -241,6 +264,7 @@ class PowerAttentionState:
     def position(self, value: Tensor) -> None:
         self._position, self._pending = value, 0
         self._pending_slots, self._pending_tokens, self._pending_copies = [], [], []
+        self._again = None
 
     def _advance(self, b: int, t: int, slots: Tensor | None, lengths: Tensor | None) -> None:
         # Positions are counted when they are next read; the order does not matter. But what a captured graph has
@@ -248,13 +272,23 @@ class PowerAttentionState:
         cuda = self._position.is_cuda
         later = not _compiling() and not (cuda and (self.rope is not None or _capturing()))
         if slots is None:
-            if later and lengths is None and b == self._position.shape[0]:
+            if later and lengths is None and b == self._position.size(0):
                 self._pending += t
             else:
                 self._position[:b] += t if lengths is None else lengths
         elif later and cuda:  # copies: the caller may write the next slots into the same tensor
-            self._pending_copies.append((slots.clone(), t if lengths is None else lengths.clone()))
-            if len(self._pending_copies) == 256:
+            again = self._again
+            if again is not None:
+                if again.slots is slots and lengths is None and again.version == slots._version:
+                    again.tokens += t
+                    return
+                again.close(self._pending_copies)
+                self._again = None
+            if lengths is None and not slots.is_inference():  # those count no versions
+                self._again = _Again(slots, slots._version, slots.clone(), t)
+            else:
+                self._pending_copies.append((slots.clone(), t if lengths is None else lengths.clone()))
+            if len(self._pending_copies) >= 256:
                 self.position  # noqa: B018  counts what is pending
         elif later and b <= 64:
             self._pending_slots += slots.tolist()
