@@ -13,6 +13,10 @@ namespace powerattn::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+// Rows of a thread where a block has all of its rows in flight, with V columns each: degree 2, d = 64 has 130
+// rows, 16 or 32 of them at a time.
+template <int V>
+constexpr int kRowsAtOnce = V == 4 ? 9 : 5;
 constexpr int kRowBlock = 256;  // state rows whose features are held in shared memory at once
 
 struct StepShape {
@@ -107,28 +111,39 @@ struct alignas(sizeof(T) * V) Pack {
 };
 
 // Shared memory, floats: q [kQ][d], k, v [tokens of a pass][d, e], phi_k [kQ][256], phi_q [kQ][256], gates
-// [kQ], sums [8][kQ][e], norms [8][kQ], partial [kQ][e + 1].
+// [kQ], sums [8][kQ][e], norms [8][kQ], partial [kQ][e + 1] or, where blocks share a state, this one's share
+// of it: [splits][ceil(kQ e / splits)] sums and [splits][kQ] norms.
+constexpr int kMostSplits = 16;
 __host__ __device__ inline int64_t step_shared_floats(int queries, int64_t d, int64_t e) {
-  return queries * (2 * d + e + 2 * kRowBlock + 1) + 8 * queries * (e + 1) + queries * (e + 1);
+  return queries * (2 * d + e + 2 * kRowBlock + 1) + 8 * queries * (e + 1) + queries * (e + kMostSplits) +
+         kMostSplits;
 }
 
 // Block: one split of the rows of one (sequence, kv head). Thread (row group, column): rows row group, + row
 // groups, ...; V neighbouring columns. A pass handles up to kQ (token, query head) pairs: several tokens of a
 // small group, or some heads of one token, so that their sums stay in registers; the state is read and written
 // once per pass.
-template <class State, int V, int kQ, bool kCluster>
+template <class State, int V, int kQ, bool kCluster, int kAhead>
 __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
     step_kernel(const __grid_constant__ StepShape s, const __grid_constant__ powerattn_step_args a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (kCluster) return;  // never launched
+#elif defined(__CUDA_ARCH__)
+  if constexpr (kCluster)
+    cooperative_groups::this_cluster().barrier_arrive();  // others may write to this block
+#endif
   float *memory = ptx::dynamic_shared<float>();
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  const int split = int(blockIdx.x % unsigned(s.splits));
-  const int64_t unit = blockIdx.x / s.splits, b = unit / s.heads_kv, head = unit % s.heads_kv;
+  // Until the first rows of the state are asked for, each division of 64 bits shows.
+  const unsigned heads_kv = unsigned(s.heads_kv), unit = blockIdx.x / unsigned(s.splits);
+  const int split = int(blockIdx.x - unit * unsigned(s.splits));
+  const int64_t b = unit / heads_kv, head = unit % heads_kv;
   float *q = memory, *k = q + kQ * s.d, *v = k + kQ * s.d, *phi_k = v + kQ * s.e,
         *phi_q = phi_k + kQ * kRowBlock;
   float *gates = phi_q + kQ * kRowBlock, *sums = gates + kQ, *norms = sums + 8 * kQ * s.e,
         *partial = norms + 8 * kQ;
 
-  constexpr int kAhead = V * sizeof(State) >= 16 ? 4 : 2;  // rows in flight per thread
+  constexpr bool kWhole = kAhead > 4;  // all rows of the split are in flight at once
   const int64_t slot = a.slots ? a.slots[b] : b, position0 = a.rope_offset ? a.rope_offset[b] : 0;
   const bool skipped = slot < 0 || slot >= s.num_slots;
   int64_t length = a.lengths ? min(max(a.lengths[b], int64_t(0)), s.seq_len) : s.seq_len;
@@ -149,9 +164,11 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
   State *zstate = a.state.z
                       ? static_cast<State *>(a.state.z) + slot * a.state.z_stride_n + head * a.state.z_stride_h
                       : nullptr;
-  const int64_t row_begin = split * s.rows_per_split, row_end = min(row_begin + s.rows_per_split, s.rows);
+  const int row_begin = split * int(s.rows_per_split),
+            row_end = int(
+                min(int64_t(row_begin) + s.rows_per_split, s.rows));  // a state that fits has fewer than 2^31
   const int tpr = s.threads_per_row, row_groups = kThreads / tpr;
-  const int group_row = tid / tpr, col = tid % tpr * V;
+  const int group_row = tid / tpr, col = tid % tpr * V, tpr_packs = int(s.e) / V;
   const bool active = col < s.e;
 
   const int heads_per_pass = min(s.group, kQ), tokens_per_pass = kQ / heads_per_pass;
@@ -168,23 +185,26 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
       __syncthreads();
       // The first states and z are on their way while the inputs are loaded and the features are made.
       Pack<State, V> ahead[kAhead];
-      auto issue = [&](int64_t start, int64_t limit) {
+      auto issue = [&](int start, int limit) {
+        const Pack<State, V> *from =
+            reinterpret_cast<const Pack<State, V> *>(state + int64_t(start + group_row) * s.e + col);
+        const int left = active ? limit - start - group_row : 0;
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-          const int64_t r = start + group_row + u * row_groups;
-          if (active && r < limit) ahead[u] = *reinterpret_cast<const Pack<State, V> *>(state + r * s.e + col);
+        for (int u = 0; u < kAhead; ++u, from += row_groups * tpr_packs) {
+          if (u * row_groups < left) ahead[u] = *from;
         }
       };
-      auto read_z = [&](int64_t r) { return zstate && r < row_end ? to_float(zstate[r]) : 0.0f; };
+      auto read_z = [&](int r) { return zstate && r < row_end ? to_float(zstate[r]) : 0.0f; };
       issue(row_begin, min(row_begin + kRowBlock, row_end));
       float znext = read_z(row_begin + tid);
 
-      const int e = int(s.e), d = int(s.d), kd = tokens * d, kve = kd + tokens * e;
+      const int e = int(s.e), d = int(s.d), kd = tokens * d, kve = kd + tokens * e, inputs = kve + pairs * d;
 #pragma unroll 1
-      for (int i = tid; i < kve + pairs * d; i += kThreads) {
+      for (int i = tid; i < inputs; i += kThreads) {
         const bool is_k = i < kd, is_v = !is_k && i < kve;
         const int within = is_k ? i : is_v ? i - kd : i - kve, width = is_v ? e : d;
-        const int vector = within / width, element = within % width, t = is_k || is_v ? vector : vector / heads;
+        const int vector = pairs == 1 ? 0 : within / width, element = within - vector * width,
+                  t = is_k || is_v ? vector : vector / heads;
         const powerattn_tensor &x = is_k ? a.k : is_v ? a.v : a.q;
         const int64_t h = is_k || is_v ? head : head * s.group + h0 + vector % heads;
         const int64_t offset = b * x.stride_b + (t0 + t) * x.stride_t + h * x.stride_h;
@@ -200,6 +220,20 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
                                                       head * a.log_g.stride_h])
                                   : 1.0f;
 
+      // Meanwhile threads without an input find where the first rows lie: kept where their features will be.
+      const bool located = s.degree <= 4 && kThreads - inputs >= 64;  // as many indices fit into 32 bits
+      if (located && tid >= inputs) {
+#pragma unroll 1
+        for (int r = tid - inputs; r < min(row_end - row_begin, kRowBlock); r += kThreads - inputs) {
+          const Row row = locate_row(row_begin + r, d, s.degree);
+          phi_k[r] = __uint_as_float(unsigned(row.indices));
+          phi_q[r] = row.weight;
+        }
+      }
+#if __CUDA_ARCH__ >= 900
+      // All are there long before.
+      if (kCluster && h0 == 0 && t0 == 0) cooperative_groups::this_cluster().barrier_wait();
+#endif
       float acc[kQ][V], norm[kQ];
 #pragma unroll
       for (int i = 0; i < kQ; ++i) {
@@ -208,11 +242,12 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
         for (int j = 0; j < V; ++j) acc[i][j] = 0;
       }
 #pragma unroll 1
-      for (int64_t block = row_begin; block < row_end; block += kRowBlock) {
-        const int count = int(min(int64_t(kRowBlock), row_end - block));
+      for (int block = row_begin; block < row_end; block += kRowBlock) {
+        const int count = min(kRowBlock, row_end - block);
         __syncthreads();
         if (tid < count) {  // features of the block's rows, and z, which has one number per row
-          const Row r = locate_row(block + tid, int(s.d), s.degree);
+          const Row r = located && block == row_begin ? Row{__float_as_uint(phi_k[tid]), phi_q[tid]}
+                                                      : locate_row(block + tid, int(s.d), s.degree);
           float z = znext;
           int t = -1;
 #pragma unroll
@@ -232,23 +267,23 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
         }
         __syncthreads();
         znext = read_z(block + kRowBlock + tid);
-        const int64_t block_end = block + count;
+        const int block_end = block + count;
 #pragma unroll 1
-        for (int64_t row = block; row < block_end; row += row_groups * kAhead) {
+        for (int row = block; row < block_end; row += row_groups * kAhead) {
           Pack<State, V> now[kAhead];
 #pragma unroll
           for (int u = 0; u < kAhead; ++u) now[u] = ahead[u];
-          const int64_t next = row + row_groups * kAhead;
-          if (next < block_end) {
+          const int next = row + row_groups * kAhead;
+          if constexpr (kWhole) {
+          } else if (next < block_end) {
             issue(next, block_end);
           } else {
             issue(block + kRowBlock, min(block + 2 * kRowBlock, row_end));
           }
 #pragma unroll
           for (int u = 0; u < kAhead; ++u) {
-            const int64_t r64 = row + group_row + u * row_groups;
-            if (!active || r64 >= block_end) break;
-            const int r = int(r64 - block);
+            const int at = row + group_row + u * row_groups, r = at - block;
+            if (!active || at >= block_end) break;
             float x[V];
 #pragma unroll
             for (int j = 0; j < V; ++j) x[j] = to_float(now[u].v[j]);
@@ -269,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
             if (first) {
 #pragma unroll
               for (int j = 0; j < V; ++j) now[u].v[j] = from_float<State>(x[j]);
-              *reinterpret_cast<Pack<State, V> *>(state + r64 * s.e + col) = now[u];
+              *reinterpret_cast<Pack<State, V> *>(state + int64_t(at) * s.e + col) = now[u];
             }
           }
         }
@@ -294,32 +329,51 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
         if (lane == 0) norms[warp * kQ + i] = norm[i];
       }
       __syncthreads();
-      for (int64_t i = tid; i < pairs * (s.e + 1); i += kThreads) {
-        const int pair = int(i / (s.e + 1)), c = int(i % (s.e + 1));
+      const int width = int(s.e) + 1, share = (pairs * int(s.e) + s.splits - 1) / s.splits;
+      [[maybe_unused]] float *const norm_share = partial + s.splits * share;
+      for (int i = tid; i < pairs * width; i += kThreads) {
+        const int pair = i / width, c = i % width;
         float sum = 0;
         if (c == s.e) {
           for (int w = 0; w < 8; ++w) sum += norms[w * kQ + pair];
         } else {
           for (int w = 0; w < warp_rows; ++w) sum += sums[(w * kQ + pair) * s.e + c];
         }
-        partial[i] = sum;
+        if constexpr (kCluster) {
+#if __CUDA_ARCH__ >= 900
+          const auto cluster = cooperative_groups::this_cluster();
+          if (c == s.e) {
+            for (int w = 0; w < s.splits; ++w)
+              cluster.map_shared_rank(norm_share, w)[split * pairs + pair] = sum;
+          } else {
+            const int to = pair * int(s.e) + c;
+            cluster.map_shared_rank(partial, to / share)[split * share + to % share] = sum;
+          }
+#endif
+        } else {
+          partial[i] = sum;
+        }
       }
       if (!kCluster && s.splits > 1) {
         __syncthreads();
         const int64_t queries = s.seq_len * s.group,
                       first_query = t0 * s.group + h0;  // [t][h]: a pass is contiguous
-        float *out = s.partial + ((unit * s.splits + split) * queries + first_query) * (s.e + 1);
+        float *out = s.partial + ((int64_t(unit) * s.splits + split) * queries + first_query) * (s.e + 1);
         for (int64_t i = tid; i < pairs * (s.e + 1); i += kThreads) out[i] = partial[i];
         continue;
       }
-      auto write = [&](auto remote) {
-        for (int64_t i = split * kThreads + tid; i < pairs * s.e; i += kThreads * (kCluster ? s.splits : 1)) {
-          const int pair = int(i / s.e), c = int(i % s.e);
+      // y of elements first .. of [pair][e], from `parts` sums and norms of each.
+      const auto write = [&](int first, int count, int parts, const float *from, int from_pair, int from_part,
+                             const float *l_from, int l_pair, int l_part) {
+        for (int i = tid; i < count; i += kThreads) {
+          const int at = first + i, pair = at / int(s.e), c = at % int(s.e);
+          const float *const y_at = from + (kCluster ? i : pair * from_pair + c), *const l_at =
+                                                                                      l_from + pair * l_pair;
           float y = 0, l = 0;
-          for (int w = 0; w < (kCluster ? s.splits : 1); ++w) {
-            const float *from = remote(w);
-            y += from[pair * (s.e + 1) + c];
-            l += from[pair * (s.e + 1) + s.e];
+#pragma unroll 4
+          for (int w = 0; w < parts; ++w) {
+            y += y_at[w * from_part];
+            l += l_at[w * l_part];
           }
           y *= s.scale_p;
           if (s.normalize) {
@@ -332,14 +386,16 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
       };
       if (kCluster) {
 #if __CUDA_ARCH__ >= 900
-        auto cluster = cooperative_groups::this_cluster();
+        const auto cluster = cooperative_groups::this_cluster();
         cluster.sync();
-        write([&](int w) { return cluster.map_shared_rank(static_cast<const float *>(partial), w); });
-        cluster.sync();  // nobody leaves or overwrites while others read
+        const int first = split * share;
+        write(first, min(share, pairs * int(s.e) - first), s.splits, partial, 0, share, norm_share, 1, pairs);
+        // Nobody overwrites what another still reads.
+        if (h0 + heads < s.group || t0 + tokens < length) cluster.sync();
 #endif
       } else {
         __syncthreads();
-        write([&](int) { return static_cast<const float *>(partial); });
+        write(0, pairs * int(s.e), 1, partial, width, 0, partial + s.e, width, 0);
       }
     }
   }
@@ -370,10 +426,10 @@ __global__ void __launch_bounds__(kThreads) step_reduce(StepShape s, powerattn_s
   }
 }
 
-template <class State, int V, int kQ, bool kCluster>
+template <class State, int V, int kQ, bool kCluster, int kAhead>
 cudaError_t launch_step(const StepShape &s, const powerattn_step_args &a, int64_t units, cudaStream_t stream) {
   const size_t shared = size_t(step_shared_floats(kQ, s.d, s.e)) * sizeof(float);
-  auto kernel = step_kernel<State, V, kQ, kCluster>;
+  auto kernel = step_kernel<State, V, kQ, kCluster, kAhead>;
   cudaError_t error = cudaSuccess;
   if (shared > 48 * 1024)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
@@ -398,8 +454,16 @@ cudaError_t launch_step(const StepShape &s, const powerattn_step_args &a, int64_
 template <class State, int V, int kQ>
 cudaError_t launch_split(const StepTiling &t, const StepShape &s, const powerattn_step_args &a, int64_t units,
                          cudaStream_t stream) {
-  if (t.cluster && t.splits > 1) return launch_step<State, V, kQ, true>(s, a, units, stream);
-  cudaError_t error = launch_step<State, V, kQ, false>(s, a, units, stream);
+  constexpr int kAhead = V * sizeof(State) >= 16 ? 4 : 2;  // rows in flight per thread
+  if (t.cluster && t.splits > 1) {
+    // One query, and few rows for a block: all at once, since each round trip counts.
+    if constexpr (kQ == 1 && V > 1) {
+      if (s.rows_per_split * s.threads_per_row <= kRowsAtOnce<V> * kThreads)
+        return launch_step<State, V, kQ, true, kRowsAtOnce<V>>(s, a, units, stream);
+    }
+    return launch_step<State, V, kQ, true, kAhead>(s, a, units, stream);
+  }
+  cudaError_t error = launch_step<State, V, kQ, false, kAhead>(s, a, units, stream);
   if (error != cudaSuccess || s.splits == 1) return error;
   return launch_kernel(step_reduce, unsigned(units), kThreads, 0, stream, s, a);
 }
@@ -429,7 +493,8 @@ StepTiling step_tiling(const Problem &p, int sm_count, bool clusters) {
   // arrives, which 2000 rows hide and 500 do not (measured: 87 % against 70 % of the in-place bandwidth). At
   // least 64 rows each.
   const int64_t units = p.sequences * p.heads_kv;
-  while (5 * units * t.splits < 7 * int64_t(sm_count) && t.splits < 16 && p.state_rows / (2 * t.splits) >= 64)
+  while (5 * units * t.splits < 7 * int64_t(sm_count) && t.splits < kMostSplits &&
+         p.state_rows / (2 * t.splits) >= 64)
     t.splits *= 2;
   return t;
 }

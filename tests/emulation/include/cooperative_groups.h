@@ -8,6 +8,9 @@ namespace cooperative_groups {
 
 struct cluster_group {
   void sync() const { emulation::cluster_barrier(); }
+  // The emulator meets where a block waits.
+  void barrier_arrive() const {}
+  void barrier_wait() const { emulation::cluster_barrier(); }
   template <class T>
   T *map_shared_rank(T *p, int rank) const {
     return static_cast<T *>(emulation::cluster_map(p, rank));
