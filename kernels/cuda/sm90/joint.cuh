@@ -24,7 +24,7 @@ struct Unit {
   int32_t batch, mapped;
   int64_t token;
   const double *gate;
-  int64_t slot;       // of the first query head's sum at the block's own queries
+  int64_t slot;  // of the first query head's sum at the block's own queries
   float key_factor[kJointRows], key_gate[kJointRows];  // exp(end - G_j), 0 behind the sequence; log2 gates
 };
 

@@ -185,7 +185,8 @@ __device__ __forceinline__ void produce(const JointArgs &a, const Maps &maps, co
         post(a, maps, s.posted + index % kUnits * 8, units[index % kUnits], lane());
         wanted = 1;
       }
-      // At stage kStages + kWarps the unit's stage 0 has been released, and with it the keys of the unit before.
+      // At stage kStages + kWarps the unit's stage 0 has been released, and with it the keys of the unit
+      // before.
       if (wanted == 1 && (n >= total || (L::kKeySlots > 1 && n >= kStages + kWarps))) {
         load_keys<T>(a, maps, s, units[index % kUnits], index, lane);
         wanted = 0;
