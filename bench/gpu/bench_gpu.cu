@@ -183,7 +183,10 @@ void run(const Config &c, int parts = kTimes) {
     DeviceProblem p;
     p.make(x, true, DeviceProblem::kForward | DeviceProblem::kBackward);
     const bool chunked = p.info.form == POWERATTN_FORM_CHUNKED, backward = runs(p.plan, "backward") != "none";
-    const Useful u(c, chunked ? p.info.chunk_size : 0);
+    // cuda.linear walks in steps and computes no pairs beyond them, whatever the length of its walks.
+    constexpr int64_t kLinearStep = 64;
+    const bool walks = std::string(runs(p.plan, "forward")) == "cuda.linear";
+    const Useful u(c, !chunked ? 0 : walks ? std::min(p.info.chunk_size, kLinearStep) : p.info.chunk_size);
     const auto forward_only = [&](cudaStream_t s) {
       const auto a = p.forward_args(s);
       api_must(powerattn_forward(p.plan, &a), "forward");
