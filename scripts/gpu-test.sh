@@ -2,7 +2,8 @@
 # Everything that needs a CUDA device, in one run, with a report under bench/results/:
 #   1. the cases of tests/cases against the float64 oracles, through every implementation of the backend
 #   2. graphs, streams, refused arguments, tensors past 2^31 elements, states between the CPU and the device
-#   3. the small cases again under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
+#   3. outputs and gradients of up to a million tokens
+#   4. the small cases again under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
 # GPU_BUILD: a folder that holds the programs already (default: build them here).
 set -eu -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,7 +13,7 @@ if [ -z "$build" ]; then
   build=${POWERATTN_BUILD:-build}/gpu
   cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DPOWERATTN_CUDA=ON -DPOWERATTN_BUILD_EXAMPLES=OFF \
     -DCMAKE_CUDA_ARCHITECTURES=native >/dev/null
-  cmake --build "$build" -j "$JOBS" --target test_gpu_cases test_gpu_runtime
+  cmake --build "$build" -j "$JOBS" --target test_gpu_cases test_gpu_long test_gpu_runtime
 fi
 programs=$build/tests/gpu
 [ -d "$programs" ] || programs=$build
@@ -55,6 +56,12 @@ cases generic-path cuda.generic "${lists[@]}"
 
 echo "== runtime" | tee -a "$report"
 timeout 600 "$programs/test_gpu_runtime" 2>&1 | tee -a "$report" || status=1
+
+echo "== long sequences" | tee -a "$report"
+for implementation in '' cuda.sm80 cuda.generic; do
+  POWERATTN_CUDA_IMPLEMENTATION=$implementation timeout 300 "$programs/test_gpu_long" 2>&1 |
+    sed "s/^/${implementation:-chosen}: /" | tee -a "$report" || status=1
+done
 
 # Racecheck and initcheck slow kernels down a hundredfold: small cases, all implementations. What racecheck and
 # synccheck say of cuda.sm90 hides the others (docs/cuda.md), which run once more by name.
