@@ -84,7 +84,7 @@ cuda_test() {
 
 # The kernels as C++ on the device of tests/emulation, against the float64 oracles.
 cuda_emulated() {
-  TARGETS="test_emulation test_gpu_cases test_plan test_tensor_map sm80_kernels" cmake_build "$EMULATION_BUILD" \
+  TARGETS="test_emulation test_gpu_cases test_gpu_long test_plan test_tensor_map sm80_kernels" cmake_build "$EMULATION_BUILD" \
     -DCMAKE_BUILD_TYPE=Release \
     -DPOWERATTN_CUDA=EMULATED -DPOWERATTN_BUILD_EXAMPLES=OFF -DPOWERATTN_BUILD_BENCH=OFF
   run_counted ctest ctest --test-dir "$EMULATION_BUILD" -L emulation -j "$JOBS" --output-on-failure
