@@ -111,8 +111,8 @@ struct alignas(sizeof(T) * V) Pack {
 };
 
 // Shared memory, floats: q [kQ][d], k, v [tokens of a pass][d, e], phi_k [kQ][256], phi_q [kQ][256], gates
-// [kQ], sums [8][kQ][e], norms [8][kQ], partial [kQ][e + 1] or, where blocks share a state, this one's share
-// of it: [splits][ceil(kQ e / splits)] sums and [splits][kQ] norms.
+// [kQ], sums [8][kQ][e], norms [8][kQ], partial: this block's share of what is added up,
+// [splits][ceil(kQ e / splits)] sums and [splits][kQ] norms (one split without a cluster).
 constexpr int kMostSplits = 16;
 __host__ __device__ inline int64_t step_shared_floats(int queries, int64_t d, int64_t e) {
   return queries * (2 * d + e + 2 * kRowBlock + 1) + 8 * queries * (e + 1) + queries * (e + kMostSplits) +
@@ -164,11 +164,13 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
   State *zstate = a.state.z
                       ? static_cast<State *>(a.state.z) + slot * a.state.z_stride_n + head * a.state.z_stride_h
                       : nullptr;
-  const int row_begin = split * int(s.rows_per_split),
-            row_end = int(
-                min(int64_t(row_begin) + s.rows_per_split, s.rows));  // a state that fits has fewer than 2^31
+  // Rows count from the split's first: a state may have 2^31 of them, a split has fewer (step_supported).
+  const int64_t row_begin = split * s.rows_per_split;
+  const int rows = int(min(s.rows_per_split, s.rows - row_begin));
+  state += row_begin * s.e;
+  if (zstate) zstate += row_begin;
   const int tpr = s.threads_per_row, row_groups = kThreads / tpr;
-  const int group_row = tid / tpr, col = tid % tpr * V, tpr_packs = int(s.e) / V;
+  const int group_row = tid / tpr, col = tid % tpr * V, row_packs = int(s.e) / V;
   const bool active = col < s.e;
 
   const int heads_per_pass = min(s.group, kQ), tokens_per_pass = kQ / heads_per_pass;
@@ -190,13 +192,13 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
             reinterpret_cast<const Pack<State, V> *>(state + int64_t(start + group_row) * s.e + col);
         const int left = active ? limit - start - group_row : 0;
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u, from += row_groups * tpr_packs) {
+        for (int u = 0; u < kAhead; ++u, from += row_groups * row_packs) {
           if (u * row_groups < left) ahead[u] = *from;
         }
       };
-      auto read_z = [&](int r) { return zstate && r < row_end ? to_float(zstate[r]) : 0.0f; };
-      issue(row_begin, min(row_begin + kRowBlock, row_end));
-      float znext = read_z(row_begin + tid);
+      auto read_z = [&](int r) { return zstate && r < rows ? to_float(zstate[r]) : 0.0f; };
+      issue(0, min(kRowBlock, rows));
+      float znext = read_z(tid);
 
       const int e = int(s.e), d = int(s.d), kd = tokens * d, kve = kd + tokens * e, inputs = kve + pairs * d;
 #pragma unroll 1
@@ -224,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
       const bool located = s.degree <= 4 && kThreads - inputs >= 64;  // as many indices fit into 32 bits
       if (located && tid >= inputs) {
 #pragma unroll 1
-        for (int r = tid - inputs; r < min(row_end - row_begin, kRowBlock); r += kThreads - inputs) {
+        for (int r = tid - inputs; r < min(rows, kRowBlock); r += kThreads - inputs) {
           const Row row = locate_row(row_begin + r, d, s.degree);
           phi_k[r] = __uint_as_float(unsigned(row.indices));
           phi_q[r] = row.weight;
@@ -242,12 +244,12 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
         for (int j = 0; j < V; ++j) acc[i][j] = 0;
       }
 #pragma unroll 1
-      for (int block = row_begin; block < row_end; block += kRowBlock) {
-        const int count = min(kRowBlock, row_end - block);
+      for (int block = 0; block < rows; block += kRowBlock) {
+        const int count = min(kRowBlock, rows - block);
         __syncthreads();
         if (tid < count) {  // features of the block's rows, and z, which has one number per row
-          const Row r = located && block == row_begin ? Row{__float_as_uint(phi_k[tid]), phi_q[tid]}
-                                                      : locate_row(block + tid, int(s.d), s.degree);
+          const Row r = located && block == 0 ? Row{__float_as_uint(phi_k[tid]), phi_q[tid]}
+                                              : locate_row(row_begin + block + tid, int(s.d), s.degree);
           float z = znext;
           int t = -1;
 #pragma unroll
@@ -274,11 +276,11 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
 #pragma unroll
           for (int u = 0; u < kAhead; ++u) now[u] = ahead[u];
           const int next = row + row_groups * kAhead;
-          if constexpr (kWhole) {
-          } else if (next < block_end) {
-            issue(next, block_end);
-          } else {
-            issue(block + kRowBlock, min(block + 2 * kRowBlock, row_end));
+          if constexpr (!kWhole) {
+            if (next < block_end)
+              issue(next, block_end);
+            else
+              issue(block + kRowBlock, min(block + 2 * kRowBlock, rows));
           }
 #pragma unroll
           for (int u = 0; u < kAhead; ++u) {
@@ -329,12 +331,16 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
         if (lane == 0) norms[warp * kQ + i] = norm[i];
       }
       __syncthreads();
-      const int width = int(s.e) + 1, share = (pairs * int(s.e) + s.splits - 1) / s.splits;
-      [[maybe_unused]] float *const norm_share = partial + s.splits * share;
+      // Each block writes its sums to where they are added up: elements split * share .. of [pair][e], and all
+      // norms, are this one's; without clusters, in the workspace by step_reduce.
+      const int width = e + 1, share = (pairs * e + s.splits - 1) / s.splits;
+      float *const norm_share = partial + s.splits * share;
+      const int64_t queries = s.seq_len * s.group,
+                    first_query = t0 * s.group + h0;  // [t][h]: a pass is contiguous
       for (int i = tid; i < pairs * width; i += kThreads) {
-        const int pair = i / width, c = i % width;
+        const int pair = i / width, c = i % width, to = pair * e + c;
         float sum = 0;
-        if (c == s.e) {
+        if (c == e) {
           for (int w = 0; w < 8; ++w) sum += norms[w * kQ + pair];
         } else {
           for (int w = 0; w < warp_rows; ++w) sum += sums[(w * kQ + pair) * s.e + c];
@@ -342,61 +348,48 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
         if constexpr (kCluster) {
 #if __CUDA_ARCH__ >= 900
           const auto cluster = cooperative_groups::this_cluster();
-          if (c == s.e) {
+          if (c == e) {
             for (int w = 0; w < s.splits; ++w)
               cluster.map_shared_rank(norm_share, w)[split * pairs + pair] = sum;
           } else {
-            const int to = pair * int(s.e) + c;
             cluster.map_shared_rank(partial, to / share)[split * share + to % share] = sum;
           }
 #endif
+        } else if (s.splits > 1) {
+          s.partial[((int64_t(unit) * s.splits + split) * queries + first_query) * width + i] = sum;
         } else {
-          partial[i] = sum;
+          (c == e ? norm_share[pair] : partial[to]) = sum;
         }
       }
-      if (!kCluster && s.splits > 1) {
-        __syncthreads();
-        const int64_t queries = s.seq_len * s.group,
-                      first_query = t0 * s.group + h0;  // [t][h]: a pass is contiguous
-        float *out = s.partial + ((int64_t(unit) * s.splits + split) * queries + first_query) * (s.e + 1);
-        for (int64_t i = tid; i < pairs * (s.e + 1); i += kThreads) out[i] = partial[i];
-        continue;
-      }
-      // y of elements first .. of [pair][e], from `parts` sums and norms of each.
-      const auto write = [&](int first, int count, int parts, const float *from, int from_pair, int from_part,
-                             const float *l_from, int l_pair, int l_part) {
-        for (int i = tid; i < count; i += kThreads) {
-          const int at = first + i, pair = at / int(s.e), c = at % int(s.e);
-          const float *const y_at = from + (kCluster ? i : pair * from_pair + c), *const l_at =
-                                                                                      l_from + pair * l_pair;
-          float y = 0, l = 0;
-#pragma unroll 4
-          for (int w = 0; w < parts; ++w) {
-            y += y_at[w * from_part];
-            l += l_at[w * l_part];
-          }
-          y *= s.scale_p;
-          if (s.normalize) {
-            l = l * s.scale_p + s.eps;
-            y = l != 0.0f ? y / l : 0.0f;
-          }
-          const int64_t t = t0 + pair / heads, h = head * s.group + h0 + pair % heads;
-          store_from_float(a.y.data, s.dtype, b * a.y.stride_b + t * a.y.stride_t + h * a.y.stride_h + c, y);
-        }
-      };
-      if (kCluster) {
+      if constexpr (kCluster) {
 #if __CUDA_ARCH__ >= 900
-        const auto cluster = cooperative_groups::this_cluster();
-        cluster.sync();
-        const int first = split * share;
-        write(first, min(share, pairs * int(s.e) - first), s.splits, partial, 0, share, norm_share, 1, pairs);
-        // Nobody overwrites what another still reads.
-        if (h0 + heads < s.group || t0 + tokens < length) cluster.sync();
+        cooperative_groups::this_cluster().sync();
 #endif
       } else {
+        if (s.splits > 1) continue;
         __syncthreads();
-        write(0, pairs * int(s.e), 1, partial, width, 0, partial + s.e, width, 0);
       }
+      const int first_element = split * share;
+      for (int i = tid; i < min(share, pairs * e - first_element); i += kThreads) {
+        const int pair = (first_element + i) / e, c = (first_element + i) % e;
+        float y = 0, l = 0;
+#pragma unroll 4
+        for (int w = 0; w < s.splits; ++w) {
+          y += partial[w * share + i];
+          l += norm_share[w * pairs + pair];
+        }
+        y *= s.scale_p;
+        if (s.normalize) {
+          l = l * s.scale_p + s.eps;
+          y = l != 0.0f ? y / l : 0.0f;
+        }
+        const int64_t t = t0 + pair / heads, h = head * s.group + h0 + pair % heads;
+        store_from_float(a.y.data, s.dtype, b * a.y.stride_b + t * a.y.stride_t + h * a.y.stride_h + c, y);
+      }
+#if __CUDA_ARCH__ >= 900
+      // Nobody overwrites what another still reads.
+      if (kCluster && (h0 + heads < s.group || t0 + tokens < length)) cooperative_groups::this_cluster().sync();
+#endif
     }
   }
 }

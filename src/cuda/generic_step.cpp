@@ -22,6 +22,10 @@ bool step_supported(const Problem &p, const DeviceProperties &device, std::strin
     *why = "more than 2^31 thread blocks";
     return false;
   }
+  if (p.state_rows / tiling_of(p).splits >= 0x7fffffff - 1024) {
+    *why = "a state of " + std::to_string(p.state_rows) + " rows is more than its blocks can count";
+    return false;
+  }
   const size_t shared = step_shared_bytes(p);
   if (shared > device.shared_per_block) {
     *why = "needs " + std::to_string(shared) + " bytes of shared memory per block, the device has " +
