@@ -127,19 +127,6 @@ def _step_(
     return _native.step(q, k, v, log_g, s, z, slots, lengths, rope_offset, *options)
 
 
-class _Again:
-    """Tokens of slots that lie on a GPU, for as long as the caller's tensor is the same and has not been written."""
-
-    __slots__ = ("copy", "slots", "tokens", "version")
-
-    def __init__(self, slots: Tensor, version: int, copy: Tensor, tokens: int) -> None:
-        self.slots, self.version, self.copy, self.tokens = slots, version, copy, tokens
-
-    def close(self, pending: list[tuple[Tensor, Tensor | int]]) -> None:
-        """Puts what was counted to the rest."""
-        pending.append((self.copy, self.tokens))
-
-
 class PowerAttentionState:
     """A pool of states for continuous batching, with the position that each slot has reached.
 
@@ -194,7 +181,7 @@ class PowerAttentionState:
         self._pending_slots: list[int] = []  # and those that some have: slots, and as many numbers of tokens
         self._pending_tokens: list[int] = []
         self._pending_copies: list[tuple[Tensor, Tensor | int]] = []  # the same on a GPU
-        self._again: _Again | None = None  # the last of them, should its slots come again
+        self._copied: tuple[Tensor, int] | None = None  # the caller's slots of the last of them, and their version
 
     @property
     def slots(self) -> int:
@@ -239,7 +226,7 @@ class PowerAttentionState:
     @property
     def position(self) -> Tensor:
         """Tokens seen by each slot, int64 ``[slots]``; the offset of rotary embeddings."""
-        if self._position.is_cuda and (self._pending or self._pending_copies or self._again) and _capturing():
+        if self._position.is_cuda and (self._pending or self._pending_copies) and _capturing():
             raise InvalidArgumentError(
                 "position is read while a CUDA graph is captured, and steps before it are not counted yet; read it "
                 "once before the capture"
@@ -251,11 +238,8 @@ class PowerAttentionState:
             slots, tokens = torch.tensor(self._pending_slots), torch.tensor(self._pending_tokens)
             self._pending_slots, self._pending_tokens = [], []
             self._add(slots, tokens)
-        if self._again is not None:
-            self._again.close(self._pending_copies)
-            self._again = None
         if self._pending_copies:
-            copies, self._pending_copies = self._pending_copies, []
+            copies, self._pending_copies, self._copied = self._pending_copies, [], None
             amounts = [a if isinstance(a, Tensor) else torch.full_like(slots, a) for slots, a in copies]
             self._add(torch.cat([slots for slots, _ in copies]), torch.cat(amounts))
         return self._position
@@ -264,7 +248,7 @@ class PowerAttentionState:
     def position(self, value: Tensor) -> None:
         self._position, self._pending = value, 0
         self._pending_slots, self._pending_tokens, self._pending_copies = [], [], []
-        self._again = None
+        self._copied = None
 
     def _advance(self, b: int, t: int, slots: Tensor | None, lengths: Tensor | None) -> None:
         # Positions are counted when they are next read; the order does not matter. But what a captured graph has
@@ -277,18 +261,15 @@ class PowerAttentionState:
             else:
                 self._position[:b] += t if lengths is None else lengths
         elif later and cuda:  # copies: the caller may write the next slots into the same tensor
-            again = self._again
-            if again is not None:
-                if again.slots is slots and lengths is None and again.version == slots._version:
-                    again.tokens += t
-                    return
-                again.close(self._pending_copies)
-                self._again = None
-            if lengths is None and not slots.is_inference():  # those count no versions
-                self._again = _Again(slots, slots._version, slots.clone(), t)
-            else:
-                self._pending_copies.append((slots.clone(), t if lengths is None else lengths.clone()))
-            if len(self._pending_copies) >= 256:
+            copied = self._copied
+            if copied is not None and copied[0] is slots and lengths is None and copied[1] == slots._version:
+                copy, tokens = self._pending_copies[-1]
+                self._pending_copies[-1] = (copy, tokens + t)
+                return
+            self._pending_copies.append((slots.clone(), t if lengths is None else lengths.clone()))
+            counts = lengths is None and not slots.is_inference()  # inference tensors have no version
+            self._copied = (slots, slots._version) if counts else None
+            if len(self._pending_copies) == 256:
                 self.position  # noqa: B018  counts what is pending
         elif later and b <= 64:
             self._pending_slots += slots.tolist()
