@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "../../tests/gpu/skip.h"
 #include "ceilings.h"
 #include "timing.h"
 
@@ -183,9 +184,10 @@ void run(const Config &c, int parts = kTimes) {
     DeviceProblem p;
     p.make(x, true, DeviceProblem::kForward | DeviceProblem::kBackward);
     const bool chunked = p.info.form == POWERATTN_FORM_CHUNKED, backward = runs(p.plan, "backward") != "none";
-    // cuda.linear walks in steps and computes no pairs beyond them, whatever the length of its walks.
+    // cuda.linear walks in steps (kBlock of kernels/cuda/linear/args.h) and computes no pairs beyond them,
+    // whatever the length of its walks.
     constexpr int64_t kLinearStep = 64;
-    const bool walks = std::string(runs(p.plan, "forward")) == "cuda.linear";
+    const bool walks = runs(p.plan, "forward") == "cuda.linear";
     const Useful u(c, !chunked ? 0 : walks ? std::min(p.info.chunk_size, kLinearStep) : p.info.chunk_size);
     const auto forward_only = [&](cudaStream_t s) {
       const auto a = p.forward_args(s);
@@ -326,11 +328,7 @@ int main(int argc, char **argv) {
   }
   if (quick) budget_ms = 15;
   const auto section = [&](const char *name) { return sections.empty() || sections.count(name) > 0; };
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("SKIPPED: no CUDA device\n");
-    return 77;
-  }
+  if (no_device()) return kSkipped;
   if (file != nullptr && (csv = std::fopen(file, append ? "a" : "w")) == nullptr) return usage(file);
   cudaDeviceProp device;
   device_must(cudaGetDeviceProperties(&device, 0), "device");

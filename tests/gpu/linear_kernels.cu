@@ -19,6 +19,7 @@
 
 #include "kernels/cuda/linear/args.h"
 #include "must.h"
+#include "skip.h"
 
 namespace pa = powerattn;
 namespace k1 = powerattn::cuda::linear;
@@ -247,11 +248,7 @@ void time_line(const Line &c) {
 }  // namespace
 
 int main(int argc, char **argv) {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("SKIPPED: no CUDA device\n");
-    return 77;
-  }
+  if (powerattn_test::no_device()) return powerattn_test::kSkipped;
   std::string only;
   for (int i = 1; i < argc; ++i)
     if (!std::strncmp(argv[i], "only=", 5)) only = argv[i] + 5;

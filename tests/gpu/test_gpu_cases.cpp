@@ -11,6 +11,7 @@
 
 #include "cuda_memory.h"
 #include "expect.h"
+#include "skip.h"
 
 using namespace powerattn_test;
 
@@ -47,11 +48,7 @@ bool second_run_is_identical(const Case &c, uint64_t seed) {
 }  // namespace
 
 int main(int argc, char **argv) {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("SKIPPED: no CUDA device\n");
-    return 77;
-  }
+  if (no_device()) return kSkipped;
   std::vector<std::string> files;
   std::string only;
   int shard = 0, shards = 1;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "device_problem.h"
+#include "skip.h"
 
 using namespace powerattn_test;
 
@@ -435,11 +436,7 @@ void compose_and_convert() {
 }  // namespace
 
 int main(int argc, char **argv) {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("SKIPPED: no CUDA device\n");
-    return 77;
-  }
+  if (no_device()) return kSkipped;
   const struct {
     const char *name;
     std::function<void()> run;
