@@ -376,11 +376,17 @@ class _Step(NamedTuple):
     strides: tuple[int, int, int]
     state_strides: tuple[int, ...]
     slots: int
+    device: int  # index of a CUDA device, -1 on the CPU
 
 
 # The checks cost several times what a small step does. Steps whose tensors have the types, devices and sizes of an
-# earlier one need no more than addresses and the strides of q, k and v.
+# earlier one need no more than addresses and the strides of q, k and v. Where a tensor must be there, the index of its
+# device says enough beside q's device: one of another kind of device with that index has no address, and is refused.
 _steps: dict[tuple[Any, ...], _Step] = {}
+_latest: tuple[tuple[Any, ...], _Step | None] = ((), None)  # comparing costs less than looking up, which hashes
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from builds for CPUs
+_empty_like = torch.empty_like
+_num_threads = torch.get_num_threads
 
 
 def _like(x: Tensor) -> tuple[Any, ...]:
@@ -409,7 +415,21 @@ def _new_step(
     b, t, h, e = (*q.shape[:3], v.shape[3])
     like = q.new_empty((b, t, h, e))
     strides = (t * h * e, h * e, e)
-    return _Step(plan.handle, plan, plan.workspace_step, like, strides, state_numbers(s, z)[2:], s.shape[0])
+    state_strides = state_numbers(s, z)[2:]
+    return _Step(plan.handle, plan, plan.workspace_step, like, strides, state_strides, s.shape[0], q.get_device())
+
+
+def _other_step(key: tuple[Any, ...], *step: Any) -> _Step:
+    """What is known of a step unlike the latest."""
+    global _latest
+    ready = _steps.get(key)
+    if ready is None:
+        ready = _new_step(*step)
+        if len(_steps) >= 256:
+            _steps.clear()
+        _steps[key] = ready
+    _latest = (key, ready)
+    return ready
 
 
 def step(
@@ -443,29 +463,27 @@ def step_here(
 ) -> Tensor:
     """The same where q's device is the current one. Written out, since each call of a helper counts here."""
     key = (
-        q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device,
-        s.shape, s.dtype, s.device, s.stride(), z.shape, z.dtype, z.device, z.stride(),
-        None if log_g is None else _like(log_g),
+        q.shape, q.dtype, q.device, k.shape, k.dtype, k.get_device(), v.shape, v.dtype, v.get_device(),
+        s.shape, s.dtype, s.get_device(), s.stride(), z.shape, z.dtype, z.get_device(), z.stride(),
+        log_g if log_g is None else _like(log_g),
         slots if slots is None else (slots.shape, slots.dtype, slots.device),
-        None if lengths is None else _like(lengths), None if rope_offset is None else _like(rope_offset),
-        options, torch.get_num_threads(),
+        lengths if lengths is None else _like(lengths), rope_offset if rope_offset is None else _like(rope_offset),
+        options, _num_threads(),
     )  # fmt: skip
-    ready = _steps.get(key)
-    if ready is None:
-        ready = _new_step(q, k, v, log_g, s, z, slots, lengths, rope_offset, options)
-        if len(_steps) >= 256:
-            _steps.clear()
-        _steps[key] = ready
-    handle, _, nbytes, like, (y_b, y_t, y_h), (s_n, s_h, z_n, z_h), num_slots = ready
+    latest, ready = _latest
+    if ready is None or key != latest:
+        ready = _other_step(key, q, k, v, log_g, s, z, slots, lengths, rope_offset, options)
+    handle, _, nbytes, like, (y_b, y_t, y_h), (s_n, s_h, z_n, z_h), num_slots, device = ready
     q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
     if q_strides[3] != 1 or k_strides[3] != 1 or v_strides[3] != 1:
         q, k, v = unit(q), unit(k), unit(v)
         q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
-    y = torch.empty_like(like)
+    y = _empty_like(like)
     work, stream = 0, 0
-    if q.is_cuda:  # torch's allocator knows when the stream is done with it
-        work, _work = workspace(nbytes, q)
-        stream = stream_of(q)
+    if device >= 0:
+        if nbytes:  # torch's allocator knows when the stream is done with it
+            work, _work = workspace(nbytes, q)
+        stream = _raw_stream(device)  # type: ignore[misc]
     elif nbytes:
         work = _scratch.address if nbytes <= _scratch.nbytes else _scratch.grow(nbytes)
     g_at, g_b, g_t, g_h = ABSENT if log_g is None else tensor_numbers(log_g)

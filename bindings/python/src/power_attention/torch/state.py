@@ -24,9 +24,8 @@ _capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False) 
 _int64 = torch.int64
 
 
-def _current_device() -> int:
-    """Of a process that has a CUDA tensor: without asking whether CUDA is there."""
-    return int(torch._C._cuda_getDevice())
+# Of a process that has a CUDA tensor: without asking whether CUDA is there.
+_current_device = getattr(torch._C, "_cuda_getDevice", lambda: 0)  # absent from builds for CPUs
 
 
 def _refuse_grad(*tensors: Tensor) -> None:
@@ -122,7 +121,8 @@ def _step_(
         return torch.ops.powerattn.step_(  # type: ignore[no-any-return]
             q, k, v, log_g, s, z, slots, lengths, rope_offset, *options
         )
-    if not q.is_cuda or q.get_device() == _current_device():
+    device = q.get_device()
+    if device < 0 or device == _current_device():
         return _native.step_here(q, k, v, log_g, s, z, slots, lengths, rope_offset, options)
     return _native.step(q, k, v, log_g, s, z, slots, lengths, rope_offset, *options)
 
@@ -180,7 +180,7 @@ class PowerAttentionState:
         self._pending = 0  # tokens that every slot has seen and _position does not count yet
         self._pending_slots: list[int] = []  # and those that some have: slots, and as many numbers of tokens
         self._pending_tokens: list[int] = []
-        self._pending_copies: list[tuple[Tensor, Tensor | int]] = []  # the same on a GPU
+        self._pending_copies: list[list[Any]] = []  # the same on a GPU, copy of the slots and tokens of each
         self._copied: tuple[Tensor, int] | None = None  # the caller's slots of the last of them, and their version
 
     @property
@@ -220,7 +220,18 @@ class PowerAttentionState:
             now = self.position
             position = now[:b] if slots is None else now[self._inside(slots)]
         y = _step_(q, k, v, self.s, self.z, log_g, slots, lengths, position, self._options)
-        self._advance(b, t, slots, lengths)
+        copied = self._copied
+        if (
+            copied is not None
+            and copied[0] is slots
+            and lengths is None
+            and slots._version == copied[1]
+            and not _capturing()
+            and not _compiling()
+        ):
+            self._pending_copies[-1][1] += t
+        else:
+            self._advance(b, t, slots, lengths)
         return y
 
     @property
@@ -261,12 +272,7 @@ class PowerAttentionState:
             else:
                 self._position[:b] += t if lengths is None else lengths
         elif later and cuda:  # copies: the caller may write the next slots into the same tensor
-            copied = self._copied
-            if copied is not None and copied[0] is slots and lengths is None and copied[1] == slots._version:
-                copy, tokens = self._pending_copies[-1]
-                self._pending_copies[-1] = (copy, tokens + t)
-                return
-            self._pending_copies.append((slots.clone(), t if lengths is None else lengths.clone()))
+            self._pending_copies.append([slots.clone(), t if lengths is None else lengths.clone()])
             counts = lengths is None and not slots.is_inference()  # inference tensors have no version
             self._copied = (slots, slots._version) if counts else None
             if len(self._pending_copies) == 256:
