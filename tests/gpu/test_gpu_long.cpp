@@ -4,6 +4,13 @@
 // implementation of the same precision (oracle.h), which for a few rows is cheap.
 //
 //   test_gpu_long [tokens]...      default: 65536 and 1048576
+//
+// Runs the implementation that POWERATTN_CUDA_IMPLEMENTATION names, or several in turn, each in a process of
+// its own, since the library reads the variable once. What they are compared with takes a minute and is made
+// once.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -101,32 +108,51 @@ struct Errors {
   }
 };
 
-bool check(const std::string &type, int64_t t) {
-  const std::string line = "bwd " + type + " b1 t" + std::to_string(t) + " h1 d64 p2 chunked";
-  Case c = parse_case(line);
-  const Inputs in = make_inputs(c, 11);
+// One case, and what every implementation of it is compared with.
+struct Reference {
+  std::string line;
+  Case c;
+  Inputs in;
+  Outputs exact;  // in float64 on the CPU, which the other tests hold to the oracle
+  struct Row {
+    int64_t at;
+    float y[kDim], dq[kDim], dk[kDim], dv[kDim];
+  };
+  std::vector<Row> rows;  // of the plain implementation
+
+  Reference(const std::string &type, int64_t t)
+      : line("bwd " + type + " b1 t" + std::to_string(t) + " h1 d64 p2 chunked"),
+        c(parse_case(line)),
+        in(make_inputs(c, 11)) {
+    Case wide = c;
+    wide.dtype = POWERATTN_FLOAT64;
+    Memory host;
+    exact = run(host, wide, in, Plan(wide.desc(POWERATTN_CPU)));
+    const Plain plain(c, in, exact);
+    for (int n = 0; n < kSamples; ++n) {
+      // Not the first ones, which are differences of a few large numbers.
+      const int64_t row = (n + 1) * t / (kSamples + 1);
+      Row r;
+      r.at = row * kDim;
+      plain.query(row, r.y, r.dq);
+      plain.key(row, r.dk, r.dv);
+      rows.push_back(r);
+    }
+  }
+};
+
+bool check(const Reference &r, const char *implementation) {
   CudaMemory device;
-  const Outputs x = run(device, c, in, Plan(c.desc(POWERATTN_CUDA)), true);
-  // In float64 on the CPU, which the other tests hold to the oracle.
-  Case wide = c;
-  wide.dtype = POWERATTN_FLOAT64;
-  Memory host;
-  const Outputs exact = run(host, wide, in, Plan(wide.desc(POWERATTN_CPU)));
-  const Plain plain(c, in, exact);
+  const Outputs x = run(device, r.c, r.in, Plan(r.c.desc(POWERATTN_CUDA)), true);
   Errors errors[4];
-  for (int n = 0; n < kSamples; ++n) {
-    // Not the first ones, which are differences of a few large numbers.
-    const int64_t row = (n + 1) * t / (kSamples + 1), at = row * kDim;
-    float one[kDim], two[kDim];
-    plain.query(row, one, two);
-    errors[0].add(&exact.y[at], &x.y[at], one);
-    errors[1].add(&exact.dq[at], &x.dq[at], two);
-    plain.key(row, one, two);
-    errors[2].add(&exact.dk[at], &x.dk[at], one);
-    errors[3].add(&exact.dv[at], &x.dv[at], two);
+  for (const Reference::Row &row : r.rows) {
+    errors[0].add(&r.exact.y[row.at], &x.y[row.at], row.y);
+    errors[1].add(&r.exact.dq[row.at], &x.dq[row.at], row.dq);
+    errors[2].add(&r.exact.dk[row.at], &x.dk[row.at], row.dk);
+    errors[3].add(&r.exact.dv[row.at], &x.dv[row.at], row.dv);
   }
   bool ok = true;
-  std::printf("%s (ours / plain, relative to the values):", line.c_str());
+  std::printf("%s: %s (ours / plain, relative to the values):", implementation, r.line.c_str());
   const char *const names[] = {"y", "d_q", "d_k", "d_v"};
   for (int n = 0; n < 4; ++n) {
     const double ours = std::sqrt(errors[n].ours / errors[n].size),
@@ -135,25 +161,61 @@ bool check(const std::string &type, int64_t t) {
     ok = ok && ours <= 2 * base;  // false for NaN
   }
   std::printf(" %s\n", ok ? "pass" : "FAIL: more than twice");
-  std::fflush(stdout);
   return ok;
+}
+
+// Status of a function in a process of its own. This one never starts the driver, which does not survive a
+// fork.
+template <class Function>
+int apart(const Function &function) {
+  std::fflush(stdout);
+  const pid_t child = fork();
+  if (child == 0) {
+    const int status = function();
+    std::fflush(stdout);
+    _exit(status);
+  }
+  int status = 0;
+  if (child < 0 || waitpid(child, &status, 0) != child || !WIFEXITED(status)) {
+    std::printf("FAIL: a process did not end by itself\n");
+    return 1;
+  }
+  return WEXITSTATUS(status);
+}
+
+int checked(const Reference &r, const char *implementation) {
+  try {
+    return check(r, implementation) ? 0 : 1;
+  } catch (const std::exception &error) {
+    std::printf("%s: FAIL: %s\n", implementation, error.what());
+    return 1;
+  }
 }
 
 }  // namespace
 
 int main(int argc, char **argv) {
-  if (no_device()) return kSkipped;
   std::vector<int64_t> tokens;
   for (int i = 1; i < argc; ++i) tokens.push_back(std::atoll(argv[i]));
   if (tokens.empty()) tokens = {65536, 1 << 20};
-  bool ok = true;
-  try {
-    for (int64_t t : tokens) {
-      for (const char *type : {"bf16", "f16"}) ok = check(type, t) && ok;
+  if (apart([] { return no_device() ? 1 : 0; }) != 0) return kSkipped;
+  const char *const named = std::getenv("POWERATTN_CUDA_IMPLEMENTATION");
+  int failed = 0;
+  for (int64_t t : tokens) {
+    for (const char *type : {"bf16", "f16"}) {
+      const Reference reference(type, t);
+      if (named != nullptr) {
+        failed += checked(reference, named);
+        continue;
+      }
+      failed += apart([&] { return checked(reference, "chosen"); });
+      for (const char *implementation : {"cuda.sm80", "cuda.generic"}) {
+        failed += apart([&] {
+          setenv("POWERATTN_CUDA_IMPLEMENTATION", implementation, 1);
+          return checked(reference, implementation);
+        });
+      }
     }
-  } catch (const std::exception &error) {
-    std::printf("FAIL: %s\n", error.what());
-    return 1;
   }
-  return ok ? 0 : 1;
+  return failed == 0 ? 0 : 1;
 }
