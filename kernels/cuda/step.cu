@@ -492,6 +492,13 @@ StepTiling step_tiling(const Problem &p, int sm_count, bool clusters) {
   return t;
 }
 
+cudaError_t step_architecture(int *architecture) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, step_reduce);
+  if (error == cudaSuccess) *architecture = attributes.ptxVersion;
+  return error;
+}
+
 size_t step_shared_bytes(const Problem &p) {
   return size_t(step_shared_floats(8, p.head_dim, p.value_dim)) * sizeof(float);
 }

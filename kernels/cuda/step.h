@@ -19,6 +19,9 @@ struct StepTiling {
 };
 StepTiling step_tiling(const Problem &p, int sm_count, bool clusters);
 size_t step_shared_bytes(const Problem &p);
+// The architecture that the current device's code was compiled for, 10 major + minor: that of the PTX where the
+// driver translates, whatever the device could do. Fails where this build has no code for the device.
+cudaError_t step_architecture(int *architecture);
 size_t step_workspace_bytes(const Problem &p, const StepTiling &t);
 
 //   S <- exp(log_g_t) S + phi(k_t) v_t^T,  z likewise,  y_t = phi(q_t) S / (phi(q_t) . z + eps),  t in order

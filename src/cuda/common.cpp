@@ -6,6 +6,8 @@
 #include <mutex>
 #include <vector>
 
+#include "kernels/cuda/step.h"
+
 namespace powerattn::cuda {
 
 powerattn_status device_properties(int device_index, const DeviceProperties **properties) {
@@ -35,6 +37,16 @@ powerattn_status device_properties(int device_index, const DeviceProperties **pr
   if (cudaDeviceGetAttribute(&clock_khz, cudaDevAttrMemoryClockRate, device_index) != cudaSuccess)
     cudaGetLastError();
   made->bandwidth = 2.0 * double(clock_khz) * 1e3 * double(raw.memoryBusWidth) / 8.0;
+  if (made->major >= 8) {
+    const DeviceGuard guard(device_index);
+    const cudaError_t found = guard.error() == cudaSuccess ? step_architecture(&made->code) : guard.error();
+    if (found != cudaSuccess) {
+      cudaGetLastError();
+      return fail(POWERATTN_ERROR_NO_DEVICE,
+                  "CUDA device %d (%s, compute capability %d.%d) cannot run the code of this build: %s",
+                  device_index, made->name, made->major, made->minor, cudaGetErrorString(found));
+    }
+  }
   if (known.size() <= size_t(device_index)) known.resize(size_t(device_index) + 1);
   known[size_t(device_index)] = std::move(made);
   *properties = known[size_t(device_index)].get();

@@ -15,6 +15,7 @@ namespace powerattn::cuda {
 struct DeviceProperties {
   char name[64] = {};
   int major = 0, minor = 0;
+  int code = 0;  // architecture that this build's code for it was compiled for, 10 major + minor
   int sm_count = 0;
   size_t l2_bytes = 0;
   size_t shared_per_block = 0;  // opt-in maximum

@@ -8,11 +8,11 @@
 namespace powerattn::cuda {
 namespace {
 
-// Clusters need sm_90 machine code of this build; newer devices run PTX for sm_80, which has none.
+// Clusters need code for sm_90: newer devices, and sm_90 in a build without that, run PTX for sm_80.
 StepTiling tiling_of(const Problem &p) {
   const DeviceProperties *device = nullptr;
   if (device_properties(p.device_index, &device) != POWERATTN_OK) return {};
-  return step_tiling(p, device->sm_count, device->major == 9);
+  return step_tiling(p, device->sm_count, device->major == 9 && device->code >= 90);
 }
 
 }  // namespace

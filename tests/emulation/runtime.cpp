@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA runtime's calls over the emulated device. Environment:
 //   EMULATION_DEVICE   compute capability, "9.0" (the default) or "8.0"
+//   EMULATION_CODE     "8.0": as if the driver had translated PTX of that architecture for a 9.0
 //   EMULATION_ORDER    forward, reverse, random: of threads and blocks (default: each launch draws)
 //   EMULATION_TIMING   late, early, random: of asynchronous copies and products (default: each launch draws)
 //   EMULATION_RACES    set: look for races on shared memory (slower)
@@ -47,6 +48,11 @@ cudaError_t lost_or(cudaError_t error) { return result(lost ? cudaErrorLaunchFai
 bool is_sm80() {
   const char *capability = std::getenv("EMULATION_DEVICE");
   return capability != nullptr && std::strcmp(capability, "8.0") == 0;
+}
+// The architecture that kernels were compiled for.
+int code_architecture() {
+  const char *code = std::getenv("EMULATION_CODE");
+  return is_sm80() || (code != nullptr && std::strcmp(code, "8.0") == 0) ? 80 : 90;
 }
 
 // Allocations end at an inaccessible page (256-byte aligned, as the device's are) and begin behind one.
@@ -116,7 +122,7 @@ cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel, std::fu
                      l.grid.z >= 1 && l.grid.x <= 0x7fffffffu && l.grid.y <= 65535 && l.grid.z <= 65535 &&
                      l.shared <= size_t(limit.shared) && l.cluster >= 1 &&
                      l.grid.x % unsigned(l.cluster) == 0 && l.cluster <= (limit.large_clusters ? 16 : 8) &&
-                     (l.cluster == 1 || !is_sm80());
+                     (l.cluster == 1 || code_architecture() >= 90);
   if (!legal) return result(cudaErrorInvalidConfiguration);
   l.thread = std::move(thread);
   return enqueue(config.stream, [l] {
@@ -183,6 +189,10 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
   p->sharedMemPerBlockOptin = size_t(is_sm80() ? 163 : 227) * 1024;
   p->l2CacheSize = (is_sm80() ? 40 : 50) << 20;
   p->memoryBusWidth = 5120;
+  return cudaSuccess;
+}
+cudaError_t emulation::get_attributes(cudaFuncAttributes *attributes) {
+  attributes->ptxVersion = code_architecture();
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int device) {

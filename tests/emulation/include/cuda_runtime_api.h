@@ -35,6 +35,9 @@ enum cudaMemoryType {
   cudaMemoryTypeManaged
 };
 enum cudaDeviceAttr { cudaDevAttrMemoryClockRate = 36 };
+struct cudaFuncAttributes {
+  int ptxVersion = 0;
+};
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributeNonPortableClusterSizeAllowed = 13,
@@ -129,6 +132,7 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 
 namespace emulation {
+cudaError_t get_attributes(cudaFuncAttributes *attributes);
 cudaError_t set_attribute(const void *kernel, cudaFuncAttribute attribute, int value);
 cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel, std::function<void()> thread);
 }  // namespace emulation
@@ -140,6 +144,10 @@ cudaError_t cudaMalloc(T **p, size_t bytes) {
 template <class T>
 cudaError_t cudaMallocHost(T **p, size_t bytes) {
   return cudaMallocHost(reinterpret_cast<void **>(p), bytes);
+}
+template <class K>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, K *) {
+  return emulation::get_attributes(attributes);
 }
 template <class K>
 cudaError_t cudaFuncSetAttribute(K *kernel, cudaFuncAttribute attribute, int value) {
