@@ -14,8 +14,8 @@ using powerattn::cpu::Run;
 using powerattn::cpu::Slot;
 namespace fast = powerattn::fast;
 
-// As forward_wave (src/cpu/forward.cpp), with the output twice: without and with the state. Every phase ends
-// with a barrier, also where the forward itself gives whole streams to threads.
+// As Forward (src/cpu/forward.cpp), with the output twice: without and with the state. Every phase ends with a
+// barrier, where the forward itself lets streams pass their phases one by one.
 bool forward_phases(const powerattn_plan *plan, const powerattn_forward_args &a, Phases *out) {
   const powerattn::Problem &p = plan->problem;
   if (plan->forward == nullptr || plan->backend != &powerattn::cpu_backend() ||
@@ -68,8 +68,8 @@ bool forward_phases(const powerattn_plan *plan, const powerattn_forward_args &a,
         const fast::State<float> in = n > 0 ? s.state : fast::State<float>{nullptr, nullptr};
         fast::State<float> next = s.state;
         next.image = s.image;
-        kernels.update(call, s.k.cols, s.v, call.gated ? s.gates.to_end : nullptr, 1.0, nullptr, s.gates.decay,
-                       in, next, run.tokens(s, n), row, rows, scratch);
+        kernels.update(call, s.k, s.v, call.gated ? s.gates.to_end : nullptr, 1.0, nullptr, s.gates.decay, in,
+                       next, run.tokens(s, n), row, rows, scratch);
       });
       lap(&out->update);
     }

@@ -112,4 +112,20 @@ inline __m512i _mm512_load_si512(const void *from) {
   __builtin_memcpy(&x, from, sizeof x);
   return x;
 }
+inline __m512i _mm512_loadu_si512(const void *from) {
+  __m512i x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return x;
+}
+// sums[i] += a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1]
+typedef __m512i __m512bh;
+inline __m512 _mm512_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
+  const Bits32 left = (Bits32)a, right = (Bits32)b;
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t l = static_cast<uint32_t>(left[i]), r = static_cast<uint32_t>(right[i]);
+    sums[i] += bits_to_float(l << 16) * bits_to_float(r << 16);
+    sums[i] += bits_to_float(l & 0xffff0000u) * bits_to_float(r & 0xffff0000u);
+  }
+  return sums;
+}
 inline void _mm512_storeu_si512(void *to, __m512i x) { __builtin_memcpy(to, &x, sizeof x); }

@@ -121,7 +121,8 @@ inline void amx_output(const Call<float> &call, const Rows &q, double position, 
 
     if (state.s != nullptr) {
       amx_query(call, x, count, call.scale_p, call.gated ? gates.from_start + first : nullptr, state.image,
-                row_norm.data != nullptr || call.normalize ? state.z : nullptr, out, norm, bump);
+                row_norm.data != nullptr || call.normalize ? image_z(call, state.image) : nullptr, out, norm,
+                bump);
     }
 
     for (int64_t i = 0; i < count; ++i) {

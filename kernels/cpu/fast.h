@@ -55,8 +55,9 @@ struct Rows {
 template <class T>
 struct Packed {
   T *rows, *cols, *strips;  // null where the layout is not needed
-  // With call.low: bfloat16 tiles of strips of 32 tokens, as amx.h wants keys and values.
-  uint16_t *keys = nullptr, *values = nullptr;
+  // With call.low, in bfloat16 by strips of 32 tokens: tiles of keys and of values, and the keys' columns with
+  // tokens l and l + 16 side by side [width][16][2] (amx.h).
+  uint16_t *keys = nullptr, *values = nullptr, *columns = nullptr;
 };
 
 // The gates of one chunk of one (sequence, kv head); null pointers where the call is not gated.
@@ -138,10 +139,10 @@ struct Kernels {
                  const Gates<T> &, const State<T> &, Span, const Rows &y, const Rows &row_norm, void *scratch);
 
   // Rows row .. row+rows-1 of: out = decay in + sum_t factor base_t m_r mono_r(x_t) [b_t, u_t]. base null: 1;
-  // u null: 1; in.s null: nothing. z is skipped where out.z is null. With call.low u is null, and out.image, if
-  // not null, is brought up to date.
-  void (*update)(const Call<T> &, const T *x_cols, const Packed<T> &b, const T *base, double factor, const T *u,
-                 double decay, const State<T> &in, const State<T> &out, int64_t tokens, int64_t row,
+  // u null: 1; in.s null: nothing. z is skipped where out.z is null. Reads x.cols and b.strips; with call.low
+  // x.columns and b.values, u is null, there are tokens, and out.image, if not null, is brought up to date.
+  void (*update)(const Call<T> &, const Packed<T> &x, const Packed<T> &b, const T *base, double factor,
+                 const T *u, double decay, const State<T> &in, const State<T> &out, int64_t tokens, int64_t row,
                  int64_t rows, void *scratch);
 
   // dq and a of one row tile.
@@ -153,8 +154,8 @@ struct Kernels {
               const Packed<T> &v, const Gates<T> &, const State<T> &d_state, Span, int64_t tokens,
               double position, const Rows &d_k, const Rows &d_v, double *b, void *scratch);
 
-  // Elements of a state's bfloat16 image (0 without call.low), and the image of some rows, a multiple of 32 but
-  // at the end.
+  // Elements of a state's image for call.low (0 without), of S in bfloat16 and z as it is; and that of some
+  // rows, a multiple of 32 but at the end.
   int64_t (*image_size)(const Call<T> &);
   void (*image)(const Call<T> &, const State<T> &, int64_t row, int64_t rows, uint16_t *image);
 

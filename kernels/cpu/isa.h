@@ -30,6 +30,8 @@ using namespace fast;
 #include "kernels/cpu/amx_emulation.h"
 #endif
 #include "kernels/cpu/amx.h"
+#include "kernels/cpu/amx_query.h"
+#include "kernels/cpu/amx_update.h"
 #endif
 #include "kernels/cpu/tokens.h"
 #include "kernels/cpu/update.h"

@@ -218,6 +218,7 @@ void pack(const Call<T> &call, const Rows &in, bool rotate, double position, int
 #if defined(POWERATTN_AMX)
     if constexpr (sizeof(T) == sizeof(float)) {
       if (out.keys != nullptr) amx_keys(rows, padded, out.keys + t0 * padded);
+      if (out.columns != nullptr) amx_token_pairs(rows, padded, out.columns + t0 * padded);
       if (out.values != nullptr) amx_values(rows, padded, out.values + t0 * padded);
     }
 #endif

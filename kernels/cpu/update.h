@@ -66,26 +66,26 @@ void update_block(const Call<T> &call, const T *x_cols, const T *b_strips, const
 }
 
 template <class T>
-void update(const Call<T> &call, const T *x_cols, const Packed<T> &b, const T *base, double factor, const T *u,
-            double decay, const State<T> &in, const State<T> &out, int64_t tokens, int64_t row, int64_t rows,
-            void *scratch) {
+void update(const Call<T> &call, const Packed<T> &x, const Packed<T> &b, const T *base, double factor,
+            const T *u, double decay, const State<T> &in, const State<T> &out, int64_t tokens, int64_t row,
+            int64_t rows, void *scratch) {
 #if defined(POWERATTN_AMX)
   if constexpr (sizeof(T) == sizeof(float)) {
     if (call.low) {
-      amx_update(call, x_cols, b.values, base, factor, decay, in, out, tokens, row, rows, scratch);
+      amx_update(call, x, b, base, factor, decay, in, out, tokens, row, rows, scratch);
       return;
     }
   }
 #endif
   for (int64_t r = 0; r < rows; r += kBlock) {
-    update_block(call, x_cols, b.strips, base, factor, u, decay, in, out, tokens, row + r,
+    update_block(call, x.cols, b.strips, base, factor, u, decay, in, out, tokens, row + r,
                  lesser(kBlock, rows - r), scratch);
   }
 }
 
 template <class T>
 int64_t image_size(const Call<T> &call) {
-  return call.low ? call.ep * round_up(call.D, 32) : 0;
+  return call.low ? (call.ep + 2) * round_up(call.D, 32) : 0;
 }
 
 template <class T>

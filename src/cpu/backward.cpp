@@ -96,7 +96,7 @@ class Backward {
       run_.state_units(count, [&](Slot<T> &s, int64_t row, int64_t rows, void *scratch) {
         if (!needed(s)) return;
         const fast::State<T> in = has_state(s, n) ? state_of(s, n) : fast::State<T>{nullptr, nullptr};
-        run_.kernels.update(call_, s.k.cols, s.v, call_.gated ? s.gates.to_end : nullptr, 1.0, nullptr,
+        run_.kernels.update(call_, s.k, s.v, call_.gated ? s.gates.to_end : nullptr, 1.0, nullptr,
                             s.gates.decay, in, state_of(s, n + 1), run_.tokens(s, n), row, rows, scratch);
       });
     }
@@ -161,7 +161,7 @@ class Backward {
       if (n == 0 && !initial_wanted) return;
       fast::State<T> in = s.carried ? s.state : fast::State<T>{nullptr, nullptr};
       for (int64_t h = 0; h < g.groups; ++h) {
-        run_.kernels.update(call_, s.q[h].cols, s.grad[h].dy, call_.gated ? s.gates.from_start : nullptr,
+        run_.kernels.update(call_, s.q[h], s.grad[h].dy, call_.gated ? s.gates.from_start : nullptr,
                             call_.scale_p, s.grad[h].dl, h == 0 ? s.gates.decay : 1.0, in, s.state, tokens, row,
                             rows, scratch);
         in = s.state;

@@ -101,7 +101,7 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
 template <class T>
 uint64_t workspace(const Problem &p, const Tiling &tiling, Pass pass) {
   const fast::Kernels<T> &kernels = chosen_kernels<T>();
-  const Geometry g = geometry(p, tiling, pass);
+  const Geometry g = geometry(p, tiling, pass, kernels.low);
   Carver carver(nullptr);
   carve(p, g, make_call<T>(p, g, kernels, pass), kernels, pass, &carver);
   return carver.used();
@@ -115,7 +115,7 @@ Sizes sizes_of(const Problem &p, const Tiling &tiling) {
   s.backward_saved = workspace<T>(p, tiling, Pass::kBackwardSaved);
   const bool states = p.state_bytes <= p.state_limit;
   if (states) s.summary = workspace<T>(p, tiling, Pass::kSummary);
-  const Geometry g = geometry(p, tiling, Pass::kForward);
+  const Geometry g = geometry(p, tiling, Pass::kForward, chosen_kernels<T>().low);
   if (tiling.form == Form::kChunked && g.chunks > 1) {
     s.saved = static_cast<uint64_t>(g.saved_slots * p.heads_kv *
                                     state_elements(make_call<T>(p, g, chosen_kernels<T>(), Pass::kForward))) *
@@ -129,20 +129,15 @@ Sizes sizes(const Problem &p, const Tiling &tiling) {
 }
 
 void describe(const Problem &p, const Tiling &tiling, std::string *text) {
-  const Geometry g = geometry(p, tiling, Pass::kForward);
   const bool wide = p.dtype == Dtype::kFloat64;
+  const Geometry g = geometry(p, tiling, Pass::kForward, !wide && chosen_isa().f32.low);
   const int mr = wide ? chosen_isa().f64.mr : chosen_isa().f32.mr;
   const int nr = wide ? chosen_isa().f64.nr : chosen_isa().f32.nr;
   char line[512];
   char schedule[128];
-  if (g.whole_streams) {
-    std::snprintf(schedule, sizeof(schedule), "one of %" PRId64 " streams at a time on each of %d threads",
-                  g.streams, p.threads);
-  } else {
-    std::snprintf(schedule, sizeof(schedule),
-                  "wave of %" PRId64 " of %" PRId64 " streams: %" PRId64 " tiles per chunk fill %d threads",
-                  g.wave, g.streams, g.tiles * g.groups * g.wave, p.threads);
-  }
+  std::snprintf(schedule, sizeof(schedule),
+                "%" PRId64 " of %" PRId64 " streams at once: %" PRId64 " tiles per chunk fill %d threads",
+                g.wave, g.streams, g.tiles * g.groups * g.wave, p.threads);
   std::snprintf(
       line, sizeof(line),
       "  microkernel %d x %d %s: all but a few vector registers hold sums; phi is built while packing\n"
@@ -150,7 +145,7 @@ void describe(const Problem &p, const Tiling &tiling, std::string *text) {
       " tokens: each strip of the state in L1 serves all of them\n"
       "  %s\n"
       "  rate assumed %.0f GFLOP/s per thread\n",
-      mr, nr, wide ? "float64" : "float32", kTile, schedule, rate(p) * 1e-9);
+      mr, nr, wide ? "float64" : "float32", g.tile, schedule, rate(p) * 1e-9);
   text->append(line);
 }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The forward pass on the CPU: for each wave of streams and each chunk in order, pack, output, update.
+// The forward pass on the CPU. Each lane takes streams one after the other; a stream's phases are, for each
+// chunk in order: pack, output, update.
 #include "passes.h"
+#include "pipeline.h"
 #include "run.h"
 
 namespace powerattn {
@@ -16,106 +18,160 @@ void prefetch_rows(const fast::Rows &rows, int64_t first, int64_t count, int64_t
   }
 }
 
-// Streams first .. of one wave.
 template <class T>
-void forward_wave(const Run<T> &run, const powerattn_plan &plan, const powerattn_forward_args &a,
-                  int64_t first) {
-  const Problem &p = plan.problem;
-  const auto &call = run.call;
-  const auto &kernels = run.kernels;
-  const Geometry &g = run.g;
-  const bool initial = a.initial_state.s != nullptr, final_state = a.final_state.s != nullptr;
-  T *saved = plan.sizes.saved > 0 ? static_cast<T *>(a.saved) : nullptr;
+class Forward {
+ public:
+  Forward(const powerattn_plan &plan, const powerattn_forward_args &args)
+      : a_(args),
+        p_(plan.problem),
+        run_(p_, plan.tiling, Pass::kForward, args.workspace, args.log_g.data != nullptr),
+        saved_(plan.sizes.saved > 0 ? static_cast<T *>(args.saved) : nullptr) {}
 
-  const int64_t count = run.start_wave(first, a.cu_seqlens, a.rope_offset);
-  const int64_t chunks = run.most_chunks(count);
+  void execute() {
+    run_.clear_padding(a_.y, p_.heads_q, p_.value_dim, run_.size(), a_.cu_seqlens);
+    run_.clear_padding(a_.row_norm, p_.heads_q, 1, sizeof(T), a_.cu_seqlens);
+    const int64_t lanes = std::min(run_.g.wave, run_.g.streams);
+    if (lanes <= 0) return;
+    Pipeline<Forward> pipeline(run_.buffers.lanes, lanes, this);
+    run_.parallel.with_worker(run_.parallel.workers, [&](int64_t, int worker) { pipeline.work(worker); });
+  }
+
+  int64_t advance(int64_t lane) {
+    Slot<T> &s = run_.buffers.slots[lane];
+    for (;;) {
+      switch (s.phase) {
+        case Phase::kNone: {
+          const int64_t stream = next_stream_.fetch_add(1, std::memory_order_relaxed);
+          if (stream >= run_.g.streams) return 0;
+          run_.start_stream(&s, stream, a_.cu_seqlens, a_.rope_offset);
+          s.phase = Phase::kImport;
+          break;
+        }
+        case Phase::kImport:
+          s.carried = initial_;
+          s.chunk = 0;
+          s.phase = s.chunks > 0 ? Phase::kPack : Phase::kExport;
+          break;
+        case Phase::kPack:
+          s.phase = Phase::kOutput;
+          break;
+        case Phase::kOutput:
+          s.phase = Phase::kUpdate;
+          break;
+        case Phase::kUpdate:
+          s.carried = s.carried || updates(s);
+          ++s.chunk;
+          s.phase = s.chunk < s.chunks ? Phase::kPack : Phase::kExport;
+          break;
+        case Phase::kExport:
+          s.phase = Phase::kNone;
+          break;
+      }
+      const int64_t units = units_of(s);
+      if (units > 0) return units;
+    }
+  }
+
+  void run(int64_t lane, int64_t unit, int worker) {
+    Slot<T> &s = run_.buffers.slots[lane];
+    void *scratch = run_.scratch(worker);
+    const int64_t row = unit * unit_rows(run_.call), rows = std::min(unit_rows(run_.call), run_.call.D - row);
+    switch (s.phase) {
+      case Phase::kNone:
+        break;
+      case Phase::kImport:
+        run_.import_rows(s, a_.initial_state, state_of(s, 0), row, rows);
+        if (run_.call.low) run_.kernels.image(run_.call, state_of(s, 0), row, rows, s.image);
+        break;
+      case Phase::kPack:
+        run_.pack(a_.k, a_.v, a_.log_g, s, s.chunk, unit, scratch);
+        break;
+      case Phase::kOutput:
+        output(s, unit / run_.g.groups, unit % run_.g.groups, scratch);
+        break;
+      case Phase::kUpdate:
+        run_.kernels.update(run_.call, s.k, s.v, run_.call.gated ? s.gates.to_end : nullptr, 1.0, nullptr,
+                            s.gates.decay, carried_state(s), state_of(s, s.chunk + 1), run_.tokens(s, s.chunk),
+                            row, rows, scratch);
+        break;
+      case Phase::kExport:
+        run_.export_rows(s, a_.final_state, a_.initial_state,
+                         s.chunks > 0 ? state_of(s, s.chunks) : fast::State<T>{nullptr, nullptr}, row, rows);
+        break;
+    }
+  }
+
+ private:
+  int64_t units_of(const Slot<T> &s) const {
+    switch (s.phase) {
+      case Phase::kNone:
+        return 0;
+      case Phase::kImport:
+        return initial_ ? state_blocks(run_.call) : 0;
+      case Phase::kPack:
+        return run_.g.tiles + 1;
+      case Phase::kOutput:
+        return run_.g.groups * run_.g.tiles;
+      case Phase::kUpdate:
+        return updates(s) ? state_blocks(run_.call) : 0;
+      case Phase::kExport:
+        return a_.final_state.s != nullptr ? state_blocks(run_.call) : 0;
+    }
+    return 0;
+  }
+
+  // Whether somebody reads the state at the end of the chunk.
+  bool updates(const Slot<T> &s) const {
+    return run_.g.states &&
+           (s.chunk + 1 < s.chunks || a_.final_state.s != nullptr || (saved_ != nullptr && p_.use_state));
+  }
+
   // The state at the start of chunk n: in its own slot of `saved`, or carried in place.
-  const auto state_of = [&](const Slot<T> &s, int64_t n) {
+  fast::State<T> state_of(const Slot<T> &s, int64_t n) const {
     fast::State<T> state = s.state;
-    if (saved != nullptr) {
-      state = state_at(call, saved + ((s.saved_slot + n) * p.heads_kv + s.head) * state_elements(call));
+    if (saved_ != nullptr) {
+      const int64_t size = state_elements(run_.call);
+      state = state_at(run_.call, saved_ + ((s.saved_slot + n) * p_.heads_kv + s.head) * size);
     }
     state.image = s.image;
     return state;
-  };
-  if (initial) {
-    run.import_states(count, a.initial_state, [&](const Slot<T> &s) { return state_of(s, 0); });
-    if (call.low) {
-      run.state_units(count, [&](Slot<T> &s, int64_t row, int64_t rows, void *) {
-        kernels.image(call, state_of(s, 0), row, rows, s.image);
-      });
-    }
-    for (int64_t i = 0; i < count; ++i) run.buffers.slots[i].carried = true;
+  }
+  fast::State<T> carried_state(const Slot<T> &s) const {
+    return s.carried ? state_of(s, s.chunk) : fast::State<T>{nullptr, nullptr};
   }
 
-  for (int64_t n = 0; n < chunks; ++n) {
-    run.units(count, g.tiles + 1, [&](Slot<T> &s, int64_t unit, void *scratch) {
-      run.pack(a.k, a.v, a.log_g, s, n, unit, scratch);
-    });
-
-    // The tiles at the end of a chunk see the most keys: they go first where others wait for the last one.
-    run.units(count, g.groups * g.tiles, [&](Slot<T> &s, int64_t unit, void *scratch) {
-      const int64_t turn = unit / g.groups;
-      const fast::Span span = run.tile_span(s, n, g.whole_streams ? turn : g.tiles - 1 - turn);
-      if (span.count <= 0) return;
-      const int64_t head = run.query_head(s, unit % g.groups);
-      if (g.whole_streams) {  // the next chunk's rows, while this one's are used
-        const int64_t next = (n + 1) * g.chunk + span.first;
-        const int64_t rows = std::clamp<int64_t>(s.tokens - next, 0, span.count);
-        prefetch_rows(run.rows(a.q, s, head), next, rows, run.size(), call.d * run.size());
-        if (unit % g.groups == 0) {
-          prefetch_rows(run.rows(a.k, s, s.head), next, rows, run.size(), call.d * run.size());
-          prefetch_rows(run.rows(a.v, s, s.head), next, rows, run.size(), call.e * run.size());
-        }
+  void output(const Slot<T> &s, int64_t tile, int64_t group, void *scratch) const {
+    const fast::Span span = run_.tile_span(s, s.chunk, tile);
+    if (span.count <= 0) return;
+    const int64_t head = run_.query_head(s, group), size = run_.size();
+    if (s.chunk + 1 < s.chunks) {  // the next chunk's rows, while this one's are used
+      const int64_t next = span.chunk + run_.g.chunk + span.first;
+      const int64_t rows = std::clamp<int64_t>(s.tokens - next, 0, span.count);
+      prefetch_rows(run_.rows(a_.q, s, head), next, rows, size, run_.call.d * size);
+      if (group == 0) {
+        prefetch_rows(run_.rows(a_.k, s, s.head), next, rows, size, run_.call.d * size);
+        prefetch_rows(run_.rows(a_.v, s, s.head), next, rows, size, run_.call.e * size);
       }
-      const fast::State<T> state = s.carried ? state_of(s, n) : fast::State<T>{nullptr, nullptr};
-      kernels.output(call, run.rows(a.q, s, head), s.position, s.k, s.v, s.gates, state, span,
-                     run.rows(a.y, s, head), run.statistics(a.row_norm, s, head), scratch);
-    });
-
-    const auto updates = [&](const Slot<T> &s) {
-      return n + 1 < s.chunks || (n + 1 == s.chunks && (final_state || (saved != nullptr && p.use_state)));
-    };
-    if (!g.states) continue;
-    run.state_units(count, [&](Slot<T> &s, int64_t row, int64_t rows, void *scratch) {
-      if (!updates(s)) return;
-      const fast::State<T> in = s.carried ? state_of(s, n) : fast::State<T>{nullptr, nullptr};
-      kernels.update(call, s.k.cols, s.v, call.gated ? s.gates.to_end : nullptr, 1.0, nullptr, s.gates.decay,
-                     in, state_of(s, n + 1), run.tokens(s, n), row, rows, scratch);
-    });
-    for (int64_t i = 0; i < count; ++i) {
-      if (updates(run.buffers.slots[i])) run.buffers.slots[i].carried = true;
     }
+    run_.kernels.output(run_.call, run_.rows(a_.q, s, head), s.position, s.k, s.v, s.gates, carried_state(s),
+                        span, run_.rows(a_.y, s, head), run_.statistics(a_.row_norm, s, head), scratch);
   }
 
-  if (final_state) {
-    run.export_states(count, a.final_state, a.initial_state, [&](const Slot<T> &s) {
-      return s.chunks > 0 ? state_of(s, s.chunks) : fast::State<T>{nullptr, nullptr};
-    });
-  }
-}
-
-template <class T>
-void run_forward(const powerattn_plan &plan, const powerattn_forward_args &a) {
-  const Problem &p = plan.problem;
-  const Run<T> run(p, plan.tiling, Pass::kForward, a.workspace, a.log_g.data != nullptr);
-  run.clear_padding(a.y, p.heads_q, p.value_dim, run.size(), a.cu_seqlens);
-  run.clear_padding(a.row_norm, p.heads_q, 1, sizeof(T), a.cu_seqlens);
-  if (run.g.whole_streams) {
-    run.parallel.with_worker(
-        run.g.streams, [&](int64_t stream, int worker) { forward_wave(run.alone(worker), plan, a, stream); });
-    return;
-  }
-  for (int64_t first = 0; first < run.g.streams; first += run.g.wave) forward_wave(run, plan, a, first);
-}
+  const powerattn_forward_args &a_;
+  const Problem &p_;
+  const Run<T> run_;
+  T *saved_;
+  const bool initial_ = a_.initial_state.s != nullptr;
+  std::atomic<int64_t> next_stream_{0};
+};
 
 }  // namespace
 
 powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_args &args) {
   if (plan.problem.dtype == Dtype::kFloat64) {
-    run_forward<double>(plan, args);
+    Forward<double>(plan, args).execute();
   } else {
-    run_forward<float>(plan, args);
+    Forward<float>(plan, args).execute();
   }
   return POWERATTN_OK;
 }

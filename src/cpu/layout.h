@@ -2,9 +2,10 @@
 // How a call is cut into streams, waves and chunks, and where its buffers lie in the workspace. The function
 // that carves the workspace is the one that sizes it.
 //
-// A stream is one (sequence, kv head). Streams are independent; a wave of them advances chunk by chunk
-// together, every phase of a chunk being a set of independent units. The number of streams in a wave depends
-// on the threads, the arithmetic of a stream does not.
+// A stream is one (sequence, kv head). Streams are independent. In the forward each slot of a wave takes
+// streams one after the other (pipeline.h); in the other passes a wave of them advances chunk by chunk
+// together, every phase of a chunk being a set of independent units. The number of streams in a wave depends on
+// the threads, the arithmetic of a stream does not.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/fast.h"
+#include "pipeline.h"
 #include "problem.h"
 
 namespace powerattn {
@@ -42,20 +44,24 @@ struct Geometry {
   int64_t chunk = 0;   // tokens per chunk
   int64_t chunks = 0;  // most chunks of one sequence
   int64_t streams = 0;
-  int64_t wave = 0;            // streams that advance together
-  bool whole_streams = false;  // each by one thread, which meets nobody and keeps the state in its caches
-  int64_t tiles = 0;           // row tiles per chunk
-  int64_t groups = 0;          // query heads per kv head
-  bool states = false;         // chunks are joined by states, or the user passes some
-  int64_t saved_slots = 0;     // states in the saved buffer, per kv head
+  int64_t wave = 0;         // streams in work at once
+  bool low = false;         // bfloat16 products with states (Call::low)
+  int64_t tile = 0;         // tokens per row tile
+  int64_t tiles = 0;        // row tiles per chunk
+  int64_t groups = 0;       // query heads per kv head
+  bool states = false;      // chunks are joined by states, or the user passes some
+  int64_t saved_slots = 0;  // states in the saved buffer, per kv head
 };
 
 // Rows per tile: 96 = 16 row groups of 6 (AVX2), 8 of 12, 7 of 14 with 2 spare: 96 rows use every strip of the
 // state that they load into L1 96 times, and a chunk of 512 still has 6 tiles to share out.
 constexpr int64_t kTile = 96;
+// With bfloat16 products every tile reads all of the state, and its rows pass 16 by 16: the least that pairs of
+// a chunk take at once.
+constexpr int64_t kLowTile = 32;
 constexpr int64_t kSummaryChunk = 512;
 
-inline Geometry geometry(const Problem &p, const Tiling &tiling, Pass pass) {
+inline Geometry geometry(const Problem &p, const Tiling &tiling, Pass pass, bool has_low) {
   Geometry g;
   const int64_t longest = std::max<int64_t>(p.max_seq_len, 1);
   const int64_t chunk = pass == Pass::kSummary            ? kSummaryChunk
@@ -65,16 +71,22 @@ inline Geometry geometry(const Problem &p, const Tiling &tiling, Pass pass) {
   g.chunks = (p.max_seq_len + g.chunk - 1) / g.chunk;
   g.streams = p.sequences * p.heads_kv;
   g.groups = p.group();
-  g.tiles = (g.chunk + kTile - 1) / kTile;
   g.states = p.use_state || g.chunks > 1 || pass == Pass::kSummary;
+  // A state smaller than a block of the query, or one that no second chunk queries, does not repay its image,
+  // and products take 32 tokens. Shorter chunks would also query states of a few tokens, whose rounding shows:
+  // where q . k is small, (q . k)^p is a difference of large monomials.
+  constexpr int64_t kLeastLowChunk = 32, kLeastLowRows = 256;
+  g.low = has_low && pass == Pass::kForward && p.dtype == Dtype::kBfloat16 && g.chunks > 1 &&
+          g.chunk >= kLeastLowChunk && p.state_rows >= kLeastLowRows;
+  g.tile = g.low ? kLowTile : kTile;
+  g.tiles = (g.chunk + g.tile - 1) / g.tile;
   // Four units per thread even out the ends of a phase.
   const int64_t units = g.tiles * g.groups;
   g.wave = std::clamp<int64_t>((4 * p.threads + units - 1) / units, 1, std::max<int64_t>(g.streams, 1));
-  // Equal streams that come out even need no wave: at most a tenth of the threads' time is lost at the end.
-  const int64_t turns = (g.streams + p.threads - 1) / std::max<int64_t>(p.threads, 1);
-  g.whole_streams = pass == Pass::kForward && g.chunks > 1 && !p.packed && g.streams >= p.threads &&
-                    10 * turns * p.threads <= 11 * g.streams;
-  if (g.whole_streams) g.wave = std::max<int64_t>(p.threads, 1);
+  // In the forward every thread has a stream of its own, while there are enough.
+  if (pass == Pass::kForward && g.chunks > 1) {
+    g.wave = std::clamp<int64_t>(p.threads, g.wave, std::max<int64_t>(g.streams, 1));
+  }
   // Slots of a sequence: one per chunk and one for its end. Packed, sequence n begins at slot
   // start / chunk + 2 n: enough, because ceil(x) + 1 <= floor(a + x) - floor(a) + 2.
   g.saved_slots = p.packed ? p.seq_len / g.chunk + 2 * p.sequences : p.sequences * (g.chunks + 1);
@@ -93,13 +105,8 @@ fast::Call<T> make_call(const Problem &p, const Geometry &g, const fast::Kernels
   c.D = g.states ? p.state_rows : 0;
   c.Dp = pad(c.D, kernels.mr);
   c.cp = pad(g.chunk, kernels.nr);
-  // A state smaller than a block of the query, or one that no second chunk queries, does not repay its image,
-  // and products take 32 tokens. Shorter chunks would also query states of a few tokens, whose rounding shows:
-  // where q . k is small, (q . k)^p is a difference of large monomials.
-  constexpr int64_t kLeastLowChunk = 32, kLeastLowRows = 256;
-  c.low = kernels.low && pass == Pass::kForward && p.dtype == Dtype::kBfloat16 && g.chunks > 1 &&
-          g.chunk >= kLeastLowChunk && c.D >= kLeastLowRows;
-  c.tile = kTile;
+  c.low = g.low;
+  c.tile = g.tile;
   c.dtype = static_cast<int>(p.dtype);
   c.normalize = p.normalize;
   c.scale = p.scale;
@@ -111,6 +118,8 @@ fast::Call<T> make_call(const Problem &p, const Geometry &g, const fast::Kernels
   c.least_log_g = static_cast<T>(sizeof(T) == 4 ? -200 : -2000);
   return c;
 }
+
+enum class Phase { kNone, kImport, kPack, kOutput, kUpdate, kExport };
 
 // The buffers of one stream of the wave.
 template <class T>
@@ -127,13 +136,16 @@ struct Slot {
   // The stream itself.
   int64_t sequence = 0, head = 0, batch = 0, begin = 0, tokens = 0, chunks = 0, saved_slot = 0;
   double position = 0;
-  bool carried = false;  // `state` holds something
+  bool carried = false;        // `state` holds something
+  Phase phase = Phase::kNone;  // forward: where the stream is
+  int64_t chunk = 0;
 };
 
 template <class T>
 struct Buffers {
   double *frequency;
   Slot<T> *slots;
+  Lane *lanes;    // forward
   char *scratch;  // [threads][scratch_bytes]
   int64_t scratch_bytes;
 };
@@ -163,6 +175,7 @@ Buffers<T> carve(const Problem &p, const Geometry &g, const fast::Call<T> &c, co
   Buffers<T> out = {};
   out.frequency = carver->take<double>(c.rope_dim / 2);
   out.slots = carver->take<Slot<T>>(g.wave);
+  if (pass == Pass::kForward) out.lanes = carver->take<Lane>(g.wave);
   const int64_t rows = c.cp + kernels.mr;  // the last row group may read past the chunk
   const bool backward = pass == Pass::kBackward || pass == Pass::kBackwardSaved;
   const bool reverse = backward || pass == Pass::kSummary;
@@ -173,12 +186,13 @@ Buffers<T> carve(const Problem &p, const Geometry &g, const fast::Call<T> &c, co
   };
   for (int64_t i = 0; i < g.wave; ++i) {
     Slot<T> s;
-    s.k = pack(c.dp, backward, true, backward);
+    s.k = pack(c.dp, backward, !c.low, backward);
     s.v = pack(c.ep, backward, backward, !c.low);
     s.gates = {carver->take<double>(c.cp), carver->take<double>(c.cp), carver->take<T>(c.cp),
                carver->take<T>(c.cp), 1.0};
     if (c.low) {
       s.k.keys = carver->take<uint16_t>(c.cp * c.dp);
+      s.k.columns = carver->take<uint16_t>(c.cp * c.dp);
       s.v.values = carver->take<uint16_t>(c.cp * c.ep);
       s.image = carver->take<uint16_t>(kernels.image_size(c));
     }

@@ -34,7 +34,7 @@ struct Run {
   Run(const Problem &problem, const Tiling &tiling, Pass pass, void *workspace, bool gated)
       : p(problem),
         kernels(chosen_kernels<T>()),
-        g(geometry(problem, tiling, pass)),
+        g(geometry(problem, tiling, pass, kernels.low)),
         call(make_call<T>(problem, g, kernels, pass)),
         parallel(::powerattn::parallel(problem.threads)) {
     Carver carver(workspace);
@@ -43,35 +43,27 @@ struct Run {
     call.gated = gated;
   }
 
-  // The same call for one stream at a time on one worker: its slot, its scratch, no other threads.
-  Run alone(int worker) const {
-    Run one = *this;
-    one.g.wave = 1;
-    one.buffers.slots += worker;
-    one.buffers.scratch += worker * buffers.scratch_bytes;
-    one.parallel = ::powerattn::parallel(1);
-    return one;
-  }
-
   int64_t size() const { return size_of(p.dtype); }
   bool rotates() const { return p.rope.style != POWERATTN_ROPE_NONE; }
   void *scratch(int worker) const { return buffers.scratch + worker * buffers.scratch_bytes; }
 
+  void start_stream(Slot<T> *s, int64_t stream, const int64_t *cu_seqlens, const int64_t *rope_offset) const {
+    s->sequence = stream / p.heads_kv;
+    s->head = stream % p.heads_kv;
+    s->batch = p.packed ? 0 : s->sequence;
+    s->begin = p.packed ? cu_seqlens[s->sequence] : 0;
+    s->tokens = p.packed ? cu_seqlens[s->sequence + 1] - s->begin : p.seq_len;
+    s->chunks = (s->tokens + g.chunk - 1) / g.chunk;
+    s->saved_slot = p.packed ? s->begin / g.chunk + 2 * s->sequence : s->sequence * (g.chunks + 1);
+    s->position = rope_offset != nullptr ? static_cast<double>(rope_offset[s->sequence]) : 0.0;
+    s->gates.decay = 1;
+    s->carried = false;
+  }
   // Fills the slots with streams first .. and returns how many.
   int64_t start_wave(int64_t first, const int64_t *cu_seqlens, const int64_t *rope_offset) const {
     const int64_t count = std::min(g.wave, g.streams - first);
     for (int64_t i = 0; i < count; ++i) {
-      Slot<T> &s = buffers.slots[i];
-      s.sequence = (first + i) / p.heads_kv;
-      s.head = (first + i) % p.heads_kv;
-      s.batch = p.packed ? 0 : s.sequence;
-      s.begin = p.packed ? cu_seqlens[s.sequence] : 0;
-      s.tokens = p.packed ? cu_seqlens[s.sequence + 1] - s.begin : p.seq_len;
-      s.chunks = (s.tokens + g.chunk - 1) / g.chunk;
-      s.saved_slot = p.packed ? s.begin / g.chunk + 2 * s.sequence : s.sequence * (g.chunks + 1);
-      s.position = rope_offset != nullptr ? static_cast<double>(rope_offset[s.sequence]) : 0.0;
-      s.gates.decay = 1;
-      s.carried = false;
+      start_stream(&buffers.slots[i], first + i, cu_seqlens, rope_offset);
     }
     return count;
   }
@@ -86,8 +78,8 @@ struct Run {
     return std::clamp<int64_t>(s.tokens - n * g.chunk, 0, g.chunk);
   }
   fast::Span tile_span(const Slot<T> &s, int64_t n, int64_t tile) const {
-    const int64_t first = tile * kTile;
-    return {n * g.chunk, first, std::min(kTile, tokens(s, n) - first)};
+    const int64_t first = tile * g.tile;
+    return {n * g.chunk, first, std::min(g.tile, tokens(s, n) - first)};
   }
 
   // The rows of a tensor for one head of a stream. An empty sequence may begin past the last token, where a
@@ -156,33 +148,39 @@ struct Run {
     });
   }
 
-  // Reads a user's states into slot.state (or where `to` says) for the streams that have one.
+  // A user's state of the stream to the inner form, rows row .. row+rows-1.
+  void import_rows(const Slot<T> &s, const powerattn_state &from, const fast::State<T> &to, int64_t row,
+                   int64_t rows) const {
+    const UserState u = user(from, s);
+    kernels.import_state(call, static_cast<int>(p.state_dtype), u.s, u.z, row, rows, to);
+  }
+  // And back; with a null `from` a copy of `otherwise`, or zeros.
+  void export_rows(const Slot<T> &s, const powerattn_state &to, const powerattn_state &otherwise,
+                   const fast::State<T> &from, int64_t row, int64_t rows) const {
+    const UserState u = user(to, s);
+    if (from.s != nullptr) {
+      kernels.export_state(call, static_cast<int>(p.state_dtype), from, row, rows, u.s, u.z);
+      return;
+    }
+    const UserState o = user(otherwise, s);
+    const uint64_t element = static_cast<uint64_t>(size_of(p.state_dtype));
+    copy_or_zero(u.s, o.s, static_cast<uint64_t>(row * call.e) * element,
+                 static_cast<uint64_t>(rows * call.e) * element);
+    if (u.z != nullptr) {
+      copy_or_zero(u.z, o.z, static_cast<uint64_t>(row) * element, static_cast<uint64_t>(rows) * element);
+    }
+  }
+  // Both for all streams of a wave; to(slot) and from(slot) say where the inner form is.
   template <class F>
   void import_states(int64_t count, const powerattn_state &from, const F &to) const {
-    state_units(count, [&](Slot<T> &s, int64_t row, int64_t n, void *) {
-      const UserState u = user(from, s);
-      kernels.import_state(call, static_cast<int>(p.state_dtype), u.s, u.z, row, n, to(s));
-    });
+    state_units(count,
+                [&](Slot<T> &s, int64_t row, int64_t rows, void *) { import_rows(s, from, to(s), row, rows); });
   }
-
-  // Writes the streams' states: `from(slot)`; null there: a copy of `otherwise`, or zeros.
   template <class F>
   void export_states(int64_t count, const powerattn_state &to, const powerattn_state &otherwise,
                      const F &from) const {
-    state_units(count, [&](Slot<T> &s, int64_t row, int64_t n, void *) {
-      const UserState u = user(to, s);
-      const fast::State<T> state = from(s);
-      if (state.s != nullptr) {
-        kernels.export_state(call, static_cast<int>(p.state_dtype), state, row, n, u.s, u.z);
-        return;
-      }
-      const UserState o = user(otherwise, s);
-      const uint64_t element = static_cast<uint64_t>(size_of(p.state_dtype));
-      copy_or_zero(u.s, o.s, static_cast<uint64_t>(row * call.e) * element,
-                   static_cast<uint64_t>(n * call.e) * element);
-      if (u.z != nullptr) {
-        copy_or_zero(u.z, o.z, static_cast<uint64_t>(row) * element, static_cast<uint64_t>(n) * element);
-      }
+    state_units(count, [&](Slot<T> &s, int64_t row, int64_t rows, void *) {
+      export_rows(s, to, otherwise, from(s), row, rows);
     });
   }
 

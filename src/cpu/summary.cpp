@@ -38,8 +38,8 @@ void run_summary(const powerattn_plan &plan, const powerattn_summary_args &a) {
       run.state_units(count, [&](Slot<T> &s, int64_t row, int64_t rows, void *scratch) {
         if (run.tokens(s, n) == 0) return;
         const fast::State<T> in = n > 0 ? s.state : fast::State<T>{nullptr, nullptr};
-        run.kernels.update(call, s.k.cols, s.v, call.gated ? s.gates.to_end : nullptr, 1.0, nullptr,
-                           s.gates.decay, in, s.state, run.tokens(s, n), row, rows, scratch);
+        run.kernels.update(call, s.k, s.v, call.gated ? s.gates.to_end : nullptr, 1.0, nullptr, s.gates.decay,
+                           in, s.state, run.tokens(s, n), row, rows, scratch);
       });
     }
     run.export_states(count, a.state, {}, [](const Slot<T> &s) {
@@ -80,7 +80,7 @@ void run_reverse(const powerattn_plan &plan, const powerattn_summary_reverse_arg
         if (run.tokens(s, n) == 0) return;
         fast::State<T> in = n + 1 < s.chunks ? s.state : fast::State<T>{nullptr, nullptr};
         for (int64_t h = 0; h < g.groups; ++h) {
-          run.kernels.update(call, s.q[h].cols, s.grad[h].dy, call.gated ? s.gates.from_start : nullptr,
+          run.kernels.update(call, s.q[h], s.grad[h].dy, call.gated ? s.gates.from_start : nullptr,
                              call.scale_p, s.grad[h].dl, h == 0 ? s.gates.decay : 1.0, in, s.state,
                              run.tokens(s, n), row, rows, scratch);
           in = s.state;

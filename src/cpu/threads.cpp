@@ -17,14 +17,6 @@ namespace {
 // within microseconds, a wake-up costs about 50.
 constexpr int kSpins = 4000;
 
-inline void relax() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 struct Job {
   int64_t count = 0;
   ParallelFor::Body body = nullptr;

@@ -16,6 +16,15 @@ void start_threads(int threads);
 // never throws. When another caller is using the workers, or after a fork, the caller does all the work itself.
 void parallel_for(int threads, int64_t count, ParallelFor::Body body, const void *context);
 
+// What a thread does between two looks at something that another will change.
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 inline ParallelFor parallel(int threads) { return {threads, &parallel_for}; }
 
 }  // namespace powerattn
