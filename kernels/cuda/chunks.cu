@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
-#include "kernels/cuda/chunks.h"
+#include "kernels/cuda/chunks.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/numeric.cuh"
 
@@ -52,28 +52,12 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
-// Sequences of one length: every table at once, since nothing depends on what a device array holds. `chunks` of
-// a sequence, `tiles` of a chunk.
+// Sequences of one length: every table at once, since nothing depends on what a device array holds.
 __global__ void __launch_bounds__(kThreads)
     uniform_tables(Sequence *sequences, Chunk *out_chunks, Tile *out_tiles, int64_t n, int64_t tokens,
                    int32_t chunks, int64_t chunk, int64_t tiles, int64_t tile) {
-  const int64_t id = blockIdx.x * int64_t(kThreads) + threadIdx.x;
-  if (id < n) sequences[id] = {0, tokens, int32_t(id * chunks), chunks};
-  if (id < n * chunks) {
-    const int32_t index = int32_t(id % chunks);
-    out_chunks[id] = {index * chunk, int32_t(min(tokens - index * chunk, chunk)), int32_t(id / chunks), index,
-                      chunks};
-  }
-  if (id < n * chunks * tiles) {
-    const int64_t c = id / tiles, index = c % chunks, offset = id % tiles * tile;
-    const int64_t length = min(tokens - index * chunk, chunk);
-    Tile t{0, 0, 0, 0, 0};
-    if (offset < length) {
-      t = {index * chunk + offset, int32_t(min(length - offset, tile)), int32_t(c / chunks), int32_t(c),
-           int32_t(offset)};
-    }
-    out_tiles[id] = t;
-  }
+  fill_uniform_tables({sequences, out_chunks, out_tiles, n, tokens, chunks, chunk, tiles, tile},
+                      blockIdx.x * int64_t(kThreads) + threadIdx.x);
 }
 
 // The last sequence whose first_chunk <= id: it is the one that owns chunk id, if any does, since empty
@@ -154,50 +138,12 @@ bool gap_free(const Problem &p, int64_t chunk, int64_t tile) { return p.packed &
 
 // ---- Gates -----------------------------------------------------------------------------------------------
 
-// G_t = G_{t-1} + max(log_g_t, reset), one block per (chunk, head); a tile of kThreads * kPerThread tokens at a
-// time: thread sums, warp scan, scan of the warps.
-constexpr int kPerThread = 4;
-
 template <int kBlock>
 __global__ void __launch_bounds__(kBlock)
     gates_kernel(const Chunk *chunks, const float *log_g, powerattn_tensor shape, bool packed, int64_t heads,
                  int64_t seq_len, float *g, double *g64) {
-  __shared__ double warp_totals[kBlock / 32];
-  const int64_t head = blockIdx.x % heads;
-  const Chunk c = chunks[blockIdx.x / heads];
-  const int64_t b = batch_of(packed, c.sequence);
-  const float *in =
-      log_g + (packed ? 0 : b * shape.stride_b) + head * shape.stride_h + c.start * shape.stride_t;
-  const int64_t row = (b * heads + head) * seq_len + c.start;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-
-  double carry = 0;
-  for (int64_t base = 0; base < c.length; base += kBlock * kPerThread) {
-    const int64_t first = base + threadIdx.x * kPerThread;
-    double value[kPerThread], sum = 0;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const float x = first + i < c.length ? in[(first + i) * shape.stride_t] : 0.0f;
-      sum += x < kResetLogGate ? kResetLogGate : x;  // keeps NaN
-      value[i] = sum;
-    }
-    const double inclusive = warp_scan(sum);
-    if (lane == 31) warp_totals[warp] = inclusive;
-    __syncthreads();
-    double before = carry + (inclusive - sum), total = carry;
-    for (int w = 0; w < kBlock / 32; ++w) {
-      if (w < warp) before += warp_totals[w];
-      total += warp_totals[w];
-    }
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      if (first + i >= c.length) break;
-      if (g) g[row + first + i] = float(before + value[i]);
-      if (g64) g64[row + first + i] = before + value[i];
-    }
-    carry = total;
-    __syncthreads();
-  }
+  scan_gates<kBlock>(chunks[blockIdx.x / heads], log_g, shape, packed, blockIdx.x % heads, heads, seq_len, g,
+                     g64);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -269,22 +215,28 @@ size_t chunk_table_bytes(const Problem &p, int64_t chunk, int64_t tile) {
          align256(size_t(tile_bound(p, chunk, tile)) * sizeof(Tile));
 }
 
+ChunkTable place_chunks(const Problem &p, int64_t chunk, int64_t tile, void *memory) {
+  ChunkTable table;
+  table.num_sequences = p.sequences;
+  table.num_chunks = chunk_bound(p, chunk);
+  table.num_tiles = tile_bound(p, chunk, tile);
+  table.chunk = chunk;
+  table.tile = tile;
+  char *next = static_cast<char *>(memory);
+  table.sequences = reinterpret_cast<Sequence *>(next);
+  next += align256(size_t(p.sequences) * sizeof(Sequence));
+  table.chunks = reinterpret_cast<Chunk *>(next);
+  next += align256(size_t(table.num_chunks) * sizeof(Chunk));
+  table.tiles = tile ? reinterpret_cast<Tile *>(next) : nullptr;
+  return table;
+}
+
 cudaError_t build_chunks(const Problem &p, int64_t chunk, int64_t tile, const int64_t *cu_seqlens, void *memory,
                          ChunkTable *table, cudaStream_t stream) {
-  table->num_sequences = p.sequences;
-  table->num_chunks = chunk_bound(p, chunk);
-  table->num_tiles = tile_bound(p, chunk, tile);
-  table->chunk = chunk;
-  table->tile = tile;
-  char *next = static_cast<char *>(memory);
-  auto *sequences = reinterpret_cast<Sequence *>(next);
-  next += align256(size_t(p.sequences) * sizeof(Sequence));
-  auto *chunks = reinterpret_cast<Chunk *>(next);
-  next += align256(size_t(table->num_chunks) * sizeof(Chunk));
-  auto *tiles = tile ? reinterpret_cast<Tile *>(next) : nullptr;
-  table->sequences = sequences;
-  table->chunks = chunks;
-  table->tiles = tiles;
+  *table = place_chunks(p, chunk, tile, memory);
+  auto *sequences = const_cast<Sequence *>(table->sequences);
+  auto *chunks = const_cast<Chunk *>(table->chunks);
+  auto *tiles = const_cast<Tile *>(table->tiles);
   if (p.sequences == 0) return cudaSuccess;
 
   if (!p.packed) {
@@ -325,7 +277,7 @@ cudaError_t chunk_gates(const Problem &p, const ChunkTable &table, const powerat
   const auto *data = static_cast<const float *>(log_g.data);
   const int blocks = int(table.num_chunks * p.heads_kv);
   if (blocks == 0) return cudaSuccess;
-  if (table.chunk <= 128 * kPerThread) {
+  if (table.chunk <= 128 * kGatesPerThread) {
     launch_kernel(gates_kernel<128>, blocks, 128, 0, stream, table.chunks, data, log_g, p.packed, p.heads_kv,
                   p.seq_len, g, g64);
   } else {

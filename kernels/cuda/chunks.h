@@ -57,6 +57,9 @@ int64_t tile_bound(const Problem &p, int64_t chunk, int64_t tile);
 // Bytes of device memory (256-byte aligned) of the tables.
 size_t chunk_table_bytes(const Problem &p, int64_t chunk, int64_t tile);
 
+// Where the tables lie in `memory`, and their sizes; nothing is written.
+ChunkTable place_chunks(const Problem &p, int64_t chunk, int64_t tile, void *memory);
+
 // Fills `memory` and *table. Offsets that are not increasing or that pass seq_len are cut to what is legal,
 // so a bad cu_seqlens cannot address memory outside the tensors.
 cudaError_t build_chunks(const Problem &p, int64_t chunk, int64_t tile, const int64_t *cu_seqlens, void *memory,
@@ -70,6 +73,9 @@ __host__ __device__
     batch_of(bool packed, int32_t sequence) {
   return packed ? 0 : sequence;
 }
+
+// Tokens of a thread where a block adds gates up.
+constexpr int kGatesPerThread = 4;
 
 // A gate below this is a reset: exp(-110) is 0 in float32, and finite sums never give inf - inf.
 constexpr float kResetLogGate = -110.0f;

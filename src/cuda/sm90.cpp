@@ -409,15 +409,9 @@ struct Call {
   float weight_scale() const { return static_cast<float>(std::pow(p.scale, p.degree)); }
   const float *g() const { return gate != nullptr ? common.g : nullptr; }
 
-  void begin(const Common &memory, const int64_t *cu_seqlens, const powerattn_tensor &log_g) {
+  void place(const Common &memory, const powerattn_tensor &log_g) {
     common = memory;
-    run([&] {
-      return cudaMemsetAsync(common.tickets, 0, sizeof(int32_t) * kTickets * kTicketLaunches, stream);
-    });
-    run([&] {
-      return cuda::build_chunks(p, chunk_of(p, t), k90::kOutputRows, cu_seqlens, common.tables, &shape.table,
-                                stream);
-    });
+    shape.table = cuda::place_chunks(p, chunk_of(p, t), k90::kOutputRows, common.tables);
     shape.tokens = p.seq_len;
     shape.packed = p.packed;
     shape.heads_q = static_cast<int32_t>(p.heads_q);
@@ -436,9 +430,40 @@ struct Call {
     shape80.head_dim = shape.head_dim;
     shape80.seq_len = p.seq_len;
     shape80.dtype = p.dtype;
-    if (log_g.data == nullptr) return;
-    gate = common.gate;
-    run([&] { return cuda::chunk_gates(p, shape.table, log_g, common.g, common.gate, stream); });
+    if (log_g.data != nullptr) gate = common.gate;
+  }
+
+  // What every kernel after reads: tables, gate sums, zeros in tickets and turns, and `rows`, if any.
+  void begin(const int64_t *cu_seqlens, const powerattn_tensor &log_g, const k90::RowsArgs *rows,
+             int32_t *turns, int64_t turn_count) {
+    const int64_t ticket_count = kTickets * kTicketLaunches;
+    const bool alone = rows != nullptr && (p.packed || rows->weight != nullptr);  // its weights need the gates
+    if (!p.packed) {
+      k90::BeginArgs a;
+      a.p = shape;
+      a.log_g = log_g;
+      a.gate = common.gate;
+      a.g = common.g;
+      a.zeros[0] = common.tickets;
+      a.zero_count[0] = ticket_count;
+      a.zeros[1] = turns;
+      a.zero_count[1] = turn_count;
+      a.rows = alone ? nullptr : rows;
+      run([&] { return k90::begin(a, stream); });
+    } else {
+      zero(common.tickets, ticket_count);
+      if (turn_count > 0) zero(turns, turn_count);
+      run([&] {
+        return cuda::build_chunks(p, chunk_of(p, t), k90::kOutputRows, cu_seqlens, common.tables, &shape.table,
+                                  stream);
+      });
+      if (gate != nullptr)
+        run([&] { return cuda::chunk_gates(p, shape.table, log_g, common.g, common.gate, stream); });
+    }
+    if (alone) run([&] { return k90::rows(*rows, stream); });
+  }
+  void zero(int32_t *counters, int64_t count) {
+    run([&] { return cudaMemsetAsync(counters, 0, sizeof(int32_t) * static_cast<size_t>(count), stream); });
   }
 
   // The tensor that the kernels read: x itself, or its rotated copy.
@@ -511,7 +536,8 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   Carver workspace(args.workspace), saved(args.saved);
   const Common common = carve_common(p, plan.tiling, &workspace);
   const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
-  call.begin(common, args.cu_seqlens, args.log_g);
+  call.place(common, args.log_g);
+  call.begin(args.cu_seqlens, args.log_g, nullptr, nullptr, 0);
   const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
   const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
   if (chunked(plan.tiling)) call.states(tk, args.v, args.initial_state, args.final_state, states);
@@ -543,12 +569,8 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   const Common common = carve_common(p, plan.tiling, &workspace);
   const Gradients own = carve_gradients(p, plan.tiling, &workspace);
   const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
-  call.begin(common, args.cu_seqlens, args.log_g);
-  const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
-  const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
+  call.place(common, args.log_g);
   const bool in_chunks = chunked(plan.tiling), z = in_chunks && with_z(p), one_pass = in_one_pass(p, in_chunks);
-  const bool ends = args.d_final_state.s != nullptr || args.d_final_state.z != nullptr;
-
   k90::RowsArgs rows;
   rows.p = call.shape;
   rows.y = view(args.y);
@@ -559,7 +581,11 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   rows.delta = own.delta;
   rows.weight = own.weight;
   rows.norm_weight = own.z_weight;
-  call.run([&] { return k90::rows(rows, call.stream); });
+  call.begin(args.cu_seqlens, args.log_g, &rows, own.turns, one_pass ? turns_of(p, plan.tiling) : 0);
+  const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
+  const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
+  const bool ends = args.d_final_state.s != nullptr || args.d_final_state.z != nullptr;
+
   if (in_chunks && args.saved == nullptr)
     call.states(tk, args.v, args.initial_state, powerattn_state{}, states);
   const auto end_states = [&] {  // dS and dZ after every chunk
@@ -598,10 +624,6 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     j.dq = own.sums;
     j.turns = own.turns;
     j.ticket = call.tickets();
-    call.run([&] {
-      return cudaMemsetAsync(own.turns, 0, sizeof(int32_t) * static_cast<size_t>(turns_of(p, plan.tiling)),
-                             call.stream);
-    });
     call.run([&] { return joint(j, call.sms, call.stream); });
     k90::JointQueriesArgs finish;
     finish.p = call.shape;

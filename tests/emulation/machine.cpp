@@ -144,6 +144,7 @@ void start_block(Block &block, int rank, int64_t number) {
     t->copies.assign(1, {});
     t->stores.clear();
     t->fenced = 0;
+    t->waited = false;
     t->wait = {};
     block.threads[size_t(i)] = t;
     wake(t);

@@ -50,8 +50,9 @@ struct Thread {
   Warp *warp = nullptr;
   void *stack_pointer = nullptr;
   bool exited = false;
-  Wait wait;           // while it sleeps
-  bool ready = false;  // in the list of those that can run
+  bool waited = false;  // for the kernel before
+  Wait wait;            // while it sleeps
+  bool ready = false;   // in the list of those that can run
   // cp.async: groups in order of commit; the last one is open.
   std::vector<std::vector<Copy>> copies;
   std::vector<BulkStore> stores;  // one a group

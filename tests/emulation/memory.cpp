@@ -42,6 +42,9 @@ void check_proxy(const Block &block, const Thread &reader, uint32_t address, uin
   }
 }
 
+void wait_for_kernel_before() { self->waited = true; }
+bool has_waited() { return self->waited; }
+
 void proxy_fence() { self->fenced = ++machine.clock; }
 
 void shared_store(uint32_t address, const void *from, uint32_t bytes) {

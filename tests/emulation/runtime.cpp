@@ -115,7 +115,13 @@ cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel, std::fu
   l.block = config.blockDim;
   l.shared = config.dynamicSmemBytes;
   l.kernel = kernel;
-  for (unsigned i = 0; i < config.numAttrs; ++i) l.cluster = int(config.attrs[i].val.clusterDim.x);
+  bool early = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute &a = config.attrs[i];
+    if (a.id == cudaLaunchAttributeClusterDimension) l.cluster = int(a.val.clusterDim.x);
+    if (a.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      early = a.val.programmaticStreamSerializationAllowed != 0;
+  }
   const uint64_t threads = uint64_t(l.block.x) * l.block.y * l.block.z;
   const Limits &limit = limits[kernel];
   const bool legal = threads >= 1 && threads <= 1024 && threads % 32 == 0 && l.grid.x >= 1 && l.grid.y >= 1 &&
@@ -125,6 +131,12 @@ cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel, std::fu
                      (l.cluster == 1 || code_architecture() >= 90);
   if (!legal) return result(cudaErrorInvalidConfiguration);
   l.thread = std::move(thread);
+  if (early) {  // here it begins after the kernel before all the same, but must not rely on that
+    l.thread = [kernel_thread = l.thread] {
+      kernel_thread();
+      if (!has_waited()) fail("launched early, this thread ends without having waited for the kernel before");
+    };
+  }
   return enqueue(config.stream, [l] {
     if (!run(l)) lost = true;
     return lost ? cudaErrorLaunchFailure : cudaSuccess;

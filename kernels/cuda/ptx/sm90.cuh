@@ -9,6 +9,12 @@
 
 namespace powerattn::cuda::ptx {
 
+// ---- Kernels one after the other --------------------------------------------------------------------------
+
+// Until the kernel before in the stream has ended and its writes are seen. Nothing to wait for unless the
+// launch allowed it to begin early.
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // ---- Barriers ---------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint32_t bar, int arrivals) {

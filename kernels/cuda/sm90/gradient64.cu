@@ -382,6 +382,7 @@ __global__ void __launch_bounds__(384, 1)
     fence_barrier_init();
   }
   __syncthreads();
+  wait_for_kernel_before();
   if (group == 2) {
     registers_dec<kProducerRegisters>();
     produce_gradient<T, kDegree, kKeys, 64>(a, maps, s, slots);
@@ -439,7 +440,7 @@ cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {
   GradientMaps maps;
   const cudaError_t error = gradient_maps(a, &maps);
   if (error != cudaSuccess) return error;
-  return launch_kernel(gradient64_kernel<T, kDegree, kKeys, kCorrect>, sms, 384, kSmem, stream, a, maps);
+  return launch_early(gradient64_kernel<T, kDegree, kKeys, kCorrect>, sms, 384, kSmem, stream, a, maps);
 }
 template <typename T, int kDegree>
 cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {

@@ -195,6 +195,7 @@ __global__ void __launch_bounds__(384, 1)
   const int tid = threadIdx.x, group = __shfl_sync(0xffffffffu, tid / 128, 0);
   if (tid == 0) init_barriers(s);
   __syncthreads();
+  wait_for_kernel_before();
   if (group == 2) {
     registers_dec<kProducerRegisters>();
     serve<T>(a, maps, s, units, tid);

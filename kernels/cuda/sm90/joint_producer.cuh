@@ -293,7 +293,7 @@ cudaError_t launch(void (*kernel)(JointArgs, Maps), const JointArgs &a, int sms,
   Maps maps;
   const cudaError_t error = maps_of(a, &maps);
   if (error != cudaSuccess) return error;
-  return launch_kernel(kernel, sms, 384, Layout<kDim>::kBytes, stream, in_groups(a), maps);
+  return launch_early(kernel, sms, 384, Layout<kDim>::kBytes, stream, in_groups(a), maps);
 }
 
 }  // namespace joint

@@ -9,6 +9,7 @@ namespace {
 
 template <typename T, int kDim>
 __global__ void __launch_bounds__(128) joint_queries_kernel(const __grid_constant__ JointQueriesArgs a) {
+  wait_for_kernel_before();
   const Shape &p = a.p;
   const int head = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.heads_q)), lane = threadIdx.x % 32,
             warp = threadIdx.x / 32;
@@ -63,7 +64,7 @@ cudaError_t joint_queries(const JointQueriesArgs &a, cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
   const auto kernel =
       a.p.head_dim == 128 ? joint_queries_kernel<__nv_bfloat16, 128> : joint_queries_kernel<__nv_bfloat16, 64>;
-  return launch_kernel(kernel, static_cast<unsigned>(blocks), 128, 4 * 2048, stream, a);
+  return launch_early(kernel, static_cast<unsigned>(blocks), 128, 4 * 2048, stream, a);
 }
 
 }  // namespace powerattn::cuda::sm90

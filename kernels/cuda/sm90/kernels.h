@@ -115,6 +115,19 @@ struct RowsArgs {
 };
 cudaError_t rows(const RowsArgs &args, cudaStream_t stream);
 
+// What a call with sequences of one length begins with, in one launch: tables, gate sums, zeros; and `rows`,
+// where it needs no gates.
+struct BeginArgs {
+  Shape p;                      // its table is filled
+  powerattn_tensor log_g = {};  // data null: no gates
+  double *gate = nullptr;       // [b, heads_kv, t]
+  float *g = nullptr;           // the same rounded; may be null
+  int32_t *zeros[2] = {nullptr, nullptr};
+  int64_t zero_count[2] = {0, 0};
+  const RowsArgs *rows = nullptr;  // weight and gate null
+};
+cudaError_t begin(const BeginArgs &args, cudaStream_t stream);
+
 // dq (keys = 0: rows x = q, u = dy; columns z = k, y = v), or dk and dv (keys = 1: x = k, u = v, z = q, y =
 // dy).
 struct GradientArgs {

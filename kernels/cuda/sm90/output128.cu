@@ -273,6 +273,7 @@ __global__ void __launch_bounds__(384, 1)
     fence_barrier_init();
   }
   __syncthreads();
+  wait_for_kernel_before();
   if (group == 2) {
     registers_dec<kProducerRegisters>();
     produce_output<T, kDegree, 128>(a, maps, s, slots);
@@ -313,7 +314,7 @@ cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
   OutputMaps maps;
   const cudaError_t error = output_maps(a, &maps);
   if (error != cudaSuccess) return error;
-  return launch_kernel(output128_kernel<T, kDegree>, sms, 384, kSmem, stream, a, maps);
+  return launch_early(output128_kernel<T, kDegree>, sms, 384, kSmem, stream, a, maps);
 }
 
 }  // namespace

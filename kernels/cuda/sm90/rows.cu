@@ -2,6 +2,10 @@
 // What the backward needs of every query: delta_i = dy_i . y_i, r_i = 1 / row_norm_i (0 where it is 0), and in
 // the chunked form its weights in the sums that become dS and dZ:
 //   weight_i = c exp(G_i) r_i,   norm_weight_i = -delta_i weight_i,   c = scale^p
+// `begin` makes it together with the tables and gate sums where nothing of these is needed for it.
+#include <algorithm>
+
+#include "kernels/cuda/chunks.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "units.cuh"
 
@@ -10,12 +14,11 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// kLanes = head_dim / 8 lanes share a row, 16 bytes of y and dy each.
+// The rows of one tile and head. kLanes = head_dim / 8 lanes share a row, 16 bytes of y and dy each.
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ RowsArgs a) {
+__device__ __forceinline__ void tile_rows(const RowsArgs &a, const Tile &tile, int head) {
   const Shape &p = a.p;
-  const Tile tile = p.table.tiles[blockIdx.x / p.heads_q];
-  const int head = blockIdx.x % p.heads_q, lane = threadIdx.x % kLanes;
+  const int lane = threadIdx.x % kLanes;
   const int batch = static_cast<int>(batch_of(p.packed, tile.sequence));
   for (int row = threadIdx.x / kLanes; row < tile.length; row += kThreads / kLanes) {
     const int64_t token = tile.start + row, at = token_row(p, batch, p.heads_q, head, token);
@@ -52,16 +55,88 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   }
 }
 
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ RowsArgs a) {
+  wait_for_kernel_before();
+  tile_rows<T, kLanes>(a, a.p.table.tiles[blockIdx.x / a.p.heads_q],
+                       static_cast<int>(blockIdx.x % a.p.heads_q));
+}
+
+// Blocks for rows come first, then those for gates, then those for tables and zeros.
+struct BeginWork {
+  UniformTables tables;
+  powerattn_tensor log_g;
+  double *gate;
+  float *g;
+  int32_t *zeros[2];
+  int64_t zero_count[2];
+  uint32_t row_blocks, gate_blocks;
+};
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kThreads)
+    begin_kernel(const __grid_constant__ RowsArgs a, const __grid_constant__ BeginWork w) {
+  wait_for_kernel_before();
+  uint32_t block = blockIdx.x;
+  if (block < w.row_blocks) {
+    tile_rows<T, kLanes>(a, uniform_tile(w.tables, block / a.p.heads_q), static_cast<int>(block % a.p.heads_q));
+    return;
+  }
+  block -= w.row_blocks;
+  if (block < w.gate_blocks) {
+    const int64_t heads = a.p.heads_kv;
+    scan_gates<kThreads>(uniform_chunk(w.tables, block / heads), static_cast<const float *>(w.log_g.data),
+                         w.log_g, false, block % heads, heads, a.p.tokens, w.g, w.gate);
+    return;
+  }
+  const int64_t id = (block - w.gate_blocks) * int64_t(kThreads) + threadIdx.x;
+  fill_uniform_tables(w.tables, id);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (id < w.zero_count[i]) w.zeros[i][id] = 0;
+  }
+}
+
 }  // namespace
 
 cudaError_t rows(const RowsArgs &a, cudaStream_t stream) {
   const int64_t blocks = a.p.table.num_tiles * a.p.heads_q;
   if (blocks == 0) return cudaSuccess;
-  if (a.p.head_dim == 64)
-    launch_kernel(rows_kernel<__nv_bfloat16, 8>, static_cast<unsigned>(blocks), kThreads, 0, stream, a);
-  else
-    launch_kernel(rows_kernel<__nv_bfloat16, 16>, static_cast<unsigned>(blocks), kThreads, 0, stream, a);
-  return cudaGetLastError();
+  const auto kernel = a.p.head_dim == 64 ? rows_kernel<__nv_bfloat16, 8> : rows_kernel<__nv_bfloat16, 16>;
+  return launch_early(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, a);
+}
+
+cudaError_t begin(const BeginArgs &a, cudaStream_t stream) {
+  const ChunkTable &table = a.p.table;
+  if (table.num_sequences == 0) return cudaSuccess;
+  BeginWork w = {};
+  w.tables = {const_cast<Sequence *>(table.sequences),
+              const_cast<Chunk *>(table.chunks),
+              const_cast<Tile *>(table.tiles),
+              table.num_sequences,
+              a.p.tokens,
+              static_cast<int32_t>(table.num_chunks / table.num_sequences),
+              table.chunk,
+              table.num_chunks > 0 ? table.num_tiles / table.num_chunks : 0,
+              table.tile};
+  w.log_g = a.log_g;
+  w.gate = a.gate;
+  w.g = a.g;
+  int64_t entries = std::max({table.num_sequences, table.num_chunks, table.num_tiles});
+  for (int i = 0; i < 2; ++i) {
+    w.zeros[i] = a.zeros[i];
+    w.zero_count[i] = a.zero_count[i];
+    entries = std::max(entries, a.zero_count[i]);
+  }
+  if (a.log_g.data != nullptr) w.gate_blocks = static_cast<uint32_t>(table.num_chunks * a.p.heads_kv);
+  RowsArgs rows;
+  rows.p = a.p;
+  if (a.rows != nullptr) {
+    rows = *a.rows;
+    w.row_blocks = static_cast<uint32_t>(table.num_tiles * a.p.heads_q);
+  }
+  const int64_t blocks = w.row_blocks + w.gate_blocks + (entries + kThreads - 1) / kThreads;
+  const auto kernel = a.p.head_dim == 64 ? begin_kernel<__nv_bfloat16, 8> : begin_kernel<__nv_bfloat16, 16>;
+  return launch_early(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, rows, w);
 }
 
 }  // namespace powerattn::cuda::sm90

@@ -48,6 +48,8 @@ void tensor_load(uint32_t dst, const void *map, const int32_t (&at)[4], uint32_t
 void bulk_store(void *dst, uint32_t src, uint32_t bytes);  // and commits it as a group
 void bulk_add(float *dst, uint32_t src, uint32_t bytes);   // the same
 void bulk_store_wait(int pending);
+void wait_for_kernel_before();
+bool has_waited();
 void proxy_fence();
 
 // ---- mbarrier ---------------------------------------------------------------------------------------------
