@@ -18,6 +18,8 @@ void prefetch_rows(const fast::Rows &rows, int64_t first, int64_t count, int64_t
   }
 }
 
+enum Phase : int { kNone, kImport, kPack, kOutput, kUpdate, kExport };
+
 template <class T>
 class Forward {
  public:
@@ -39,32 +41,32 @@ class Forward {
   int64_t advance(int64_t lane) {
     Slot<T> &s = run_.buffers.slots[lane];
     for (;;) {
-      switch (s.phase) {
-        case Phase::kNone: {
+      switch (static_cast<Phase>(s.phase)) {
+        case kNone: {
           const int64_t stream = next_stream_.fetch_add(1, std::memory_order_relaxed);
           if (stream >= run_.g.streams) return 0;
           run_.start_stream(&s, stream, a_.cu_seqlens, a_.rope_offset);
-          s.phase = Phase::kImport;
+          s.phase = kImport;
           break;
         }
-        case Phase::kImport:
+        case kImport:
           s.carried = initial_;
           s.chunk = 0;
-          s.phase = s.chunks > 0 ? Phase::kPack : Phase::kExport;
+          s.phase = s.chunks > 0 ? kPack : kExport;
           break;
-        case Phase::kPack:
-          s.phase = Phase::kOutput;
+        case kPack:
+          s.phase = kOutput;
           break;
-        case Phase::kOutput:
-          s.phase = Phase::kUpdate;
+        case kOutput:
+          s.phase = kUpdate;
           break;
-        case Phase::kUpdate:
+        case kUpdate:
           s.carried = s.carried || updates(s);
           ++s.chunk;
-          s.phase = s.chunk < s.chunks ? Phase::kPack : Phase::kExport;
+          s.phase = s.chunk < s.chunks ? kPack : kExport;
           break;
-        case Phase::kExport:
-          s.phase = Phase::kNone;
+        case kExport:
+          s.phase = kNone;
           break;
       }
       const int64_t units = units_of(s);
@@ -76,25 +78,25 @@ class Forward {
     Slot<T> &s = run_.buffers.slots[lane];
     void *scratch = run_.scratch(worker);
     const int64_t row = unit * unit_rows(run_.call), rows = std::min(unit_rows(run_.call), run_.call.D - row);
-    switch (s.phase) {
-      case Phase::kNone:
+    switch (static_cast<Phase>(s.phase)) {
+      case kNone:
         break;
-      case Phase::kImport:
+      case kImport:
         run_.import_rows(s, a_.initial_state, state_of(s, 0), row, rows);
         if (run_.call.low) run_.kernels.image(run_.call, state_of(s, 0), row, rows, s.image);
         break;
-      case Phase::kPack:
+      case kPack:
         run_.pack(a_.k, a_.v, a_.log_g, s, s.chunk, unit, scratch);
         break;
-      case Phase::kOutput:
+      case kOutput:
         output(s, unit / run_.g.groups, unit % run_.g.groups, scratch);
         break;
-      case Phase::kUpdate:
+      case kUpdate:
         run_.kernels.update(run_.call, s.k, s.v, run_.call.gated ? s.gates.to_end : nullptr, 1.0, nullptr,
                             s.gates.decay, carried_state(s), state_of(s, s.chunk + 1), run_.tokens(s, s.chunk),
                             row, rows, scratch);
         break;
-      case Phase::kExport:
+      case kExport:
         run_.export_rows(s, a_.final_state, a_.initial_state,
                          s.chunks > 0 ? state_of(s, s.chunks) : fast::State<T>{nullptr, nullptr}, row, rows);
         break;
@@ -103,18 +105,18 @@ class Forward {
 
  private:
   int64_t units_of(const Slot<T> &s) const {
-    switch (s.phase) {
-      case Phase::kNone:
+    switch (static_cast<Phase>(s.phase)) {
+      case kNone:
         return 0;
-      case Phase::kImport:
+      case kImport:
         return initial_ ? state_blocks(run_.call) : 0;
-      case Phase::kPack:
+      case kPack:
         return run_.g.tiles + 1;
-      case Phase::kOutput:
+      case kOutput:
         return run_.g.groups * run_.g.tiles;
-      case Phase::kUpdate:
+      case kUpdate:
         return updates(s) ? state_blocks(run_.call) : 0;
-      case Phase::kExport:
+      case kExport:
         return a_.final_state.s != nullptr ? state_blocks(run_.call) : 0;
     }
     return 0;

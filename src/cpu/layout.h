@@ -2,8 +2,8 @@
 // How a call is cut into streams, waves and chunks, and where its buffers lie in the workspace. The function
 // that carves the workspace is the one that sizes it.
 //
-// A stream is one (sequence, kv head). Streams are independent. In the forward each slot of a wave takes
-// streams one after the other (pipeline.h); in the other passes a wave of them advances chunk by chunk
+// A stream is one (sequence, kv head). Streams are independent. In the forward and the backward each slot of a
+// wave takes streams one after the other (pipeline.h); in summaries a wave of them advances chunk by chunk
 // together, every phase of a chunk being a set of independent units. The number of streams in a wave depends on
 // the threads, the arithmetic of a stream does not.
 #pragma once
@@ -83,8 +83,8 @@ inline Geometry geometry(const Problem &p, const Tiling &tiling, Pass pass, bool
   // Four units per thread even out the ends of a phase.
   const int64_t units = g.tiles * g.groups;
   g.wave = std::clamp<int64_t>((4 * p.threads + units - 1) / units, 1, std::max<int64_t>(g.streams, 1));
-  // In the forward every thread has a stream of its own, while there are enough.
-  if (pass == Pass::kForward && g.chunks > 1) {
+  // Every thread has a stream of its own, while there are enough.
+  if (pass != Pass::kSummary && g.chunks > 1) {
     g.wave = std::clamp<int64_t>(p.threads, g.wave, std::max<int64_t>(g.streams, 1));
   }
   // Slots of a sequence: one per chunk and one for its end. Packed, sequence n begins at slot
@@ -119,8 +119,6 @@ fast::Call<T> make_call(const Problem &p, const Geometry &g, const fast::Kernels
   return c;
 }
 
-enum class Phase { kNone, kImport, kPack, kOutput, kUpdate, kExport };
-
 // The buffers of one stream of the wave.
 template <class T>
 struct Slot {
@@ -136,8 +134,9 @@ struct Slot {
   // The stream itself.
   int64_t sequence = 0, head = 0, batch = 0, begin = 0, tokens = 0, chunks = 0, saved_slot = 0;
   double position = 0;
-  bool carried = false;        // `state` holds something
-  Phase phase = Phase::kNone;  // forward: where the stream is
+  bool carried = false;  // `state` holds something
+  // Forward and backward: the phase that is open, 0 without a stream, and its chunk.
+  int phase = 0;
   int64_t chunk = 0;
 };
 
@@ -145,7 +144,7 @@ template <class T>
 struct Buffers {
   double *frequency;
   Slot<T> *slots;
-  Lane *lanes;    // forward
+  Lane *lanes;    // forward and backward
   char *scratch;  // [threads][scratch_bytes]
   int64_t scratch_bytes;
 };
@@ -175,7 +174,7 @@ Buffers<T> carve(const Problem &p, const Geometry &g, const fast::Call<T> &c, co
   Buffers<T> out = {};
   out.frequency = carver->take<double>(c.rope_dim / 2);
   out.slots = carver->take<Slot<T>>(g.wave);
-  if (pass == Pass::kForward) out.lanes = carver->take<Lane>(g.wave);
+  if (pass != Pass::kSummary) out.lanes = carver->take<Lane>(g.wave);
   const int64_t rows = c.cp + kernels.mr;  // the last row group may read past the chunk
   const bool backward = pass == Pass::kBackward || pass == Pass::kBackwardSaved;
   const bool reverse = backward || pass == Pass::kSummary;
