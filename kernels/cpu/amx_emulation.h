@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The AMX and AVX-512 instructions that amx.h uses, in plain C++: so that its kernels can be tested, and their
+// The AMX and AVX-512 instructions that amx*.h use, in plain C++: so that its kernels can be tested, and their
 // memory accesses judged by the sanitizers, on any processor. Included by isa.h only, with
 // POWERATTN_EMULATE_ISA.
 

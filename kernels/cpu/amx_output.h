@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The output of a row tile on AMX tiles: 32 rows at a time, the state's part (amx.h) and the chunk's.
+// The output of a row tile on AMX tiles: 32 rows at a time, the state's part (amx_query.h) and the chunk's.
 // Included by isa.h only, in the set that has AMX.
 //
 //   scores   S = Q K^T:  A = 16 rows of q x 32 of their columns, B = K (the image of keys)
