@@ -265,8 +265,8 @@ class Report {
     std::printf("\n");
     std::fflush(stdout);
     if (file_.is_open()) {
-      file_ << machine_ << ',' << part << ',' << name << ',' << threads << ',' << seconds << ',' << value << ','
-            << unit << ',' << yardstick << ',' << ratio << ',' << target << std::endl;
+      file_ << machine_ << ',' << part << ",\"" << name << "\"," << threads << ',' << seconds << ',' << value
+            << ',' << unit << ',' << yardstick << ',' << ratio << ',' << target << std::endl;
     }
   }
   void not_available(const char *part, const std::string &name, int threads, const std::string &why) {
@@ -275,7 +275,7 @@ class Report {
     if (file_.is_open()) {
       std::string reason = why;
       std::replace(reason.begin(), reason.end(), ',', ';');
-      file_ << machine_ << ',' << part << ',' << name << ',' << threads << ",,,not available: " << reason
+      file_ << machine_ << ',' << part << ",\"" << name << "\"," << threads << ",,,not available: " << reason
             << ",,," << std::endl;
     }
   }

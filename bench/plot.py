@@ -15,7 +15,7 @@ def main() -> None:
     target = sys.argv[2] if len(sys.argv) > 2 else source.rsplit(".", 1)[0] + ".png"
     with open(source, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["ratio"]]  # without what the machine cannot run
-    bars = [row for row in rows if row["part"] != "length"]
+    bars = [row for row in rows if row["part"] not in ("length", "phases")]
     lengths = [row for row in rows if row["part"] == "length"]
     figure, axes = plt.subplots(1, 2 if lengths else 1, figsize=(14 if lengths else 8, 1.5 + 0.35 * len(bars)), squeeze=False)
     left = axes[0][0]
