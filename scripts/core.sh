@@ -17,7 +17,7 @@ core_setup() {
   say "building: address and undefined-behaviour sanitizers"
   core_sanitized asan "address;undefined" -DPOWERATTN_EMULATE_ISA=ON
   say "building: thread sanitizer"
-  TARGETS="test_concurrency test_properties" core_sanitized tsan thread
+  TARGETS="test_concurrency test_pipeline test_properties" core_sanitized tsan thread
 }
 
 # core_sanitized folder sanitizers option...: a sanitized build of the library and its tests, quick to compile, with
@@ -41,7 +41,7 @@ core_test() {
   ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
     core_ctest "$BUILD/asan" -L core
   say "tests: thread sanitizer, concurrent use"
-  TSAN_OPTIONS=halt_on_error=1 core_ctest "$BUILD/tsan" -L core -R '^concurrent|number of threads'
+  TSAN_OPTIONS=halt_on_error=1 core_ctest "$BUILD/tsan" -L core -R '^concurrent|^lanes|number of threads'
   if [ -f tests/fuzz/CMakeLists.txt ]; then
     check "fuzzing the descriptions and arguments, 60 s" core_fuzz
   fi
