@@ -158,7 +158,7 @@ POWERATTN_INLINE Vec<float> exponential(Vec<float> x) {
   const V scaled = poly * (V)((half + 127) << 23) * (V)((ni - half + 127) << 23);
   const V huge = x > top ? splat(__builtin_inff()) : scaled;
   const V result = x < bottom ? V{} : huge;
-  return x == x ? result : x;
+  return x == x ? result : x;  // NaN stays; NOLINT(misc-redundant-expression)
 }
 
 POWERATTN_INLINE Vec<double> exponential(Vec<double> x) {

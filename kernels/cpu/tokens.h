@@ -104,7 +104,7 @@ POWERATTN_INLINE void prefetch_row(int dtype, const Rows &rows, int64_t t, int w
   const uintptr_t at = reinterpret_cast<uintptr_t>(rows.data) +
                        static_cast<uintptr_t>(t) * static_cast<uintptr_t>(rows.stride) * element;
   for (uintptr_t i = 0; i < static_cast<uintptr_t>(width) * element; i += 64)
-    __builtin_prefetch(reinterpret_cast<const void *>(at + i));
+    __builtin_prefetch(reinterpret_cast<const void *>(at + i));  // NOLINT(performance-no-int-to-ptr)
 }
 
 // Rotations of consecutive positions, pair i by the angle position * frequency_i. Angles are double; between

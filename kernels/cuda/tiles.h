@@ -84,7 +84,7 @@ POWERATTN_HD inline int64_t tile_element(int value_dim, int row, int col) {
   const int piece = col >> 3;
   const uint32_t byte =
       value_dim == 32 ? swizzle<32>(kTileRows, row, piece) : swizzle<64>(kTileRows, row, piece);
-  return static_cast<int64_t>(byte / 2 + (col & 7));
+  return static_cast<int64_t>(byte / 2 + (col & 7));  // NOLINT(bugprone-misplaced-widening-cast): under 2^16
 }
 
 // Stored value = tile_scale * canonical value, and back with tile_unscale: canonical rows carry
