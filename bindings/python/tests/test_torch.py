@@ -390,3 +390,25 @@ def test_cuda_without_the_backend_is_refused_by_name():
     Remote.device = torch.device("mps")
     with pytest.raises(pa.NoDeviceError, match="q is on mps"):
         _native.check_device(Remote())
+
+
+def test_large_outputs_ask_for_large_pages(monkeypatch):
+    """The advice stays inside the new tensor; small ones get none."""
+    from power_attention.torch import _native
+
+    asked = []
+    monkeypatch.setattr(_native, "_madvise", lambda *a: asked.append(a))
+    _native.large_pages(torch.empty(1000))
+    assert asked == []
+    x = torch.empty(5_000_001)
+    assert _native.large_pages(x) is x
+    ((begin, size, advice),) = asked
+    assert (begin % (2 << 20), size % (2 << 20), advice) == (0, 0, 14)
+    assert size >= 16 << 20
+    assert x.data_ptr() <= begin
+    assert begin + size <= x.data_ptr() + x.nbytes
+
+    asked.clear()
+    q, k, v = (torch.randn(1, 16384, 4, 64, requires_grad=True) for _ in range(3))
+    power_attention(q, k, v).sum().backward()
+    assert len(asked) >= 4  # y, d_q, d_k, d_v

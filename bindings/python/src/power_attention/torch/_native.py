@@ -6,6 +6,8 @@ Nothing here knows of autograd or of the dispatcher; :mod:`.ops` registers these
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from contextlib import nullcontext
 from functools import cache
@@ -136,11 +138,32 @@ def state_numbers(s: MaybeTensor, z: MaybeTensor) -> tuple[int, int, int, int, i
     return (s.data_ptr(), z.data_ptr(), a[0], a[1], b[0], b[1])
 
 
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14
+_madvise: Any = None
+if sys.platform == "linux":
+    _madvise = ctypes.CDLL(None).madvise
+    _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def large_pages(x: Tensor) -> Tensor:
+    """x, which nobody has written yet, in pages of 2 MB where Linux has them.
+
+    Large memory on the CPU is fresh in every call; a fault for each 4 kB of it took a twelfth of a forward.
+    """
+    nbytes = x.untyped_storage().nbytes()
+    if nbytes >= 4 * _HUGE_PAGE and x.device.type == "cpu" and _madvise is not None:
+        begin = -(-x.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+        end = (x.data_ptr() + nbytes) // _HUGE_PAGE * _HUGE_PAGE
+        _madvise(begin, end - begin, _MADV_HUGEPAGE)  # advice: nothing depends on whether it is taken
+    return x
+
+
 def workspace(nbytes: int, like: Tensor) -> tuple[int, MaybeTensor]:
     """Scratch memory from torch's allocator, aligned as the library asks."""
     if nbytes == 0:
         return 0, None
-    buffer = torch.empty(nbytes + 256, dtype=torch.uint8, device=like.device)
+    buffer = large_pages(torch.empty(nbytes + 256, dtype=torch.uint8, device=like.device))
     return (buffer.data_ptr() + 255) // 256 * 256, buffer
 
 
@@ -239,7 +262,7 @@ def forward(
     b, t, h, _ = q.shape
     with guard(q):
         plan = get_plan(q, v, sequences, use_state, options)
-        y = q.new_empty((b, t, h, v.shape[3]))
+        y = large_pages(q.new_empty((b, t, h, v.shape[3])))
         row_norm = q.new_empty((b, t, h) if options.normalize else (0,), dtype=wide(q.dtype))
         if return_state:
             s, z = empty_state(q, v, n, options.degree)
@@ -299,7 +322,7 @@ def backward(
     high = wide(q.dtype)
     with guard(q):
         plan = get_plan(q, v, sequences, return_state or s0 is not None, options)
-        d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        d_q, d_k, d_v = (large_pages(x.new_empty(x.shape)) for x in (q, k, v))
         d_log_g = q.new_empty((0,) if log_g is None else log_g.shape, dtype=high)
         if need_d_state:
             d_s0, d_z0 = empty_state(q, v, n, options.degree)
