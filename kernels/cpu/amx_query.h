@@ -4,7 +4,7 @@
 //   y^T = S~^T phi^T:  A = 16 columns of the state x 32 of its rows (the image), B = phi by row pairs
 //
 // 16 tokens pass over all rows of the state, their sums for 64 columns in four tiles from the first row to the
-// last. What is written on the way is four tiles of phi, so that everything but the image stays in L1: the
+// last. What is written on the way is two tiles of phi, so that everything but the image stays in L1: the
 // image comes from L2, 21 cycles a tile where its product takes 16. phi of one tile is made while the products
 // of the tile before run.
 
@@ -41,7 +41,7 @@ struct PairWalk {
   const float *x, *xj;
   int64_t step = 2 * kPairStride;
   Vec16 prefix0, prefix1, next0, next1;
-  Cursor cursor = {};                       // of the next run; its index[0] is negative past the last
+  Cursor cursor = {};                       // of the next run
   Vec16 product[kMaxDegree][kPairVectors];  // product[l] = base * x_i1 ... x_il, both lanes of a token
 
   POWERATTN_INLINE PairWalk(int d_, int p_, const float *x_, const float *base) : d(d_), p(p_), x(x_), xj(x_) {
@@ -123,8 +123,7 @@ POWERATTN_INLINE void query_product(int64_t c, const uint16_t *image, const uint
 }
 
 inline int64_t amx_query_scratch(const Call<float> &call) {
-  return (32 * call.dp + (call.d + 1) * kPairStride + round_up(call.D, 32) + 4 * 256) * 4 +
-         kPhiTiles * kTile16 * 2 + 64 * 8;
+  return (32 * call.dp + (call.d + 2) * kPairStride + 2 * 256) * 4 + kPhiTiles * kTile16 * 2 + 64 * 8;
 }
 
 // One block of kTiles * 16 columns for 16 tokens: out [kTiles/2][32][32] += ...; with z, zero-padded to a

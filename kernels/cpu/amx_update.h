@@ -98,36 +98,33 @@ POWERATTN_INLINE void update_product(int64_t c, const uint16_t *phi, const uint1
   }
 }
 
-// The sums of 16 rows and kTiles * 16 columns.
+// The sums of 16 rows and kTiles * 16 columns: strips of 32, `strip` apart.
+template <int kTiles>
+POWERATTN_INLINE void store_sums(float *at, int64_t strip) {
+  if constexpr (kTiles == 4) {
+    store_tiles(at, strip, 16, 128);
+  } else {
+    _tile_stored(0, at, 128);
+    _tile_stored(1, at + 16, 128);
+  }
+}
 template <int kTiles>
 POWERATTN_INLINE void begin_sums(const UpdateRows &u, int64_t strip) {
   if (!u.direct) {
     zero_tiles();
-    return;
-  }
-  _tile_loadd(0, u.s, 128);
-  _tile_loadd(1, u.s + 16, 128);
-  if constexpr (kTiles == 4) {
-    _tile_loadd(2, u.s + strip, 128);
-    _tile_loadd(3, u.s + strip + 16, 128);
+  } else if constexpr (kTiles == 4) {
+    load_tiles(u.s, strip, 16, 128);
+  } else {
+    _tile_loadd(0, u.s, 128);
+    _tile_loadd(1, u.s + 16, 128);
   }
 }
 template <int kTiles>
 POWERATTN_INLINE void end_sums(const UpdateRows &u, int64_t strip, float *sums) {
   if (u.direct) {
-    _tile_stored(0, u.s, 128);
-    _tile_stored(1, u.s + 16, 128);
-    if constexpr (kTiles == 4) {
-      _tile_stored(2, u.s + strip, 128);
-      _tile_stored(3, u.s + strip + 16, 128);
-    }
+    store_sums<kTiles>(u.s, strip);
   } else {
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
-    if constexpr (kTiles == 4) {
-      _tile_stored(2, sums + 512, 128);
-      _tile_stored(3, sums + 512 + 16, 128);
-    }
+    store_sums<kTiles>(sums, 512);
     for (int64_t c = 0; c < kTiles / 2; ++c) {
       float *to = u.s + c * strip;
       const float *from = sums + c * 512, *in = u.in != nullptr ? u.in + c * strip : nullptr;

@@ -3,7 +3,6 @@
 // states at the chunk starts unless `saved` has them; a reverse sweep carries the gradient of the state and
 // gives every gradient chunk by chunk.
 #include "passes.h"
-#include "pipeline.h"
 #include "run.h"
 
 namespace powerattn {
@@ -35,23 +34,17 @@ class Backward {
 
   void execute() {
     clear_padding();
-    const int64_t lanes = std::min(run_.g.wave, run_.g.streams);
-    if (lanes <= 0) return;
-    Pipeline<Backward> pipeline(run_.buffers.lanes, lanes, this);
-    run_.parallel.with_worker(run_.parallel.workers, [&](int64_t, int worker) { pipeline.work(worker); });
+    run_.pass_streams(this);
   }
 
   int64_t advance(int64_t lane) {
     Slot<T> &s = run_.buffers.slots[lane];
     for (;;) {
       switch (static_cast<Phase>(s.phase)) {
-        case kNone: {
-          const int64_t stream = next_stream_.fetch_add(1, std::memory_order_relaxed);
-          if (stream >= run_.g.streams) return 0;
-          run_.start_stream(&s, stream, a_.cu_seqlens, a_.rope_offset);
+        case kNone:
+          if (!run_.take_stream(&next_stream_, &s, a_.cu_seqlens, a_.rope_offset)) return 0;
           s.phase = kImport;
           break;
-        }
         case kImport:
           s.chunk = 0;
           s.phase = rebuilds_ && s.chunks > 0 ? kRebuildPack : kImportGradient;

@@ -2,7 +2,6 @@
 // The forward pass on the CPU. Each lane takes streams one after the other; a stream's phases are, for each
 // chunk in order: pack, output, update.
 #include "passes.h"
-#include "pipeline.h"
 #include "run.h"
 
 namespace powerattn {
@@ -32,23 +31,17 @@ class Forward {
   void execute() {
     run_.clear_padding(a_.y, p_.heads_q, p_.value_dim, run_.size(), a_.cu_seqlens);
     run_.clear_padding(a_.row_norm, p_.heads_q, 1, sizeof(T), a_.cu_seqlens);
-    const int64_t lanes = std::min(run_.g.wave, run_.g.streams);
-    if (lanes <= 0) return;
-    Pipeline<Forward> pipeline(run_.buffers.lanes, lanes, this);
-    run_.parallel.with_worker(run_.parallel.workers, [&](int64_t, int worker) { pipeline.work(worker); });
+    run_.pass_streams(this);
   }
 
   int64_t advance(int64_t lane) {
     Slot<T> &s = run_.buffers.slots[lane];
     for (;;) {
       switch (static_cast<Phase>(s.phase)) {
-        case kNone: {
-          const int64_t stream = next_stream_.fetch_add(1, std::memory_order_relaxed);
-          if (stream >= run_.g.streams) return 0;
-          run_.start_stream(&s, stream, a_.cu_seqlens, a_.rope_offset);
+        case kNone:
+          if (!run_.take_stream(&next_stream_, &s, a_.cu_seqlens, a_.rope_offset)) return 0;
           s.phase = kImport;
           break;
-        }
         case kImport:
           s.carried = initial_;
           s.chunk = 0;

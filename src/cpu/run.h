@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "layout.h"
+#include "pipeline.h"
 #include "threads.h"
 
 namespace powerattn {
@@ -58,6 +59,22 @@ struct Run {
     s->position = rope_offset != nullptr ? static_cast<double>(rope_offset[s->sequence]) : 0.0;
     s->gates.decay = 1;
     s->carried = false;
+  }
+  // The slot's next stream, which `next` counts; false after the last one.
+  bool take_stream(std::atomic<int64_t> *next, Slot<T> *s, const int64_t *cu_seqlens,
+                   const int64_t *rope_offset) const {
+    const int64_t stream = next->fetch_add(1, std::memory_order_relaxed);
+    if (stream >= g.streams) return false;
+    start_stream(s, stream, cu_seqlens, rope_offset);
+    return true;
+  }
+  // All streams through `stages` (pipeline.h), a lane for each slot.
+  template <class Stages>
+  void pass_streams(Stages *stages) const {
+    const int64_t lanes = std::min(g.wave, g.streams);
+    if (lanes <= 0) return;
+    Pipeline<Stages> pipeline(buffers.lanes, lanes, stages);
+    parallel.with_worker(parallel.workers, [&](int64_t, int worker) { pipeline.work(worker); });
   }
   // Fills the slots with streams first .. and returns how many.
   int64_t start_wave(int64_t first, const int64_t *cu_seqlens, const int64_t *rope_offset) const {
@@ -170,12 +187,7 @@ struct Run {
       copy_or_zero(u.z, o.z, static_cast<uint64_t>(row) * element, static_cast<uint64_t>(rows) * element);
     }
   }
-  // Both for all streams of a wave; to(slot) and from(slot) say where the inner form is.
-  template <class F>
-  void import_states(int64_t count, const powerattn_state &from, const F &to) const {
-    state_units(count,
-                [&](Slot<T> &s, int64_t row, int64_t rows, void *) { import_rows(s, from, to(s), row, rows); });
-  }
+  // The same for all streams of a wave; from(slot) says where the inner form is.
   template <class F>
   void export_states(int64_t count, const powerattn_state &to, const powerattn_state &otherwise,
                      const F &from) const {

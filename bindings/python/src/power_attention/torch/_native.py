@@ -151,7 +151,7 @@ def large_pages(x: Tensor) -> Tensor:
 
     Large memory on the CPU is fresh in every call; a fault for each 4 kB of it took a twelfth of a forward.
     """
-    nbytes = x.untyped_storage().nbytes()
+    nbytes = x.nbytes
     if nbytes >= 4 * _HUGE_PAGE and x.device.type == "cpu" and _madvise is not None:
         begin = -(-x.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
         end = (x.data_ptr() + nbytes) // _HUGE_PAGE * _HUGE_PAGE
