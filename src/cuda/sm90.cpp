@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// "cuda.sm90": bfloat16 on Hopper's warpgroup products (wgmma), for compute capability 9.0. This file decides
-// what runs, how it is tiled and where its memory lies; kernels/cuda/sm90 computes, and the scan over chunks
-// and the gradient of the gates come from kernels/cuda/sm80, whose states lie the same way.
+// "cuda.sm90": bfloat16, and the attention form in float16, on Hopper's warpgroup products (wgmma), for compute
+// capability 9.0. This file decides what runs, how it is tiled and where its memory lies; kernels/cuda/sm90
+// computes, and the scan over chunks and the gradient of the gates come from kernels/cuda/sm80, whose states
+// lie the same way.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -38,9 +39,10 @@ struct Features {
   bool states;  // initial and final states and their gradients: exact update weights, corrected delta
   bool d128;    // head_dim = value_dim = 128
   bool rope;    // rotary embedding: through the prepare pass
+  bool half;    // float16: the attention form
 };
-constexpr Features kMeasured = {/*states=*/true, /*d128=*/true, /*rope=*/true};
-constexpr Features kWritten = {/*states=*/true, /*d128=*/true, /*rope=*/true};
+constexpr Features kMeasured = {/*states=*/true, /*d128=*/true, /*rope=*/true, /*half=*/true};
+constexpr Features kWritten = {/*states=*/true, /*d128=*/true, /*rope=*/true, /*half=*/true};
 
 const char kNotMeasured[] = "not yet run on a device (POWERATTN_CUDA_IMPLEMENTATION=cuda.sm90.next tries it)";
 
@@ -53,6 +55,7 @@ std::string missing(const Problem &p, const Features &f) {
   need(p.use_state, f.states, "initial and final states");
   need(p.head_dim == 128, f.d128, "head_dim 128");
   need(with_rope(p), f.rope, "rotary embedding");
+  need(p.dtype == Dtype::kFloat16, f.half, "float16");
   return text;
 }
 
@@ -132,7 +135,10 @@ bool choose(const Features &features, Op op, const Problem &p, const Pins &pins,
     return false;
   };
   if (op == Op::kStep || op == Op::kSummary) return no("forward and backward only");
-  if (p.dtype != Dtype::kBfloat16) return no("bfloat16 only");
+  const bool half = p.dtype == Dtype::kFloat16;
+  if (!half && p.dtype != Dtype::kBfloat16) return no("bfloat16 and float16 only");
+  if (half && op == Op::kBackward && (p.degree == 1 || !in_one_pass(p, false)))
+    return no("float16: the backward of degrees 2 and 4 in one pass only, up to 24 MB of dq for a key head");
   if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128))
     return no("head_dim = value_dim of 64 or 128 only");
   if (p.degree != 1 && p.degree != 2 && p.degree != 4) return no("degrees 1, 2 and 4 only");
@@ -142,12 +148,14 @@ bool choose(const Features &features, Op op, const Problem &p, const Pins &pins,
   if (device == nullptr || device->major != 9 || device->minor != 0)
     return no("needs a device of compute capability 9.0 (its instructions exist nowhere else)");
   if (device->sm_count < 3) return no("needs three multiprocessors");
-  const char *no_chunks = p.degree == 2 ? nullptr
+  const char *no_chunks = half            ? "float16: attention form only"
+                          : p.degree == 2 ? nullptr
                           : p.degree == 1
                               ? "no chunked form of degree 1: its row norms would miss the part of the state"
                               : "chunked form for degree 2 only";
   const bool pinned = pins.form == POWERATTN_FORM_CHUNKED;
   if (no_chunks && pinned) return no(no_chunks);
+  if (p.use_state && no_chunks) return no(no_chunks);
   if (p.use_state && pins.form == POWERATTN_FORM_ATTENTION) return no("states need the chunked form");
   if (const std::string unmeasured = missing(p, features); !unmeasured.empty())
     return no((unmeasured + ": " + kNotMeasured).c_str());
@@ -156,9 +164,12 @@ bool choose(const Features &features, Op op, const Problem &p, const Pins &pins,
   const int64_t chunk = pins.chunk > 0 ? pins.chunk : automatic_chunk(p, sms);
   const Cost attention = cost(p, 0, sms);
   bool chunked = p.use_state || pinned;
-  if (!chunked && !no_chunks && pins.form != POWERATTN_FORM_ATTENTION && p.max_seq_len > chunk) {
+  if (!chunked && p.degree == 2 && pins.form != POWERATTN_FORM_ATTENTION && p.max_seq_len > chunk) {
     const Cost c = cost(p, chunk, sms);
-    chunked = c.forward + c.backward < attention.forward + attention.backward;
+    // What has no chunks here has them in cuda.sm80, which takes twice as long (docs/performance-log.md).
+    const double times = no_chunks ? 2 : 1;
+    chunked = times * (c.forward + c.backward) < attention.forward + attention.backward;
+    if (chunked && no_chunks) return no(no_chunks);
   }
   // A degree whose chunked form runs elsewhere is only taken here where the attention form wins.
   if (p.degree == 1 && pins.form == POWERATTN_FORM_AUTO && p.max_seq_len > 1024) return no(no_chunks);
@@ -203,6 +214,10 @@ States carve_states(const Problem &p, const Tiling &t, Carver *c) {
   return s;
 }
 
+// float16, backward: four numbers for each sequence and key head, zero on entry as the tickets before them are.
+int64_t limits_of(const Problem &p) { return p.dtype == Dtype::kFloat16 ? 4 * p.sequences * p.heads_kv : 0; }
+int64_t counters_of(const Problem &p) { return kTickets * kTicketLaunches + limits_of(p); }
+
 struct Common {
   void *tables = nullptr;
   int32_t *tickets = nullptr;
@@ -216,7 +231,7 @@ Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
   Common m;
   const int64_t rows = p.batch * p.heads_kv * p.seq_len;
   m.tables = c->take<char>(static_cast<int64_t>(cuda::chunk_table_bytes(p, chunk_of(p, t), k90::kOutputRows)));
-  m.tickets = c->take<int32_t>(kTickets * kTicketLaunches);
+  m.tickets = c->take<int32_t>(counters_of(p));
   m.gate = c->take<double>(rows);
   if (chunked(t)) {
     const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
@@ -414,6 +429,7 @@ struct Call {
     shape.table = cuda::place_chunks(p, chunk_of(p, t), k90::kOutputRows, common.tables);
     shape.tokens = p.seq_len;
     shape.packed = p.packed;
+    shape.half = p.dtype == Dtype::kFloat16;
     shape.heads_q = static_cast<int32_t>(p.heads_q);
     shape.heads_kv = static_cast<int32_t>(p.heads_kv);
     shape.group = static_cast<int32_t>(p.group());
@@ -436,7 +452,7 @@ struct Call {
   // What every kernel after reads: tables, gate sums, zeros in tickets and turns, and `rows`, if any.
   void begin(const int64_t *cu_seqlens, const powerattn_tensor &log_g, const k90::RowsArgs *rows,
              int32_t *turns, int64_t turn_count) {
-    const int64_t ticket_count = kTickets * kTicketLaunches;
+    const int64_t ticket_count = counters_of(p);
     const bool alone = rows != nullptr && (p.packed || rows->weight != nullptr);  // its weights need the gates
     if (!p.packed) {
       k90::BeginArgs a;
@@ -624,12 +640,20 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     j.dq = own.sums;
     j.turns = own.turns;
     j.ticket = call.tickets();
+    if (call.shape.half) {
+      int32_t *const limits = call.common.tickets + kTickets * kTicketLaunches;
+      call.run([&] {
+        return k90::limits({call.shape, j.q, j.k, j.v, j.dy, own.r, own.delta, limits}, call.stream);
+      });
+      j.limits = limits;
+    }
     call.run([&] { return joint(j, call.sms, call.stream); });
     k90::JointQueriesArgs finish;
     finish.p = call.shape;
     finish.q = j.q;
     finish.dq = call.gradient_of(args.d_q, own.d_q, p.heads_q);
     finish.sums = own.sums;
+    finish.limits = j.limits;
     finish.dot = args.d_log_g.data != nullptr ? own.q_dot : nullptr;
     call.run([&] { return k90::joint_queries(finish, call.stream); });
   };

@@ -24,7 +24,8 @@ struct Unit {
   int32_t batch, mapped;
   int64_t token;
   const double *gate;
-  int64_t slot;  // of the first query head's sum at the block's own queries
+  int64_t slot;       // of the first query head's sum at the block's own queries
+  float lift, ratio;  // float16: of weights; of their gradients over that
   float key_factor[kJointRows], key_gate[kJointRows];  // exp(end - G_j), 0 behind the sequence; log2 gates
 };
 
@@ -101,9 +102,10 @@ __device__ __forceinline__ void init_barriers(const Smem<kDim> &s) {
 
 // t := w, m := e from t = s and m. This lane holds keys `key` and key + 8 of the unit and queries `col`, col +
 // 1 of every 8 from `query` on. Own queries (kDiagonal): exact gates, and only visible pairs.
-template <int kDegree, bool kDiagonal>
+// float16: both lifted, the weights by the queries' factors, their gradients by `ratio` over that, as delta is.
+template <typename T, int kDegree, bool kDiagonal>
 __device__ __forceinline__ void weigh(float (&t)[32], float (&m)[32], uint32_t meta, int key, int query,
-                                      int col, const float (&keys)[2]) {
+                                      int col, const float (&keys)[2], float ratio) {
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
     const uint32_t at = meta + (n * 8 + col) * 4;
@@ -123,7 +125,7 @@ __device__ __forceinline__ void weigh(float (&t)[32], float (&m)[32], uint32_t m
           c *= keys[h];
         }
         const float x = power<kDegree - 1>(sv) * c;
-        mv = x * (mv - (k ? delta.y : delta.x));
+        mv = x * ((kCounted<T> ? mv * ratio : mv) - (k ? delta.y : delta.x));
         sv = x * sv;
       }
   }
@@ -153,10 +155,10 @@ __device__ __forceinline__ float of_key(uint32_t unit, uint32_t offset, int key)
 
 // k . dk of this lane's two of the warp's 16 rows, from `local` of the unit on, for the gate gradient. `keys`:
 // the warpgroup's 64 rows of k.
-template <typename T, int kDegree, int kDim>
+template <typename T, int kDim>
 __device__ __forceinline__ void store_dots(const JointArgs &a, const volatile Unit &u,
-                                           const float (&dk)[kDim / 2], uint32_t keys, int local, int warp,
-                                           int lane) {
+                                           const float (&dk)[kDim / 2], float factor, uint32_t keys, int local,
+                                           int warp, int lane) {
   const int at = warp * 16 + (lane & 15), high = lane >> 4, row = u.row + local + lane / 4;
   float dot[2] = {0.f, 0.f};
 #pragma unroll
@@ -173,7 +175,7 @@ __device__ __forceinline__ void store_dots(const JointArgs &a, const volatile Un
   float *to = a.dot + token_row(a.p, u.batch, a.p.heads_kv, u.head, u.token) + row;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float sum = static_cast<float>(kDegree) * quad_sum(dot[h]);
+    const float sum = factor * quad_sum(dot[h]);
     if ((lane & 3) == 0 && row + 8 * h < u.length) to[8 * h] = sum;
   }
 }

@@ -37,6 +37,11 @@ struct Consumer {
     return joint::of_key(s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit)), offset,
                          row() + lane() / 4 + 8 * h);
   }
+  // float16: a field of the unit that undoes or sets its powers of two; else 1.
+  __device__ __forceinline__ float power_of(uint32_t offset) const {
+    if constexpr (!kCounted<T>) return 1.f;
+    return joint::of_key(s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit)), offset, 0);
+  }
 
   // Where 16 of the 128 columns of a tile of rows begin.
   static __device__ __forceinline__ constexpr uint32_t columns(int ks) {
@@ -95,8 +100,8 @@ struct Consumer {
     wgmma_wait<0>();
     const uint32_t of = kDiagonal ? offsetof(Unit, key_gate) : offsetof(Unit, key_factor);
     const float keys[2] = {of_key(of, 0), of_key(of, 1)};
-    weigh<kDegree, kDiagonal>(t, m, s.meta + turn % kStages * kQueryMeta, row() + lane() / 4, query,
-                              (lane() & 3) * 2, keys);
+    weigh<T, kDegree, kDiagonal>(t, m, s.meta + turn % kStages * kQueryMeta, row() + lane() / 4, query,
+                                 (lane() & 3) * 2, keys, power_of(offsetof(Unit, ratio)));
     pack_gradient<T, true>(t, m, e, w);
     add();
     // dq two steps ago (the first time: of the step before, finish()) has read what lay here.
@@ -127,12 +132,14 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void epilogue(const JointArgs &a, const volatile Unit &u) {
-    if (a.dot) store_dots<T, kDegree, 128>(a, u, dk, s.keys + group * kTile, row(), warp(), lane());
+    const float lift = power_of(offsetof(Unit, lift)),
+                factor = static_cast<float>(kDegree) / (lift * power_of(offsetof(Unit, ratio)));
+    if (a.dot) store_dots<T, 128>(a, u, dk, factor, s.keys + group * kTile, row(), warp(), lane());
     arrive(s.keys_empty);
     barrier_wait(s.sums_empty + 8 * group, (turn & 1) ^ 1);  // this warp's part serves as staging
-    store_gradient<T, true, 128>(dk, static_cast<float>(kDegree), s.sums + group * kPart + warp() * 4096, a.dk,
-                                 u, row(), lane());
-    store_gradient<T, false, 128>(dv, 1.f, s.sums + group * kPart + warp() * 4096, a.dv, u, row(), lane());
+    store_gradient<T, true, 128>(dk, factor, s.sums + group * kPart + warp() * 4096, a.dk, u, row(), lane());
+    store_gradient<T, false, 128>(dv, 1.f / lift, s.sums + group * kPart + warp() * 4096, a.dv, u, row(),
+                                  lane());
     arrive(s.unit_empty + unit % kUnits * 8);
   }
 };
@@ -173,18 +180,24 @@ __global__ void __launch_bounds__(384, 1)
   }
 }
 
+template <typename T>
+cudaError_t launch_degree(const JointArgs &a, int sms, cudaStream_t stream) {
+  switch (a.p.degree) {
+    case 2:
+      return launch<128>(joint128_kernel<T, 2>, a, sms, stream);
+    case 4:
+      return launch<128>(joint128_kernel<T, 4>, a, sms, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 }  // namespace
 }  // namespace joint
 
 cudaError_t joint128(const JointArgs &a, int sms, cudaStream_t stream) {
-  switch (a.p.degree) {
-    case 2:
-      return joint::launch<128>(joint::joint128_kernel<__nv_bfloat16, 2>, a, sms, stream);
-    case 4:
-      return joint::launch<128>(joint::joint128_kernel<__nv_bfloat16, 4>, a, sms, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return a.p.half ? joint::launch_degree<__half>(a, sms, stream)
+                  : joint::launch_degree<__nv_bfloat16>(a, sms, stream);
 }
 
 }  // namespace powerattn::cuda::sm90

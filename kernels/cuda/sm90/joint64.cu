@@ -51,6 +51,11 @@ struct Consumer {
     return joint::of_key(s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit)), offset,
                          row() + lane / 4 + 8 * h);
   }
+  // float16: a field of the unit that undoes or sets its powers of two; else 1.
+  __device__ __forceinline__ float power_of(uint32_t offset) const {
+    if constexpr (!kCounted<T>) return 1.f;
+    return joint::of_key(s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit)), offset, 0);
+  }
 
   // s = k q^T, m = v dy^T (all without fence and commit)
   __device__ __forceinline__ void scores(float (&t)[32], float (&m)[32]) {
@@ -96,7 +101,8 @@ struct Consumer {
   __device__ __forceinline__ void weigh(float (&t)[32], float (&m)[32], int query) {
     const uint32_t of = kDiagonal ? offsetof(Unit, key_gate) : offsetof(Unit, key_factor);
     const float keys[2] = {of_key(of, 0), of_key(of, 1)};
-    joint::weigh<kDegree, kDiagonal>(t, m, meta(turn), row() + lane / 4, query, (lane & 3) * 2, keys);
+    joint::weigh<T, kDegree, kDiagonal>(t, m, meta(turn), row() + lane / 4, query, (lane & 3) * 2, keys,
+                                        power_of(offsetof(Unit, ratio)));
   }
 
   // 128 queries. Nothing is in flight across its ends (the compiler would serialise). What the last half left
@@ -176,11 +182,13 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void epilogue(const JointArgs &a, const volatile Unit &u) {
-    if (a.dot) store_dots<T, kDegree, 64>(a, u, dk, keys(unit) + group * kTile, row(), warp, lane);
+    const float lift = power_of(offsetof(Unit, lift)),
+                factor = static_cast<float>(kDegree) / (lift * power_of(offsetof(Unit, ratio)));
+    if (a.dot) store_dots<T, 64>(a, u, dk, factor, keys(unit) + group * kTile, row(), warp, lane);
     barrier_wait(s.sums_empty + 8 * group, pair_phase() ^ 1);  // this warp's part serves as staging
-    store_gradient<T, true, 64>(dk, static_cast<float>(kDegree), s.sums + group * kPart + warp * 4096, a.dk, u,
-                                row(), thread_here() & 31);
-    store_gradient<T, false, 64>(dv, 1.f, s.sums + group * kPart + warp * 4096, a.dv, u, row(),
+    store_gradient<T, true, 64>(dk, factor, s.sums + group * kPart + warp * 4096, a.dk, u, row(),
+                                thread_here() & 31);
+    store_gradient<T, false, 64>(dv, 1.f / lift, s.sums + group * kPart + warp * 4096, a.dv, u, row(),
                                  thread_here() & 31);
     arrive(s.unit_empty + unit % kUnits * 8);
   }
@@ -222,18 +230,24 @@ __global__ void __launch_bounds__(384, 1)
   }
 }
 
+template <typename T>
+cudaError_t launch_degree(const JointArgs &a, int sms, cudaStream_t stream) {
+  switch (a.p.degree) {
+    case 2:
+      return launch<64>(joint64_kernel<T, 2>, a, sms, stream);
+    case 4:
+      return launch<64>(joint64_kernel<T, 4>, a, sms, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 }  // namespace
 }  // namespace joint
 
 cudaError_t joint64(const JointArgs &a, int sms, cudaStream_t stream) {
-  switch (a.p.degree) {
-    case 2:
-      return joint::launch<64>(joint::joint64_kernel<__nv_bfloat16, 2>, a, sms, stream);
-    case 4:
-      return joint::launch<64>(joint::joint64_kernel<__nv_bfloat16, 4>, a, sms, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return a.p.half ? joint::launch_degree<__half>(a, sms, stream)
+                  : joint::launch_degree<__nv_bfloat16>(a, sms, stream);
 }
 
 }  // namespace powerattn::cuda::sm90

@@ -23,6 +23,7 @@ inline JointArgs in_groups(JointArgs a) {
 // Unit `u` of blocks * heads. A block adds its dq behind the blocks after it in the sequence, which so have to
 // be handed out before; and well before, since whoever takes one may still be busy: the sequences and heads are
 // dealt with `together` at a time, last blocks first.
+template <typename T>
 __device__ __forceinline__ bool take(Unit &x, const JointArgs &a, const Maps &maps, uint32_t u) {
   const Shape &p = a.p;
   const uint32_t heads = static_cast<uint32_t>(p.heads_kv), all = p.packed ? 1u : p.table.num_sequences,
@@ -49,6 +50,9 @@ __device__ __forceinline__ bool take(Unit &x, const JointArgs &a, const Maps &ma
                  mapped_blocks(maps.k, maps.v, p, c, (c.length + 63) / 64));
   x.slot = int64_t(sequence * a.blocks + block) * p.heads_q + x.head * p.group;
   x.gate = a.gate ? a.gate + token_row(p, x.batch, p.heads_kv, x.head, c.start) : nullptr;
+  const Lifts lifts = lifts_of<T>(p, a.limits, int64_t(chunk) * p.heads_kv + x.head);
+  x.lift = lifts.weight;
+  x.ratio = lifts.gradient / lifts.weight;
   return true;
 }
 
@@ -78,19 +82,20 @@ __device__ __forceinline__ QueryFactors load_factors(const JointArgs &a, const v
   }
   return x;
 }
-__device__ __forceinline__ void write_factors(uint32_t meta, const QueryFactors &x, float scale, bool own,
-                                              int lane) {
+__device__ __forceinline__ void write_factors(uint32_t meta, const QueryFactors &x, float scale, float ratio,
+                                              bool own, int lane) {
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     const uint32_t at = meta + (lane + 32 * k) * 4;
     const float gate = x.gate[k] * kLog2e;
     store_f1(at, scale * x.factor[k] * (own ? 1.f : exp2_fast(gate)));
     store_f1(at + kQueryGate, gate);
-    store_f1(at + kQueryDelta, x.delta[k]);
+    store_f1(at + kQueryDelta, x.delta[k] * ratio);
   }
 }
 
 // The next unit, for everyone but the consumers.
+template <typename T>
 __device__ __forceinline__ void post(const JointArgs &a, const Maps &maps, uint32_t posted, Unit &unit,
                                      int lane) {
   const Shape &p = a.p;
@@ -101,7 +106,7 @@ __device__ __forceinline__ void post(const JointArgs &a, const Maps &maps, uint3
       if (ticket >= static_cast<uint32_t>(p.table.num_tiles) * 2 * static_cast<uint32_t>(p.heads_kv))
         unit.head = -1;
       else
-        taken = take(unit, a, maps, ticket);
+        taken = take<T>(unit, a, maps, ticket);
     }
     if (__shfl_sync(0xffffffffu, taken, 0)) break;
   }
@@ -182,7 +187,7 @@ __device__ __forceinline__ void produce(const JointArgs &a, const Maps &maps, co
     for (int n = static_cast<int>((warp - turn) % kWarps);; n += kWarps) {
       if (wanted == 2 && n + 1 >= total) {  // not earlier: who has the unit after it waits for its first sums
         barrier_wait(s.unit_empty + index % kUnits * 8, (index / kUnits & 1) ^ 1);
-        post(a, maps, s.posted + index % kUnits * 8, units[index % kUnits], lane());
+        post<T>(a, maps, s.posted + index % kUnits * 8, units[index % kUnits], lane());
         wanted = 1;
       }
       // At stage kStages + kWarps the unit's stage 0 has been released, and with it the keys of the unit
@@ -206,7 +211,9 @@ __device__ __forceinline__ void produce(const JointArgs &a, const Maps &maps, co
         fetch_tile<kDim>(to, maps.q, batch, head(), token, bar);
         fetch_tile<kDim>(to + kTile, maps.dy, batch, head(), token, bar);
       }
-      write_factors(s.meta + stage() * kQueryMeta, x, a.p.scale_p, rest < 2, lane());
+      const bool lifted = kCounted<T>;
+      write_factors(s.meta + stage() * kQueryMeta, x, lifted ? a.p.scale_p * u.lift : a.p.scale_p,
+                    lifted ? u.ratio : 1.f, rest < 2, lane());
       if (block() < u.mapped) {
         hand_over(s.full + 8 * stage());
       } else {

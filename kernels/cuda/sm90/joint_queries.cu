@@ -2,6 +2,7 @@
 // dq = p * (the sum that the joint kernel left), and q . dq. The sums lie as that kernel's registers held them:
 // 64 rows x 64 columns are [warp][i][lane][4 accumulators 4 i ..], of rows 16 warp + lane / 4 (+ 8) and columns
 // 8 i + 2 (lane % 4) (+ 1); the halves of 128 columns follow one another.
+#include "half.cuh"
 #include "output.cuh"
 
 namespace powerattn::cuda::sm90 {
@@ -21,7 +22,9 @@ __global__ void __launch_bounds__(128) joint_queries_kernel(const __grid_constan
   const float4 *from = reinterpret_cast<const float4 *>(
                            a.sums + ((part / 2 * p.heads_q + head) * kJointRows + part % 2 * 64) * kDim) +
                        warp * 256 + lane;
-  const float factor = static_cast<float>(p.degree);
+  float factor = static_cast<float>(p.degree);
+  if constexpr (kCounted<T>)
+    factor /= lifts_of<T>(p, a.limits, int64_t(tile.chunk) * p.heads_kv + head / p.group).gradient;
   const int64_t token = tile.start + row;
   const T *const q = row_pointer<T>(a.q, batch, head, token);
   T *const to = const_cast<T *>(row_pointer<T>(a.dq, batch, head, token));
@@ -63,7 +66,9 @@ cudaError_t joint_queries(const JointQueriesArgs &a, cudaStream_t stream) {
   const int64_t blocks = a.p.table.num_tiles * 4 * a.p.heads_q;
   if (blocks == 0) return cudaSuccess;
   const auto kernel =
-      a.p.head_dim == 128 ? joint_queries_kernel<__nv_bfloat16, 128> : joint_queries_kernel<__nv_bfloat16, 64>;
+      a.p.half ? (a.p.head_dim == 128 ? joint_queries_kernel<__half, 128> : joint_queries_kernel<__half, 64>)
+      : a.p.head_dim == 128 ? joint_queries_kernel<__nv_bfloat16, 128>
+                            : joint_queries_kernel<__nv_bfloat16, 64>;
   return launch_early(kernel, static_cast<unsigned>(blocks), 128, 4 * 2048, stream, a);
 }
 

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/chunks.h"
+#include "kernels/cuda/units.h"
 
 namespace powerattn::cuda::sm90 {
 
@@ -63,7 +64,8 @@ struct UpdateArgs {
   int32_t exact = 0;  // weight_t a_t in two parts: states that leave the call
   void *state = nullptr;
   float *norm = nullptr;
-  int32_t *ticket = nullptr;  // 4, zero on entry
+  const Range *ranges = nullptr;  // float16: of a, b and the weights
+  int32_t *ticket = nullptr;      // 4, zero on entry
 };
 cudaError_t update64(const UpdateArgs &args, int sms, cudaStream_t stream);
 cudaError_t update128(const UpdateArgs &args, int sms, cudaStream_t stream);  // degree 2; Z is always exact
@@ -100,6 +102,7 @@ struct OutputArgs {
   const double *gate = nullptr;  // [b, heads_kv, t]: inclusive sums inside the chunk; null: no gates
   const void *state = nullptr;   // null: attention form
   const void *norm = nullptr;    // Z before each chunk; null: row sums without the state's part
+  const Units *units = nullptr;  // float16: of both
   int32_t first_has_state = 0;   // the first chunk of a sequence starts from a state
   int32_t *ticket = nullptr;     // zero on entry
 };
@@ -127,6 +130,15 @@ struct BeginArgs {
   const RowsArgs *rows = nullptr;  // weight and gate null
 };
 cudaError_t begin(const BeginArgs &args, cudaStream_t stream);
+
+// float16: what bounds the weights of the backward and their gradients, four numbers for each slot (limits.cu).
+struct LimitsArgs {
+  Shape p;
+  Tensor q, k, v, dy;
+  const float *r = nullptr, *delta = nullptr;
+  int32_t *out = nullptr;  // [chunk * heads_kv + head][4], zero on entry
+};
+cudaError_t limits(const LimitsArgs &args, cudaStream_t stream);
 
 // dq (keys = 0: rows x = q, u = dy; columns z = k, y = v), or dk and dv (keys = 1: x = k, u = v, z = q, y =
 // dy).
@@ -162,10 +174,11 @@ struct JointArgs {
   const double *gate = nullptr;  // as in OutputArgs
   const float *r = nullptr;      // as in GradientArgs
   const float *delta = nullptr;
-  float *dot = nullptr;       // out: k . dk [b, heads_kv, t]; null: not wanted
-  float *dq = nullptr;        // out: joint_sums(..) sums, which joint_queries reads
-  int32_t *turns = nullptr;   // joint_turns(..), zero on entry
-  int32_t *ticket = nullptr;  // zero on entry
+  float *dot = nullptr;             // out: k . dk [b, heads_kv, t]; null: not wanted
+  float *dq = nullptr;              // out: joint_sums(..) sums, which joint_queries reads
+  int32_t *turns = nullptr;         // joint_turns(..), zero on entry
+  const int32_t *limits = nullptr;  // float16: as `limits` left them
+  int32_t *ticket = nullptr;        // zero on entry
   // Set at launch: sequences and kv heads in work at a time, and blocks of keys of each.
   uint32_t together = 1, blocks = 1;
 };
@@ -184,7 +197,8 @@ struct JointQueriesArgs {
   Shape p;
   Tensor q, dq;
   const float *sums = nullptr;
-  float *dot = nullptr;  // out: q . dq [b, heads_q, t]; null: not wanted
+  const int32_t *limits = nullptr;  // float16: as in JointArgs
+  float *dot = nullptr;             // out: q . dq [b, heads_q, t]; null: not wanted
 };
 cudaError_t joint_queries(const JointQueriesArgs &args, cudaStream_t stream);
 

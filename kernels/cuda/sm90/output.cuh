@@ -2,6 +2,7 @@
 // Parts that the forward `output` kernels of both head sizes share.
 #pragma once
 
+#include "half.cuh"
 #include "kernels/cuda/ptx/wgmma.cuh"
 #include "units.cuh"
 
@@ -17,7 +18,8 @@ struct UnitMeta {                     // what the producer tells the consumers a
   int32_t head, row, length, blocks;  // blocks: 64-key blocks to read; head < 0: no more units
   int32_t states, batch;              // states: the chunk starts from a state
   int64_t token;
-  float state_factor;  // exp(G_row0): decay of the state at the tile's first row
+  float state_factor;  // exp(G_row0): decay of the state at the tile's first row; times the unit of S
+  float norm_factor;   // the same, times the unit of Z
   // For the producers themselves, which read what they need at every stage instead of keeping it in registers:
   // blocks that tensor maps can load, the chunk's gate sums, and which state it starts from.
   int32_t mapped, head_kv;
@@ -62,16 +64,18 @@ __device__ __forceinline__ void write_key_meta(uint32_t meta, const KeyGates &k,
 // Weights of a 64 x 64 block from its scores, as the A operand of the product with v:
 //   below the diagonal  P_ij = s_ij^p factor_j;   on it  P_ij = s_ij^p 2^(local_i - local_j) for j <= i, else
 //   0.
-// l_i += sum_j P_ij (this lane's columns).
-template <typename T, int kDegree, bool kDiagonal>
-__device__ __forceinline__ void weigh(const float (&s)[32], uint32_t (&w)[4][4], float (&l)[2], uint32_t meta,
-                                      int lane, int warp) {
+// l_i += sum_j P_ij (this lane's columns). All in the units of the rows; those of float16 may change, and with
+// them the sums o, which no product in flight may write.
+template <typename T, int kDegree, bool kDiagonal, int kN>
+__device__ __forceinline__ void weigh(float (&s)[32], uint32_t (&w)[4][4], float (&o)[kN], float (&l)[2],
+                                      RowUnits<T> &units, uint32_t meta, int lane, int warp) {
   const int row = warp * 16 + lane / 4, col = (lane & 3) * 2;
   float g0 = 0.f, g1 = 0.f;
   if constexpr (kDiagonal) {
     g0 = load_f1(meta + 256 + row * 4);
     g1 = load_f1(meta + 256 + row * 4 + 32);
   }
+  [[maybe_unused]] float most[2] = {0.f, 0.f};
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
     float p[4];
@@ -89,29 +93,53 @@ __device__ __forceinline__ void weigh(const float (&s)[32], uint32_t (&w)[4][4],
       p[2] = power<kDegree>(s[4 * n + 2]) * c.x;
       p[3] = power<kDegree>(s[4 * n + 3]) * c.y;
     }
-    l[0] += p[0] + p[1];
-    l[1] += p[2] + p[3];
-    w[n / 2][(n & 1) * 2] = pack2<T>(p[0], p[1]);
-    w[n / 2][(n & 1) * 2 + 1] = pack2<T>(p[2], p[3]);
-  }
-}
-
-template <int kN>
-__device__ __forceinline__ void scale_rows(float (&o)[kN], float (&l)[2], float f0, float f1) {
+    if constexpr (kCounted<T>) {
 #pragma unroll
-  for (int i = 0; i < kN; i += 4) {
-    o[i] *= f0;
-    o[i + 1] *= f0;
-    o[i + 2] *= f1;
-    o[i + 3] *= f1;
+      for (int i = 0; i < 4; ++i) {
+        s[4 * n + i] = p[i] *= units[i / 2];
+        most[i / 2] += kDegree % 2 ? fabsf(p[i]) : p[i];
+      }
+    }
+    if (!kCounted<T> || kDegree % 2) {
+      l[0] += p[0] + p[1];
+      l[1] += p[2] + p[3];
+    }
+    if constexpr (!kCounted<T>) {
+      w[n / 2][(n & 1) * 2] = pack2<T>(p[0], p[1]);
+      w[n / 2][(n & 1) * 2 + 1] = pack2<T>(p[2], p[3]);
+    }
   }
-  l[0] *= f0;
-  l[1] *= f1;
+  if constexpr (kCounted<T>) {
+    if constexpr (kDegree % 2 == 0) {
+      l[0] += most[0];
+      l[1] += most[1];
+    }
+    units.make_room(most, s, o, l);
+#pragma unroll
+    for (int n = 0; n < 16; ++n) w[n / 4][n % 4] = pack2<T>(s[2 * n], s[2 * n + 1]);
+  }
 }
 
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+// Sums of a row tile times the gates f of its two rows.
+template <typename T, int kN>
+__device__ __forceinline__ void decay_rows(float (&o)[kN], float (&l)[2], RowUnits<T> &units, float f0,
+                                           float f1) {
+  const float g0 = units.raise(0, l[0], f0), g1 = units.raise(1, l[1], f1);
+  scale_rows(o, l, g0, g1);
+}
+// What the state gave, with which a row begins: O = f_s phi(q) S, l = f_z q^T Z q.
+template <typename T, int kN>
+__device__ __forceinline__ void begin_rows(float (&o)[kN], float (&l)[2], RowUnits<T> &units, float f_s,
+                                           float f_z) {
+  float g[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    l[h] *= f_z;
+    g[h] = units.raise(h, l[h], 1.f);
+    l[h] *= g[h];
+  }
+#pragma unroll
+  for (int i = 0; i < kN; ++i) o[i] *= f_s * g[i / 2 & 1];
 }
 
 // Writes 16 rows x 64 columns held as 32 accumulators (already final) through 2 KB of this warp's shared
@@ -160,11 +188,13 @@ __device__ __forceinline__ void store_rows(const float *o, float f0, float f1, u
   }
 }
 
-// y_i = scale^p O_i / L_i with L_i = scale^p l_i + eps (normalised; 0 where L_i = 0), else scale^p O_i.
-__device__ __forceinline__ float output_factor(const Shape &p, float l, float *norm) {
-  *norm = p.scale_p * l + p.eps;
-  if (!p.normalize) return p.scale_p;
-  return *norm != 0.f ? p.scale_p / *norm : 0.f;
+// y_i = scale^p O_i / L_i with L_i = scale^p l_i + eps (normalised; 0 where L_i = 0), else scale^p O_i. O and l
+// are `unit` times what they stand for.
+__device__ __forceinline__ float output_factor(const Shape &p, float l, float unit, float *norm) {
+  const float scale = p.scale_p / unit;
+  *norm = scale * l + p.eps;
+  if (!p.normalize) return scale;
+  return *norm != 0.f ? scale / *norm : 0.f;
 }
 
 }  // namespace powerattn::cuda::sm90

@@ -18,8 +18,11 @@ struct Consumer {
   const Smem &s;
   // Turns of the ring (4 stages), and the parity of the unit in the top bit: one register.
   uint32_t turn = 0;
+  // float16 has the attention form only: beside the products of a state, its units do not fit.
+  static constexpr bool kStates = kDegree == 2 && !kCounted<T>;
   float o[2][64];
   float l[2][2];
+  RowUnits<T> units[2];
 
   // Derived anew at every use: addresses kept over the loops would cost registers that 128 sums do not leave.
   __device__ __forceinline__ int lane() const { return thread_here() & 31; }
@@ -39,6 +42,37 @@ struct Consumer {
   }
   __device__ __forceinline__ uint32_t stage() const { return here(s.ring + index() * kStage); }
   __device__ __forceinline__ uint32_t meta() const { return here(s.meta + index() * kMetaBytes); }
+
+  __device__ __forceinline__ uint32_t powers() const { return s.powers + (thread_here() >> 5) * 128; }
+
+  // float16: q, in place, times a power of two for each row. Sixteen lanes have a row.
+  template <int m>
+  __device__ __forceinline__ void scale_queries() {
+    const int piece = lane() & 15;
+#pragma unroll 2
+    for (int i = lane() >> 4; i < 16; i += 2) {
+      const int row = warp() * 16 + i;
+      const uint32_t at = q(m) + (piece >> 3) * kHalf + row * 128 + (((piece & 7) ^ (row & 7)) << 4);
+      const uint4 v = load_u4(at);
+      uint32_t most = most_bits(most_bits(most_bits(most_bits(0, v.x), v.y), v.z), v.w);
+#pragma unroll
+      for (int other = 1; other < 16; other *= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, other));
+      const uint32_t power = row_power(most);
+      store_u4(at,
+               make_uint4(mul2<T>(v.x, power), mul2<T>(v.y, power), mul2<T>(v.z, power), mul2<T>(v.w, power)));
+      if (piece == 0) store_i1(powers() + (m * 16 + i) * 4, static_cast<int>(power));
+    }
+  }
+  // For the products of the whole warpgroup.
+  __device__ __forceinline__ void scale_queries() {
+    scale_queries<0>();
+    scale_queries<1>();
+    fence_async_proxy();
+    if (thread_here() < 128)
+      named_barrier<3, 128>();
+    else
+      named_barrier<4, 128>();
+  }
 
   // x[m][h]: the eight values q_i, i = 8 ib .., of row g + 8 h of row tile m.
   __device__ __forceinline__ void row_scalars(uint32_t (&x)[2][2][4], int ib) {
@@ -181,13 +215,13 @@ struct Consumer {
     uint32_t w[4][4];
     if (diagonal) {
       const int row = this->row();
-      scale_rows(o[m], l[m], exp2_fast(load_f1(meta() + 256 + row * 4)),
+      decay_rows(o[m], l[m], units[m], exp2_fast(load_f1(meta() + 256 + row * 4)),
                  exp2_fast(load_f1(meta() + 288 + row * 4)));
-      weigh<T, kDegree, true>(t, w, l[m], meta(), lane(), warp());
+      weigh<T, kDegree, true>(t, w, o[m], l[m], units[m], meta(), lane(), warp());
     } else {
       const float f = load_f1(meta() + 512);
-      scale_rows(o[m], l[m], f, f);
-      weigh<T, kDegree, false>(t, w, l[m], meta(), lane(), warp());
+      decay_rows(o[m], l[m], units[m], f, f);
+      weigh<T, kDegree, false>(t, w, o[m], l[m], units[m], meta(), lane(), warp());
     }
     wgmma_fence();
     values<m>(w, stage() + kTile);
@@ -198,7 +232,7 @@ struct Consumer {
   template <int m>
   __device__ __forceinline__ void far_block(float (&t)[32]) {
     uint32_t w[4][4];
-    weigh<T, kDegree, false>(t, w, l[m], meta(), lane(), warp());
+    weigh<T, kDegree, false>(t, w, o[m], l[m], units[m], meta(), lane(), warp());
     wgmma_fence();
     values<m>(w, stage() + kTile);
     wgmma_commit();
@@ -240,7 +274,11 @@ struct Consumer {
     const uint32_t staging = s.staging + (thread_here() >> 5) * 2048;
     float norm[2], f[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) f[h] = output_factor(a.p, quad_sum(l[m][h]), &norm[h]);
+    for (int h = 0; h < 2; ++h) {
+      const float unit =
+          units[m][h] * weight_power<T, kDegree>(powers() + (m * 16 + this->lane() / 4 + 8 * h) * 4);
+      f[h] = output_factor(a.p, quad_sum(l[m][h]), unit, &norm[h]);
+    }
     const int lane = this->lane(), row = u.row + row_tile(m) * 64 + warp() * 16;
     T *y = static_cast<T *>(a.y.data) + u.batch * a.y.stride_b + u.head * a.y.stride_h +
            (u.token + row) * a.y.stride_t;
@@ -284,19 +322,22 @@ __global__ void __launch_bounds__(384, 1)
       barrier_wait(s.q_full, c.turn >> 31);
       const volatile UnitMeta &u = slots[c.turn >> 31];  // stays until q is given back
       if (u.head < 0) break;
+      if constexpr (kCounted<T>) c.scale_queries();
+      c.units[0].start();
+      c.units[1].start();
       c.l[0][0] = c.l[0][1] = c.l[1][0] = c.l[1][1] = 0.f;
-      if constexpr (kDegree == 2) {
+      if constexpr (c.kStates) {
         if (u.states && a.norm) c.norm_phase();
       }
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int i = 0; i < 64; ++i) c.o[m][i] = 0.f;
-      if constexpr (kDegree == 2) {
+      if constexpr (c.kStates) {
         if (u.states) {
           c.state_phase_2();
-          scale_rows(c.o[0], c.l[0], u.state_factor, u.state_factor);
-          scale_rows(c.o[1], c.l[1], u.state_factor, u.state_factor);
+          begin_rows(c.o[0], c.l[0], c.units[0], u.state_factor, u.norm_factor);
+          begin_rows(c.o[1], c.l[1], c.units[1], u.state_factor, u.norm_factor);
         }
       }
       c.attention_phase(u);
@@ -317,21 +358,25 @@ cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
   return launch_early(output128_kernel<T, kDegree>, sms, 384, kSmem, stream, a, maps);
 }
 
-}  // namespace
-
-cudaError_t output128(const OutputArgs &a, int sms, cudaStream_t stream) {
-  using B = __nv_bfloat16;
-  if (a.state != nullptr && a.p.degree != 2) return cudaErrorInvalidValue;
+template <typename T>
+cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
   switch (a.p.degree) {
     case 1:
-      return launch<B, 1>(a, sms, stream);
+      return launch<T, 1>(a, sms, stream);
     case 2:
-      return launch<B, 2>(a, sms, stream);
+      return launch<T, 2>(a, sms, stream);
     case 4:
-      return launch<B, 4>(a, sms, stream);
+      return launch<T, 4>(a, sms, stream);
     default:
       return cudaErrorInvalidValue;
   }
+}
+
+}  // namespace
+
+cudaError_t output128(const OutputArgs &a, int sms, cudaStream_t stream) {
+  if (a.state != nullptr && (a.p.degree != 2 || a.p.half)) return cudaErrorInvalidValue;
+  return a.p.half ? launch<__half>(a, sms, stream) : launch<__nv_bfloat16>(a, sms, stream);
 }
 
 }  // namespace powerattn::cuda::sm90

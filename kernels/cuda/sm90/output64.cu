@@ -45,6 +45,7 @@ struct Consumer {
   Ring<kStages> ring;
   float o[2][32];
   float l[2][2];
+  RowUnits<T> units[2];
   uint32_t q[2][4][4];
 
   __device__ __forceinline__ void acquire() { barrier_wait(s.full + 8 * ring.stage, ring.phase); }
@@ -60,6 +61,15 @@ struct Consumer {
     const int row = warp * 16 + (lane & 15), half = lane >> 4;
 #pragma unroll
     for (int ks = 0; ks < 4; ++ks) ldmatrix4(q[m][ks], tile + row * 128 + (((2 * ks + half) ^ (row & 7)) << 4));
+  }
+  // float16: q times a power of two for each row, which shared memory keeps.
+  template <int m>
+  __device__ __forceinline__ void scale_queries(uint32_t powers) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t power = scale_row(q[m], h);
+      if ((lane & 3) == 0) store_i1(powers + (m * 16 + lane / 4 + 8 * h) * 4, static_cast<int>(power));
+    }
   }
 
   // O += phi(Q) S over the 36 tiles, fragments of the next tile built while this one multiplies.
@@ -177,13 +187,13 @@ struct Consumer {
     uint32_t w[4][4];
     if (diagonal) {
       const int row = warp * 16 + lane / 4;
-      scale_rows(o[m], l[m], exp2_fast(load_f1(meta() + 256 + row * 4)),
+      decay_rows(o[m], l[m], units[m], exp2_fast(load_f1(meta() + 256 + row * 4)),
                  exp2_fast(load_f1(meta() + 288 + row * 4)));
-      weigh<T, kDegree, true>(t, w, l[m], meta(), lane, warp);
+      weigh<T, kDegree, true>(t, w, o[m], l[m], units[m], meta(), lane, warp);
     } else {
       const float f = load_f1(meta() + 512);
-      scale_rows(o[m], l[m], f, f);
-      weigh<T, kDegree, false>(t, w, l[m], meta(), lane, warp);
+      decay_rows(o[m], l[m], units[m], f, f);
+      weigh<T, kDegree, false>(t, w, o[m], l[m], units[m], meta(), lane, warp);
     }
     wgmma_fence();
     values<m>(w, stage() + kTile);
@@ -216,7 +226,7 @@ struct Consumer {
       values<1>(w1, v);
       scores<1>(t1, keys);
       wgmma_commit();
-      weigh<T, kDegree, false>(t0, w0, l[0], md, lane, warp);
+      weigh<T, kDegree, false>(t0, w0, o[0], l[0], units[0], md, lane, warp);
       wgmma_wait<0>();
       if (j > 0) release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
       ring.next();
@@ -226,7 +236,7 @@ struct Consumer {
       values<0>(w0, v);
       scores<0>(t0, stage());
       wgmma_commit();
-      weigh<T, kDegree, false>(t1, w1, l[1], md, lane, warp);
+      weigh<T, kDegree, false>(t1, w1, o[1], l[1], units[1], md, lane, warp);
       wgmma_wait<0>();
     }
     if (first > 0) {
@@ -260,10 +270,13 @@ struct Consumer {
 
   template <int m>
   __device__ __forceinline__ void epilogue(const OutputArgs &a, const volatile UnitMeta &u, int row_tile,
-                                           uint32_t staging) {
+                                           uint32_t staging, uint32_t powers) {
     float norm[2], f[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) f[h] = output_factor(a.p, quad_sum(l[m][h]), &norm[h]);
+    for (int h = 0; h < 2; ++h) {
+      const float unit = units[m][h] * weight_power<T, kDegree>(powers + (m * 16 + lane / 4 + 8 * h) * 4);
+      f[h] = output_factor(a.p, quad_sum(l[m][h]), unit, &norm[h]);
+    }
     const int row = u.row + row_tile * 64 + warp * 16;
     T *y = static_cast<T *>(a.y.data) + u.batch * a.y.stride_b + u.head * a.y.stride_h +
            (u.token + row) * a.y.stride_t;
@@ -313,9 +326,16 @@ __global__ void __launch_bounds__(384, 1)
       __syncwarp();
       if (c.lane == 0) barrier_arrive(s.q_empty);
 
+      const uint32_t staging = s.staging + (tid / 32) * 2048, powers = s.powers + (tid / 32) * 128;
+      if constexpr (kCounted<T>) {
+        c.template scale_queries<0>(powers);
+        c.template scale_queries<1>(powers);
+      }
+
       float t0[32], t1[32];
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
+        c.units[m].start();
         c.l[m][0] = c.l[m][1] = 0.f;
 #pragma unroll
         for (int i = 0; i < 32; ++i) c.o[m][i] = 0.f;
@@ -330,13 +350,12 @@ __global__ void __launch_bounds__(384, 1)
             c.norm_phase(t);
           }
         }
-        scale_rows(c.o[0], c.l[0], u.state_factor, u.state_factor);
-        scale_rows(c.o[1], c.l[1], u.state_factor, u.state_factor);
+        begin_rows(c.o[0], c.l[0], c.units[0], u.state_factor, u.norm_factor);
+        begin_rows(c.o[1], c.l[1], c.units[1], u.state_factor, u.norm_factor);
       }
       c.attention_phase(u.row / kKeys, u.blocks, m0, m1, t0, t1);
-      const uint32_t staging = s.staging + (tid / 32) * 2048;
-      c.template epilogue<0>(a, u, m0, staging);
-      c.template epilogue<1>(a, u, m1, staging);
+      c.template epilogue<0>(a, u, m0, staging, powers);
+      c.template epilogue<1>(a, u, m1, staging, powers);
     }
   }
 }
@@ -349,21 +368,24 @@ cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   return launch_early(output64_kernel<T, kDegree>, sms, 384, kSmem, stream, a, maps);
 }
+template <typename T>
+cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
+  switch (a.p.degree) {
+    case 1:
+      return launch<T, 1>(a, sms, stream);
+    case 2:
+      return launch<T, 2>(a, sms, stream);
+    case 4:
+      return launch<T, 4>(a, sms, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
 
 }  // namespace
 
 cudaError_t output64(const OutputArgs &a, int sms, cudaStream_t stream) {
-  using B = __nv_bfloat16;
-  switch (a.p.degree) {
-    case 1:
-      return launch<B, 1>(a, sms, stream);
-    case 2:
-      return launch<B, 2>(a, sms, stream);
-    case 4:
-      return launch<B, 4>(a, sms, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return a.p.half ? launch<__half>(a, sms, stream) : launch<__nv_bfloat16>(a, sms, stream);
 }
 
 }  // namespace powerattn::cuda::sm90

@@ -33,20 +33,21 @@ struct OutputLayout {
   static constexpr int kNormStages = 4 * kDim * kDim / kStage;  // Z in two parts
   static constexpr bool kNormFirst = kDim == 128;
   // Shared memory, d = 64 (128): 1024 (alignment) + q 4 x 8 KB (16) + ring 8 x 16 KB (4 x 32) + y staging 8
-  // warps x 2 KB + ring meta 8 (4) x 768 + barriers and unit: 181 KB (213) of 227 KB.
+  // warps x 2 KB + powers of rows 8 x 128 + ring meta 8 (4) x 768 + barriers and unit: 182 KB (214) of 227 KB.
   static constexpr int kSmem =
-      1024 + kRowTiles * kTile + kStages * kStage + kConsumerWarps * 2048 + kStages * kMetaBytes + 512;
+      1024 + kRowTiles * kTile + kStages * kStage + kConsumerWarps * (2048 + 128) + kStages * kMetaBytes + 512;
 };
 
 template <int kDim>
 struct OutputSmem {
   using L = OutputLayout<kDim>;
-  uint32_t q, ring, staging, meta, full, empty, q_full, q_empty, unit;
+  uint32_t q, ring, staging, powers, meta, full, empty, q_full, q_empty, unit;
   __device__ explicit OutputSmem(uint32_t base) {
     q = (base + 1023) & ~1023u;
     ring = q + kRowTiles * L::kTile;
     staging = ring + L::kStages * L::kStage;
-    meta = staging + kConsumerWarps * 2048;
+    powers = staging + kConsumerWarps * 2048;  // float16: of each warp's 16 rows of its two row tiles
+    meta = powers + kConsumerWarps * 128;
     full = meta + L::kStages * kMetaBytes;
     empty = full + 8 * L::kStages;
     q_full = empty + 8 * L::kStages;
@@ -124,7 +125,11 @@ __device__ __forceinline__ void produce_output(const OutputArgs &a, const Output
           const double *gate =
               a.gate ? a.gate + token_row(p, next.batch, p.heads_kv, next.head_kv, next.token) : nullptr;
           next.gate = gate;
-          next.state_factor = gate ? exp2f(static_cast<float>(gate[next.row]) * kLog2e) : 1.f;
+          const float decay = gate ? exp2f(static_cast<float>(gate[next.row]) * kLog2e) : 1.f;
+          Units units;
+          if (kCounted<T> && next.states) units = a.units[next.state];
+          next.state_factor = decay * units.s;
+          next.norm_factor = decay * units.z;
         }
         break;
       }

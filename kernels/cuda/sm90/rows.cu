@@ -101,7 +101,9 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t rows(const RowsArgs &a, cudaStream_t stream) {
   const int64_t blocks = a.p.table.num_tiles * a.p.heads_q;
   if (blocks == 0) return cudaSuccess;
-  const auto kernel = a.p.head_dim == 64 ? rows_kernel<__nv_bfloat16, 8> : rows_kernel<__nv_bfloat16, 16>;
+  const auto kernel = a.p.half ? (a.p.head_dim == 64 ? rows_kernel<__half, 8> : rows_kernel<__half, 16>)
+                      : a.p.head_dim == 64 ? rows_kernel<__nv_bfloat16, 8>
+                                           : rows_kernel<__nv_bfloat16, 16>;
   return launch_early(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, a);
 }
 
@@ -135,7 +137,9 @@ cudaError_t begin(const BeginArgs &a, cudaStream_t stream) {
     w.row_blocks = static_cast<uint32_t>(table.num_tiles * a.p.heads_q);
   }
   const int64_t blocks = w.row_blocks + w.gate_blocks + (entries + kThreads - 1) / kThreads;
-  const auto kernel = a.p.head_dim == 64 ? begin_kernel<__nv_bfloat16, 8> : begin_kernel<__nv_bfloat16, 16>;
+  const auto kernel = a.p.half ? (a.p.head_dim == 64 ? begin_kernel<__half, 8> : begin_kernel<__half, 16>)
+                      : a.p.head_dim == 64 ? begin_kernel<__nv_bfloat16, 8>
+                                           : begin_kernel<__nv_bfloat16, 16>;
   return launch_early(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, rows, w);
 }
 

@@ -6,6 +6,7 @@
 
 struct __half {
   uint16_t bits;
+  explicit inline operator float() const;
 };
 struct __half2 {
   alignas(4) __half x;
@@ -19,6 +20,7 @@ inline float __half2float(__half x) {
   if (exponent == 0) return (sign ? -1.f : 1.f) * float(fraction) * 0x1p-24f;
   return __uint_as_float(sign | (exponent + 112) << 23 | fraction << 13);
 }
+inline __half::operator float() const { return __half2float(*this); }
 namespace emulation {
 inline __half to_half(double x) {  // to nearest, ties to even
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;

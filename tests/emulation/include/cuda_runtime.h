@@ -103,6 +103,12 @@ T atomicAdd(T *p, T x) {
   return before;
 }
 template <class T>
+T atomicMax(T *p, T x) {
+  const T before = *p;
+  if (x > before) *p = x;
+  return before;
+}
+template <class T>
 T __ldg(const T *p) {
   return *p;
 }
