@@ -80,6 +80,16 @@ cudaError_t with_dtype(Dtype dtype, F f) {
   }
 }
 
+// Over the four lanes that share the rows of a fragment.
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
 template <class T>
 __device__ inline T warp_sum(T x) {
 #pragma unroll

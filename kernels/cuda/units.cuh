@@ -2,11 +2,24 @@
 // Powers of two that keep float16 in its range.
 #pragma once
 
-#include <cstdint>
+#include <cuda_fp16.h>
 
-#include "kernels/cuda/units.h"
+#include <cstdint>
+#include <type_traits>
 
 namespace powerattn::cuda {
+
+template <typename T>
+inline constexpr bool kCounted = std::is_same_v<T, __half>;
+
+// The largest magnitude of `most` and two (eight) float16 numbers, as its 15 bits, which have the order of the
+// numbers.
+__device__ __forceinline__ uint32_t most_bits(uint32_t most, uint32_t v) {
+  return max(most, max(v & 0x7fffu, v >> 16 & 0x7fffu));
+}
+__device__ __forceinline__ uint32_t most_bits(uint32_t most, uint4 v) {
+  return most_bits(most_bits(most_bits(most_bits(most, v.x), v.y), v.z), v.w);
+}
 
 // 1 / p of a power of two in 2^-126 .. 2^126.
 __device__ __forceinline__ float inverse_power(float p) {

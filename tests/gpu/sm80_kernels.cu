@@ -312,9 +312,9 @@ struct Run {
   Device<float> s0, z0, sT, zT, dsT, dzT, ds0, dz0;
   Device<uint16_t> S, dS, Zt, dZt;
   Device<float> Zl, end;
-  Device<powerattn::cuda::Range> ranges;  // float16: of the direction that ran last
-  Device<powerattn::cuda::Units> units, dunits;
-  Device<powerattn::cuda::Bounds> peaks;
+  Device<k80::Range> ranges;  // float16: of the direction that ran last
+  Device<k80::Units> units, dunits;
+  Device<k80::Bounds> peaks;
   Device<char> tables;
   Device<int64_t> cu;
   int64_t slots = 0;

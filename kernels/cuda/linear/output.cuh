@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = 16 * strip + 8 * h + lane / 4;
-        const float norm = sm80::quad_sum(l[h]) + a.eps;
+        const float norm = quad_sum(l[h]) + a.eps;
         if (half == 0 && quad == 0 && row < valid)
           *row_pointer<float>(a.row_norm, batch, chunk.start + token + row, head_x) = norm;
       }
@@ -357,7 +357,7 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
           for (int i = 0; i < 4; ++i)
             dot += o[4 * m + i][2 * h] * Pair<T>::lo(v[i]) + o[4 * m + i][2 * h + 1] * Pair<T>::hi(v[i]);
         }
-        dot = sm80::quad_sum(dot);
+        dot = quad_sum(dot);
         if (quad == 0 && row < valid) a.dot[half * a.dot_plane + rows0 + row] = dot;
       }
     }

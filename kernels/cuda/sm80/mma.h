@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../fragment.h"
+#include "kernels/cuda/numeric.cuh"
 #include "kernels/cuda/ptx/sm80.cuh"
 
 namespace powerattn {
@@ -47,12 +48,6 @@ struct SharedTile {
     ldmatrix4_trans(r, at(row + (lane & 15), piece + (lane >> 4)));
   }
 };
-
-__device__ __forceinline__ float quad_sum(float v) {
-  v += __shfl_xor_sync(0xffffffffu, v, 1);
-  v += __shfl_xor_sync(0xffffffffu, v, 2);
-  return v;
-}
 
 }  // namespace sm80
 }  // namespace cuda

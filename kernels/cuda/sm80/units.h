@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "args.h"
 #include "kernels/cuda/units.cuh"
@@ -14,18 +13,6 @@
 namespace powerattn {
 namespace cuda {
 namespace sm80 {
-
-template <typename T>
-inline constexpr bool kCounted = std::is_same<T, __half>::value;
-
-// The largest magnitude of eight float16 numbers and `most`, as its 15 bits, which have the order of the
-// numbers.
-__device__ __forceinline__ uint32_t most_bits(uint32_t most, uint4 v) {
-  const uint32_t w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) most = max(most, max(w[i] & 0x7fffu, (w[i] >> 16) & 0x7fffu));
-  return most;
-}
 
 // The units of a slot from bounds on S and Z. The gradient kernels add up Z x and S u in the unit of S, which
 // must not be too small for Z.
@@ -40,10 +27,6 @@ __device__ __forceinline__ Units units_of(float bound_s, float bound_z) {
 // of it, it becomes 2^-10 of the largest of that step: room to grow by 16 before the next change, and weights
 // down to 2^-24 of the largest keep all their bits.
 constexpr float kLeastTop = 0x1p-100f;
-__device__ __forceinline__ float quad_max(float v) {
-  v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
-  return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
-}
 // By a vote of the warp first, since changes are rare. `most`: this lane's largest weights of each row. `scale`
 // multiplies what was summed of row (m, h) by old / new.
 template <int kM, typename Scale>

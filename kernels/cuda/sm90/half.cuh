@@ -5,21 +5,11 @@
 #pragma once
 
 #include "device.cuh"
+#include "kernels/cuda/numeric.cuh"
 #include "kernels/cuda/units.cuh"
 
 namespace powerattn::cuda::sm90 {
 
-template <typename T>
-inline constexpr bool kCounted = std::is_same_v<T, __half>;
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
 // 2^(n - k) for 2^k <= x < 2^(k + 1); x = 0 counts as 2^-127.
 __device__ __forceinline__ float power_over(int n, float x) {
   const int field = n + 254 - static_cast<int>(__float_as_uint(x) >> 23);
@@ -39,14 +29,8 @@ __device__ __forceinline__ void scale_rows(float (&o)[kN], float (&l)[2], float 
   l[1] *= f1;
 }
 
-// ---- Rows whose features are operands
-// ---------------------------------------------------------------------------
+// ---- Rows of q --------------------------------------------------------------------------------------------
 
-// The larger of `most` and the magnitudes of two float16 numbers, as 15 bits, which have the order of the
-// numbers.
-__device__ __forceinline__ uint32_t most_bits(uint32_t most, uint32_t v) {
-  return max(most, max(v & 0x7fffu, v >> 16 & 0x7fffu));
-}
 // The power of two, twice in float16, that brings the largest element of a row to 2^6 .. 2^7, so that products
 // of two stay below 2^14 and small elements keep their digits. Not more than 2^15: for elements below 2^-9.
 __device__ __forceinline__ uint32_t row_power(uint32_t most) {
@@ -79,8 +63,7 @@ __device__ __forceinline__ float weight_power(uint32_t at) {
   return power<kDegree>(value_of(static_cast<uint32_t>(load_i1(at))));
 }
 
-// ---- Weights of rows
-// --------------------------------------------------------------------------------------------
+// ---- Weights of rows --------------------------------------------------------------------------------------
 
 // What the weights of a lane's rows g and g + 8 are counted in: they and their sums are `unit` times what they
 // stand for. A row starts with the largest unit. A block whose weights would pass 2^15 lowers it until they are
@@ -125,8 +108,7 @@ struct RowUnits<__half> {
   }
 };
 
-// ---- Weights of the backward
-// ------------------------------------------------------------------------------------
+// ---- Weights of the backward ------------------------------------------------------------------------------
 
 // Powers of two that weights w_ij = c gamma_ij r_i s_ij^p and their gradients e_ij = w_ij (m_ij - delta_i) /
 // s_ij are multiplied by, from the four limits of a sequence and key head. Normalised, w_ij <= 1, and so

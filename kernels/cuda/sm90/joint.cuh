@@ -153,6 +153,13 @@ __device__ __forceinline__ float of_key(uint32_t unit, uint32_t offset, int key)
   return load_f1(unit + offset + static_cast<uint32_t>(key) * 4);
 }
 
+// float16: such a number that the unit has once; else 1.
+template <typename T>
+__device__ __forceinline__ float power_of(uint32_t unit, uint32_t offset) {
+  if constexpr (!kCounted<T>) return 1.f;
+  return load_f1(unit + offset);
+}
+
 // k . dk of this lane's two of the warp's 16 rows, from `local` of the unit on, for the gate gradient. `keys`:
 // the warpgroup's 64 rows of k.
 template <typename T, int kDim>

@@ -33,14 +33,11 @@ struct Consumer {
   __device__ __forceinline__ int row() const {
     return group * 64 + warp() * 16;
   }  // this warp's first, of the unit
-  __device__ __forceinline__ float of_key(uint32_t offset, int h) const {
-    return joint::of_key(s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit)), offset,
-                         row() + lane() / 4 + 8 * h);
+  __device__ __forceinline__ uint32_t unit_at() const {
+    return s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit));
   }
-  // float16: a field of the unit that undoes or sets its powers of two; else 1.
-  __device__ __forceinline__ float power_of(uint32_t offset) const {
-    if constexpr (!kCounted<T>) return 1.f;
-    return joint::of_key(s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit)), offset, 0);
+  __device__ __forceinline__ float of_key(uint32_t offset, int h) const {
+    return joint::of_key(unit_at(), offset, row() + lane() / 4 + 8 * h);
   }
 
   // Where 16 of the 128 columns of a tile of rows begin.
@@ -101,7 +98,7 @@ struct Consumer {
     const uint32_t of = kDiagonal ? offsetof(Unit, key_gate) : offsetof(Unit, key_factor);
     const float keys[2] = {of_key(of, 0), of_key(of, 1)};
     weigh<T, kDegree, kDiagonal>(t, m, s.meta + turn % kStages * kQueryMeta, row() + lane() / 4, query,
-                                 (lane() & 3) * 2, keys, power_of(offsetof(Unit, ratio)));
+                                 (lane() & 3) * 2, keys, power_of<T>(unit_at(), offsetof(Unit, ratio)));
     pack_gradient<T, true>(t, m, e, w);
     add();
     // dq two steps ago (the first time: of the step before, finish()) has read what lay here.
@@ -132,8 +129,8 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void epilogue(const JointArgs &a, const volatile Unit &u) {
-    const float lift = power_of(offsetof(Unit, lift)),
-                factor = static_cast<float>(kDegree) / (lift * power_of(offsetof(Unit, ratio)));
+    const float lift = power_of<T>(unit_at(), offsetof(Unit, lift)),
+                factor = static_cast<float>(kDegree) / (lift * power_of<T>(unit_at(), offsetof(Unit, ratio)));
     if (a.dot) store_dots<T, 128>(a, u, dk, factor, s.keys + group * kTile, row(), warp(), lane());
     arrive(s.keys_empty);
     barrier_wait(s.sums_empty + 8 * group, (turn & 1) ^ 1);  // this warp's part serves as staging

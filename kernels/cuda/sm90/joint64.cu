@@ -47,14 +47,11 @@ struct Consumer {
   __device__ __forceinline__ int row() const {
     return group * 64 + warp * 16;
   }  // this warp's first, of the unit
-  __device__ __forceinline__ float of_key(uint32_t offset, int h) const {
-    return joint::of_key(s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit)), offset,
-                         row() + lane / 4 + 8 * h);
+  __device__ __forceinline__ uint32_t unit_at() const {
+    return s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit));
   }
-  // float16: a field of the unit that undoes or sets its powers of two; else 1.
-  __device__ __forceinline__ float power_of(uint32_t offset) const {
-    if constexpr (!kCounted<T>) return 1.f;
-    return joint::of_key(s.unit + unit % kUnits * static_cast<uint32_t>(sizeof(Unit)), offset, 0);
+  __device__ __forceinline__ float of_key(uint32_t offset, int h) const {
+    return joint::of_key(unit_at(), offset, row() + lane / 4 + 8 * h);
   }
 
   // s = k q^T, m = v dy^T (all without fence and commit)
@@ -102,7 +99,7 @@ struct Consumer {
     const uint32_t of = kDiagonal ? offsetof(Unit, key_gate) : offsetof(Unit, key_factor);
     const float keys[2] = {of_key(of, 0), of_key(of, 1)};
     joint::weigh<T, kDegree, kDiagonal>(t, m, meta(turn), row() + lane / 4, query, (lane & 3) * 2, keys,
-                                        power_of(offsetof(Unit, ratio)));
+                                        power_of<T>(unit_at(), offsetof(Unit, ratio)));
   }
 
   // 128 queries. Nothing is in flight across its ends (the compiler would serialise). What the last half left
@@ -182,8 +179,8 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void epilogue(const JointArgs &a, const volatile Unit &u) {
-    const float lift = power_of(offsetof(Unit, lift)),
-                factor = static_cast<float>(kDegree) / (lift * power_of(offsetof(Unit, ratio)));
+    const float lift = power_of<T>(unit_at(), offsetof(Unit, lift)),
+                factor = static_cast<float>(kDegree) / (lift * power_of<T>(unit_at(), offsetof(Unit, ratio)));
     if (a.dot) store_dots<T, 64>(a, u, dk, factor, keys(unit) + group * kTile, row(), warp, lane);
     barrier_wait(s.sums_empty + 8 * group, pair_phase() ^ 1);  // this warp's part serves as staging
     store_gradient<T, true, 64>(dk, factor, s.sums + group * kPart + warp * 4096, a.dk, u, row(),

@@ -13,7 +13,6 @@
 #include <cstdint>
 
 #include "kernels/cuda/chunks.h"
-#include "kernels/cuda/units.h"
 
 namespace powerattn::cuda::sm90 {
 
@@ -64,8 +63,7 @@ struct UpdateArgs {
   int32_t exact = 0;  // weight_t a_t in two parts: states that leave the call
   void *state = nullptr;
   float *norm = nullptr;
-  const Range *ranges = nullptr;  // float16: of a, b and the weights
-  int32_t *ticket = nullptr;      // 4, zero on entry
+  int32_t *ticket = nullptr;  // 4, zero on entry
 };
 cudaError_t update64(const UpdateArgs &args, int sms, cudaStream_t stream);
 cudaError_t update128(const UpdateArgs &args, int sms, cudaStream_t stream);  // degree 2; Z is always exact
@@ -102,7 +100,6 @@ struct OutputArgs {
   const double *gate = nullptr;  // [b, heads_kv, t]: inclusive sums inside the chunk; null: no gates
   const void *state = nullptr;   // null: attention form
   const void *norm = nullptr;    // Z before each chunk; null: row sums without the state's part
-  const Units *units = nullptr;  // float16: of both
   int32_t first_has_state = 0;   // the first chunk of a sequence starts from a state
   int32_t *ticket = nullptr;     // zero on entry
 };

@@ -18,8 +18,7 @@ struct UnitMeta {                     // what the producer tells the consumers a
   int32_t head, row, length, blocks;  // blocks: 64-key blocks to read; head < 0: no more units
   int32_t states, batch;              // states: the chunk starts from a state
   int64_t token;
-  float state_factor;  // exp(G_row0): decay of the state at the tile's first row; times the unit of S
-  float norm_factor;   // the same, times the unit of Z
+  float state_factor;  // exp(G_row0): decay of the state at the tile's first row
   // For the producers themselves, which read what they need at every stage instead of keeping it in registers:
   // blocks that tensor maps can load, the chunk's gate sums, and which state it starts from.
   int32_t mapped, head_kv;
@@ -126,20 +125,6 @@ __device__ __forceinline__ void decay_rows(float (&o)[kN], float (&l)[2], RowUni
                                            float f1) {
   const float g0 = units.raise(0, l[0], f0), g1 = units.raise(1, l[1], f1);
   scale_rows(o, l, g0, g1);
-}
-// What the state gave, with which a row begins: O = f_s phi(q) S, l = f_z q^T Z q.
-template <typename T, int kN>
-__device__ __forceinline__ void begin_rows(float (&o)[kN], float (&l)[2], RowUnits<T> &units, float f_s,
-                                           float f_z) {
-  float g[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    l[h] *= f_z;
-    g[h] = units.raise(h, l[h], 1.f);
-    l[h] *= g[h];
-  }
-#pragma unroll
-  for (int i = 0; i < kN; ++i) o[i] *= f_s * g[i / 2 & 1];
 }
 
 // Writes 16 rows x 64 columns held as 32 accumulators (already final) through 2 KB of this warp's shared

@@ -18,7 +18,7 @@ struct Consumer {
   const Smem &s;
   // Turns of the ring (4 stages), and the parity of the unit in the top bit: one register.
   uint32_t turn = 0;
-  // float16 has the attention form only: beside the products of a state, its units do not fit.
+  // float16 has the attention form only: beside the products of a state, the powers of its rows do not fit.
   static constexpr bool kStates = kDegree == 2 && !kCounted<T>;
   float o[2][64];
   float l[2][2];
@@ -54,7 +54,7 @@ struct Consumer {
       const int row = warp() * 16 + i;
       const uint32_t at = q(m) + (piece >> 3) * kHalf + row * 128 + (((piece & 7) ^ (row & 7)) << 4);
       const uint4 v = load_u4(at);
-      uint32_t most = most_bits(most_bits(most_bits(most_bits(0, v.x), v.y), v.z), v.w);
+      uint32_t most = most_bits(0, v);
 #pragma unroll
       for (int other = 1; other < 16; other *= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, other));
       const uint32_t power = row_power(most);
@@ -336,8 +336,8 @@ __global__ void __launch_bounds__(384, 1)
       if constexpr (c.kStates) {
         if (u.states) {
           c.state_phase_2();
-          begin_rows(c.o[0], c.l[0], c.units[0], u.state_factor, u.norm_factor);
-          begin_rows(c.o[1], c.l[1], c.units[1], u.state_factor, u.norm_factor);
+          scale_rows(c.o[0], c.l[0], u.state_factor, u.state_factor);
+          scale_rows(c.o[1], c.l[1], u.state_factor, u.state_factor);
         }
       }
       c.attention_phase(u);

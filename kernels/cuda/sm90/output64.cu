@@ -45,6 +45,7 @@ struct Consumer {
   Ring<kStages> ring;
   float o[2][32];
   float l[2][2];
+  static constexpr bool kStates = !kCounted<T>;  // float16 has the attention form only
   RowUnits<T> units[2];
   uint32_t q[2][4][4];
 
@@ -340,18 +341,20 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll
         for (int i = 0; i < 32; ++i) c.o[m][i] = 0.f;
       }
-      if (u.states) {
-        if constexpr (kDegree == 1) {
-          c.state_phase_1();
-        } else if constexpr (kDegree == 2) {
-          c.state_phase_2();
-          if (a.norm) {
-            float t[2][32];
-            c.norm_phase(t);
+      if constexpr (c.kStates) {
+        if (u.states) {
+          if constexpr (kDegree == 1) {
+            c.state_phase_1();
+          } else if constexpr (kDegree == 2) {
+            c.state_phase_2();
+            if (a.norm) {
+              float t[2][32];
+              c.norm_phase(t);
+            }
           }
+          scale_rows(c.o[0], c.l[0], u.state_factor, u.state_factor);
+          scale_rows(c.o[1], c.l[1], u.state_factor, u.state_factor);
         }
-        begin_rows(c.o[0], c.l[0], c.units[0], u.state_factor, u.norm_factor);
-        begin_rows(c.o[1], c.l[1], c.units[1], u.state_factor, u.norm_factor);
       }
       c.attention_phase(u.row / kKeys, u.blocks, m0, m1, t0, t1);
       c.template epilogue<0>(a, u, m0, staging, powers);
@@ -385,6 +388,7 @@ cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t output64(const OutputArgs &a, int sms, cudaStream_t stream) {
+  if (a.state != nullptr && a.p.half) return cudaErrorInvalidValue;
   return a.p.half ? launch<__half>(a, sms, stream) : launch<__nv_bfloat16>(a, sms, stream);
 }
 

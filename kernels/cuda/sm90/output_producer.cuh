@@ -125,11 +125,7 @@ __device__ __forceinline__ void produce_output(const OutputArgs &a, const Output
           const double *gate =
               a.gate ? a.gate + token_row(p, next.batch, p.heads_kv, next.head_kv, next.token) : nullptr;
           next.gate = gate;
-          const float decay = gate ? exp2f(static_cast<float>(gate[next.row]) * kLog2e) : 1.f;
-          Units units;
-          if (kCounted<T> && next.states) units = a.units[next.state];
-          next.state_factor = decay * units.s;
-          next.norm_factor = decay * units.z;
+          next.state_factor = gate ? exp2f(static_cast<float>(gate[next.row]) * kLog2e) : 1.f;
         }
         break;
       }
