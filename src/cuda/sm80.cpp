@@ -132,7 +132,7 @@ bool with_units(const Problem &p) { return p.dtype == Dtype::kFloat16; }
 // The states that a backward needs again: what `saved` holds.
 struct States {
   uint16_t *tiles = nullptr, *z = nullptr;
-  k80::Units *units = nullptr;
+  cuda::Units *units = nullptr;
 };
 States carve_states(const Problem &p, const Tiling &t, Carver *c) {
   States s;
@@ -141,7 +141,7 @@ States carve_states(const Problem &p, const Tiling &t, Carver *c) {
   const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
   s.tiles = c->take<uint16_t>(slots * cuda::slot_elements(p.degree, d, d));
   if (with_z(p)) s.z = c->take<uint16_t>(slots * 2 * d * d);
-  if (with_units(p)) s.units = c->take<k80::Units>(slots);
+  if (with_units(p)) s.units = c->take<cuda::Units>(slots);
   return s;
 }
 
@@ -150,8 +150,8 @@ struct Common {
   float *g = nullptr;
   float *z_local = nullptr;
   float *end_local = nullptr;  // the last sum of each sequence
-  k80::Range *ranges = nullptr;
-  k80::Bounds *peaks = nullptr;
+  cuda::Range *ranges = nullptr;
+  cuda::Bounds *peaks = nullptr;
   uint16_t *q = nullptr, *k = nullptr;  // rotated, [b, heads, t, head_dim]
 };
 Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
@@ -165,8 +165,8 @@ Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
     m.end_local = c->take<float>(p.sequences * p.heads_kv * cuda::slot_elements(p.degree, d, d));
   }
   if (chunked(t) && with_units(p)) {
-    m.ranges = c->take<k80::Range>(cuda::chunk_bound(p, t.chunk) * p.heads_kv);
-    if (p.use_state) m.peaks = c->take<k80::Bounds>(p.sequences * p.heads_kv * k80::kPeaks);
+    m.ranges = c->take<cuda::Range>(cuda::chunk_bound(p, t.chunk) * p.heads_kv);
+    if (p.use_state) m.peaks = c->take<cuda::Bounds>(p.sequences * p.heads_kv * k80::kPeaks);
   }
   if (with_rope(p)) {
     m.q = c->take<uint16_t>(p.batch * p.heads_q * p.seq_len * p.head_dim);
@@ -198,7 +198,7 @@ struct Gradients {
   float *k_state_dot = nullptr, *boundary = nullptr;
   float *d_q = nullptr, *d_k = nullptr;  // of the rotated q, k
   uint16_t *tiles = nullptr, *z = nullptr;
-  k80::Units *units = nullptr;
+  cuda::Units *units = nullptr;
 };
 Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
   Gradients g;
@@ -221,7 +221,7 @@ Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
     g.k_state_dot = c->take<float>(rows_kv);
     g.tiles = c->take<uint16_t>(slots * cuda::slot_elements(p.degree, d, d));
     if (with_z(p)) g.z = c->take<uint16_t>(slots * 2 * d * d);
-    if (with_units(p)) g.units = c->take<k80::Units>(slots);
+    if (with_units(p)) g.units = c->take<cuda::Units>(slots);
   }
   return g;
 }
@@ -330,7 +330,7 @@ struct Call {
   }
 
   // What the weighed sums of u need in float16.
-  const k80::Range *ranges(const k80::UpdateArgs &u, const float *delta) {
+  const cuda::Range *ranges(const k80::UpdateArgs &u, const float *delta) {
     if (!with_units(p)) return nullptr;
     k80::RangeArgs a;
     a.shape = shape;

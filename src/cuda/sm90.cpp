@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// "cuda.sm90": bfloat16, and the attention form in float16, on Hopper's warpgroup products (wgmma), for compute
-// capability 9.0. This file decides what runs, how it is tiled and where its memory lies; kernels/cuda/sm90
-// computes, and the scan over chunks and the gradient of the gates come from kernels/cuda/sm80, whose states
+// "cuda.sm90": bfloat16 and float16 on Hopper's warpgroup products (wgmma), for compute capability 9.0. This
+// file decides what runs, how it is tiled and where its memory lies; kernels/cuda/sm90 computes, and the scan
+// over chunks, the ranges of float16 and the gradient of the gates come from kernels/cuda/sm80, whose states
 // lie the same way.
 #include <cuda_runtime_api.h>
 
@@ -39,7 +39,7 @@ struct Features {
   bool states;  // initial and final states and their gradients: exact update weights, corrected delta
   bool d128;    // head_dim = value_dim = 128
   bool rope;    // rotary embedding: through the prepare pass
-  bool half;    // float16: the attention form
+  bool half;    // float16
 };
 constexpr Features kMeasured = {/*states=*/true, /*d128=*/true, /*rope=*/true, /*half=*/true};
 constexpr Features kWritten = {/*states=*/true, /*d128=*/true, /*rope=*/true, /*half=*/true};
@@ -137,8 +137,9 @@ bool choose(const Features &features, Op op, const Problem &p, const Pins &pins,
   if (op == Op::kStep || op == Op::kSummary) return no("forward and backward only");
   const bool half = p.dtype == Dtype::kFloat16;
   if (!half && p.dtype != Dtype::kBfloat16) return no("bfloat16 and float16 only");
-  if (half && op == Op::kBackward && (p.degree == 1 || !in_one_pass(p, false)))
-    return no("float16: the backward of degrees 2 and 4 in one pass only, up to 24 MB of dq for a key head");
+  if (half && op == Op::kBackward && (p.degree == 1 || (p.degree == 4 && !in_one_pass(p, false))))
+    return no(
+        "float16: the backward of degree 2, and of degree 4 in one pass (up to 24 MB of dq for a key head)");
   if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128))
     return no("head_dim = value_dim of 64 or 128 only");
   if (p.degree != 1 && p.degree != 2 && p.degree != 4) return no("degrees 1, 2 and 4 only");
@@ -148,8 +149,7 @@ bool choose(const Features &features, Op op, const Problem &p, const Pins &pins,
   if (device == nullptr || device->major != 9 || device->minor != 0)
     return no("needs a device of compute capability 9.0 (its instructions exist nowhere else)");
   if (device->sm_count < 3) return no("needs three multiprocessors");
-  const char *no_chunks = half            ? "float16: attention form only"
-                          : p.degree == 2 ? nullptr
+  const char *no_chunks = p.degree == 2 ? nullptr
                           : p.degree == 1
                               ? "no chunked form of degree 1: its row norms would miss the part of the state"
                               : "chunked form for degree 2 only";
@@ -166,10 +166,7 @@ bool choose(const Features &features, Op op, const Problem &p, const Pins &pins,
   bool chunked = p.use_state || pinned;
   if (!chunked && p.degree == 2 && pins.form != POWERATTN_FORM_ATTENTION && p.max_seq_len > chunk) {
     const Cost c = cost(p, chunk, sms);
-    // What has no chunks here has them in cuda.sm80, which takes twice as long (docs/performance-log.md).
-    const double times = no_chunks ? 2 : 1;
-    chunked = times * (c.forward + c.backward) < attention.forward + attention.backward;
-    if (chunked && no_chunks) return no(no_chunks);
+    chunked = c.forward + c.backward < attention.forward + attention.backward;
   }
   // A degree whose chunked form runs elsewhere is only taken here where the attention form wins.
   if (p.degree == 1 && pins.form == POWERATTN_FORM_AUTO && p.max_seq_len > 1024) return no(no_chunks);
@@ -199,10 +196,12 @@ int64_t chunk_of(const Problem &p, const Tiling &t) {
 }
 // Z is needed for the row sums, which row_norm reports even when outputs are not normalised.
 bool with_z(const Problem &p) { return p.degree == 2; }
+bool with_units(const Problem &p) { return p.dtype == Dtype::kFloat16; }
 
 // The states that a backward needs again: what `saved` holds.
 struct States {
   uint16_t *tiles = nullptr, *z = nullptr;
+  cuda::Units *units = nullptr;  // float16
 };
 States carve_states(const Problem &p, const Tiling &t, Carver *c) {
   States s;
@@ -211,12 +210,15 @@ States carve_states(const Problem &p, const Tiling &t, Carver *c) {
   const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
   s.tiles = c->take<uint16_t>(slots * cuda::slot_elements(p.degree, d, d));
   if (with_z(p)) s.z = c->take<uint16_t>(slots * 2 * d * d);
+  if (with_units(p)) s.units = c->take<cuda::Units>(slots);
   return s;
 }
 
-// float16, backward: four numbers for each sequence and key head, zero on entry as the tickets before them are.
-int64_t limits_of(const Problem &p) { return p.dtype == Dtype::kFloat16 ? 4 * p.sequences * p.heads_kv : 0; }
-int64_t counters_of(const Problem &p) { return kTickets * kTicketLaunches + limits_of(p); }
+// float16, backward: four numbers for each chunk and key head, zero on entry as the tickets before them are.
+int64_t limits_of(const Problem &p, const Tiling &t) {
+  return with_units(p) ? 4 * cuda::chunk_bound(p, chunk_of(p, t)) * p.heads_kv : 0;
+}
+int64_t counters_of(const Problem &p, const Tiling &t) { return kTickets * kTicketLaunches + limits_of(p, t); }
 
 struct Common {
   void *tables = nullptr;
@@ -225,13 +227,15 @@ struct Common {
   float *g = nullptr, *weight = nullptr, *decay = nullptr;
   float *z_local = nullptr;
   float *end_local = nullptr;           // the last sum of each sequence, with states
+  cuda::Range *ranges = nullptr;        // float16
+  cuda::Bounds *peaks = nullptr;        // the same, with states
   uint16_t *q = nullptr, *k = nullptr;  // rotated, [b, heads, t, head_dim]
 };
 Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
   Common m;
   const int64_t rows = p.batch * p.heads_kv * p.seq_len;
   m.tables = c->take<char>(static_cast<int64_t>(cuda::chunk_table_bytes(p, chunk_of(p, t), k90::kOutputRows)));
-  m.tickets = c->take<int32_t>(counters_of(p));
+  m.tickets = c->take<int32_t>(counters_of(p, t));
   m.gate = c->take<double>(rows);
   if (chunked(t)) {
     const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
@@ -239,6 +243,10 @@ Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
     m.weight = c->take<float>(rows);
     m.decay = c->take<float>(slots);
     if (with_z(p)) m.z_local = c->take<float>(slots * p.head_dim * p.head_dim);
+    if (with_units(p)) {
+      m.ranges = c->take<cuda::Range>(slots);
+      if (p.use_state) m.peaks = c->take<cuda::Bounds>(p.sequences * p.heads_kv * k80::kPeaks);
+    }
     if (p.use_state) {
       const int d = static_cast<int>(p.head_dim);
       m.end_local = c->take<float>(p.sequences * p.heads_kv * cuda::slot_elements(p.degree, d, d));
@@ -259,6 +267,7 @@ struct Gradients {
   float *sums = nullptr;                 // of dq, in one pass with dk and dv
   int32_t *turns = nullptr;
   uint16_t *tiles = nullptr, *z = nullptr;
+  cuda::Units *units = nullptr;  // float16
 };
 int64_t tiles_of(const Problem &p, const Tiling &t) {
   return cuda::tile_bound(p, chunk_of(p, t), k90::kOutputRows);
@@ -288,6 +297,7 @@ Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
     if (p.use_state) g.k_state_dot = c->take<float>(rows_kv);
     g.tiles = c->take<uint16_t>(slots * cuda::slot_elements(p.degree, d, d));
     if (with_z(p)) g.z = c->take<uint16_t>(slots * 2 * d * d);
+    if (with_units(p)) g.units = c->take<cuda::Units>(slots);
   }
   return g;
 }
@@ -329,6 +339,7 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
                         "registers); 190 KB\n");
   if (chunked(t)) {
     const int d = static_cast<int>(p.head_dim);
+    const char *const name = with_units(p) ? "float16" : "bfloat16";
     if (p.degree == 2)
       text->append(wide ? "    update: 6 of the 136 state tiles per unit (3 accumulators of 64 registers per "
                           "warpgroup), 64 tokens a\n"
@@ -339,11 +350,10 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
                           "      chunk, 64 tokens a stage; 6 stages x 24 KB (k, v, weighted scalars of k; with "
                           "states 5 x 32 KB)\n"
                           "      + 32 KB = 179 KB\n");
-    std::snprintf(
-        line, sizeof(line),
-        "  states: %d tiles of 64 x %d bfloat16 per chunk and head, %" PRId64
-        " chunks; sums in float32, kept as bfloat16, scan in float32; row sums through Z in two parts\n",
-        cuda::tile_count(p.degree, d), d, cuda::chunk_bound(p, t.chunk));
+    std::snprintf(line, sizeof(line),
+                  "  states: %d tiles of 64 x %d %s per chunk and head, %" PRId64
+                  " chunks; sums in float32, kept as %s, scan in float32; row sums through Z in two parts\n",
+                  cuda::tile_count(p.degree, d), d, name, cuda::chunk_bound(p, t.chunk), name);
     text->append(line);
   }
   if (p.max_seq_len > 0 && p.degree <= 2) {
@@ -452,7 +462,7 @@ struct Call {
   // What every kernel after reads: tables, gate sums, zeros in tickets and turns, and `rows`, if any.
   void begin(const int64_t *cu_seqlens, const powerattn_tensor &log_g, const k90::RowsArgs *rows,
              int32_t *turns, int64_t turn_count) {
-    const int64_t ticket_count = counters_of(p);
+    const int64_t ticket_count = counters_of(p, t);
     const bool alone = rows != nullptr && (p.packed || rows->weight != nullptr);  // its weights need the gates
     if (!p.packed) {
       k90::BeginArgs a;
@@ -504,6 +514,24 @@ struct Call {
     if (x != nullptr) run([&] { return cuda::rotate_back(p, shape.table, x, out, heads, offset, stream); });
   }
 
+  // What the weighed sums of b need in float16.
+  const cuda::Range *ranges(const powerattn_tensor &x, const powerattn_tensor &u, bool reverse, const float *r,
+                            const float *delta) {
+    if (!with_units(p)) return nullptr;
+    k80::RangeArgs a;
+    a.shape = shape80;
+    a.reverse = reverse;
+    a.x = x;
+    a.u = u;
+    a.g = g();
+    a.r = r;
+    a.delta = delta;
+    if (reverse) a.scale = weight_scale();
+    a.out = common.ranges;
+    run([&] { return k80::ranges(a, stream); });
+    return common.ranges;
+  }
+
   // S and Z before every chunk, from keys and values.
   void states(const powerattn_tensor &k, const powerattn_tensor &v, const powerattn_state &initial,
               const powerattn_state &final, const States &s) {
@@ -521,10 +549,12 @@ struct Call {
       run([&] { return k90::key_weights({shape, gate, common.weight, common.decay}, stream); });
     }
     u.end = p.use_state && final.s != nullptr ? common.end_local : nullptr;
+    u.ranges = ranges(k, v, false, nullptr, nullptr);
     run([&] { return update(u, sms, stream); });
-    scan(s.tiles, s.z, initial, final, false);
+    scan(s.tiles, s.z, s.units, initial, final, false);
   }
-  void scan(void *tiles, void *z, const powerattn_state &first, const powerattn_state &last, bool reverse) {
+  void scan(void *tiles, void *z, cuda::Units *units, const powerattn_state &first, const powerattn_state &last,
+            bool reverse) {
     k80::ScanArgs a;
     a.shape = shape80;
     a.reverse = reverse;
@@ -535,6 +565,9 @@ struct Call {
     a.initial = first;
     a.final = last;
     a.end_local = p.use_state && last.s != nullptr ? common.end_local : nullptr;
+    a.ranges = common.ranges;
+    a.units = units;
+    a.peaks = common.peaks;
     run([&] { return k80::scan(a, stream); });
   }
 
@@ -568,6 +601,7 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   o.gate = call.gate;
   o.state = states.tiles;
   o.norm = states.z;
+  o.units = states.units;
   o.first_has_state = args.initial_state.s != nullptr;
   o.ticket = call.tickets();
   call.run([&] { return output(o, call.sms, call.stream); });
@@ -618,12 +652,22 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     u.ticket = call.tickets();
     u.reverse = 1;
     u.end = p.use_state && args.d_initial_state.s != nullptr ? call.common.end_local : nullptr;
+    u.ranges = call.ranges(tq, args.d_y, true, own.r, own.delta);
     call.run([&] { return update(u, call.sms, call.stream); });
-    call.scan(own.tiles, own.z, args.d_final_state, args.d_initial_state, true);
+    call.scan(own.tiles, own.z, own.units, args.d_final_state, args.d_initial_state, true);
   };
 
   // With states that leave the call dq comes first, since it corrects delta.
   const bool corrected = p.use_state && p.normalize;
+  const auto limits = [&]() -> const int32_t * {  // what float16 counts weights and their gradients in
+    if (!call.shape.half) return nullptr;
+    int32_t *const out = call.common.tickets + kTickets * kTicketLaunches;
+    call.run([&] {
+      return k90::limits({call.shape, view(tq), view(tk), view(args.v), rows.dy, own.r, own.delta, out},
+                         call.stream);
+    });
+    return out;
+  };
   const auto together = [&] {  // dq, dk and dv of the attention form
     k90::JointArgs j;
     j.p = call.shape;
@@ -640,13 +684,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     j.dq = own.sums;
     j.turns = own.turns;
     j.ticket = call.tickets();
-    if (call.shape.half) {
-      int32_t *const limits = call.common.tickets + kTickets * kTicketLaunches;
-      call.run([&] {
-        return k90::limits({call.shape, j.q, j.k, j.v, j.dy, own.r, own.delta, limits}, call.stream);
-      });
-      j.limits = limits;
-    }
+    j.limits = limits();
     call.run([&] { return joint(j, call.sms, call.stream); });
     k90::JointQueriesArgs finish;
     finish.p = call.shape;
@@ -670,6 +708,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     q.delta = own.delta;
     q.state = states.tiles;
     q.norm = p.normalize ? states.z : nullptr;
+    q.units = states.units;
     q.end_has_state = args.initial_state.s != nullptr;
     q.scale_p = call.weight_scale();
     q.dot = args.d_log_g.data != nullptr ? own.q_dot : nullptr;
@@ -679,6 +718,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
       q.weight = own.weight;
       q.norm_weight = own.z_weight;
     }
+    q.limits = limits();
     if (in_chunks && !corrected) end_states();
     call.run([&] { return gradient(q, call.sms, call.stream); });
     if (in_chunks && corrected) end_states();
@@ -694,6 +734,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     k.dv = view(args.d_v);
     k.state = own.tiles;
     k.norm = own.z;
+    k.units = own.units;
     k.end_has_state = ends;
     k.dot = args.d_log_g.data != nullptr ? own.k_dot : nullptr;
     k.state_dot = args.d_log_g.data != nullptr ? own.k_state_dot : nullptr;
@@ -723,6 +764,8 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
       w.ds_tiles = own.tiles;
       w.z_tiles = states.z;
       w.dz_tiles = own.z;
+      w.units = states.units;
+      w.d_units = own.units;
       if (p.use_state) {
         w.g = call.g();
         w.k_state_dot = own.k_state_dot;

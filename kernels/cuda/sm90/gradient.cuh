@@ -22,15 +22,51 @@ struct GradientUnit {
   const double *gate;
   int64_t state;
   float r[kUnitRows], delta[kUnitRows];  // of the rows (queries)
+  // float16, whose weights are complete before they are rounded: the units of the state, the lifts of weights
+  // and of their gradients, and what weights of a row have beside the columns' factors, in blocks before (keys:
+  // after) the tile, in the tile's other block, and (queries) in the row's own: exp(gates), of queries times c
+  // r_i and lifted.
+  Units units;
+  Lifts lifts;
+  float far[kUnitRows], near[kUnitRows], own[kUnitRows];
 };
+
+// A block of columns: before (keys: after) the tile, the tile's other one, which the rows see whole, or the
+// row's own.
+enum class Block { kFar, kNear, kDiagonal };
+
+// float16: what the state gave to dx (dv) of rows `row` and row + 8, times this, is complete and lifted.
+template <bool kKeys>
+__device__ __forceinline__ void state_factors(float (&x)[2], float (&v)[2], const volatile GradientUnit &u,
+                                              int row) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float f = u.far[row + 8 * h], lowered = 1.f;
+    if constexpr (kKeys) {
+      lowered = 1.f / u.r[row + 8 * h];  // the power of two of x
+      f *= u.lifts.weight * lowered;
+    }
+    x[h] = f * u.lifts.ratio;
+    v[h] = f * lowered;
+  }
+}
 
 // m := s^{p-1} f (m - delta), t := s^p f from t = s; on the diagonal f = r 2^(gate difference), and only
 // visible pairs. This lane holds rows `row` and row + 8 and columns `col`, col + 1 of every 8. In place, so
 // that the fragments of the block before may still be read by products in flight.
-template <int kDegree, bool kKeys, bool kDiagonal>
+// float16: f times the factors of the rows, which are `local` and local + 8 of the unit, and m times the ratio
+// of the lifts, as delta is.
+template <typename T, int kDegree, bool kKeys, Block kBlock>
 __device__ __forceinline__ void weigh_gradient(float (&t)[32], float (&m)[32], uint32_t md, int row, int col,
-                                               float d0, float d1) {
-  float g[2] = {0.f, 0.f};
+                                               float d0, float d1, const volatile GradientUnit &u, int local) {
+  constexpr bool kDiagonal = kBlock == Block::kDiagonal, kWithRows = kCounted<T> && !(kKeys && kDiagonal);
+  float g[2] = {0.f, 0.f}, rows[2] = {1.f, 1.f}, ratio = 1.f;
+  if constexpr (kWithRows) {
+    const volatile float *from = kDiagonal ? u.own : kBlock == Block::kFar ? u.far : u.near;
+    rows[0] = from[local];
+    rows[1] = from[local + 8];
+  }
+  if constexpr (kCounted<T>) ratio = u.lifts.ratio;
   if constexpr (kDiagonal) {
     g[0] = load_f1(md + kGate + row * 4);
     g[1] = load_f1(md + kGate + row * 4 + 32);
@@ -57,8 +93,9 @@ __device__ __forceinline__ void weigh_gradient(float (&t)[32], float (&m)[32], u
           fv *= exp2_fast(kKeys ? gv - g[h] : g[h] - gv);
           fv = (kKeys ? c >= r : c <= r) ? fv : 0.f;
         }
+        if constexpr (kWithRows) fv *= rows[h];
         const float a = power<kDegree - 1>(sv) * fv;
-        mv = a * (mv - (kKeys ? (k ? delta.y : delta.x) : (h ? d1 : d0)));
+        mv = a * ((kCounted<T> ? mv * ratio : mv) - (kKeys ? (k ? delta.y : delta.x) : (h ? d1 : d0)));
         sv = a * sv;
       }
   }
@@ -98,15 +135,18 @@ __device__ __forceinline__ void store_dots(const GradientArgs &a, const volatile
 
 // Keys: what the state gave to x . dx of rows lane / 4 and lane / 4 + 8 from `local` on. `sum` is relative to
 // the tile's last row.
+// Keys: what the state gave to x . dx of rows lane / 4 and lane / 4 + 8 from `local` on, `factor` times. `sum`
+// is relative to the tile's last row (float16: complete).
+template <typename T>
 __device__ __forceinline__ void store_state_dots(const GradientArgs &a, const volatile GradientUnit &unit,
-                                                 const float (&sum)[2], float degree, int local, int lane) {
+                                                 const float (&sum)[2], float factor, int local, int lane) {
   const int64_t at = token_row(a.p, unit.batch, a.p.heads_kv, unit.head, unit.token);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = unit.row + local + lane / 4 + 8 * h;
     if ((lane & 3) != 0 || row >= unit.length) continue;
-    float f = degree;
-    if (a.gate) {
+    float f = factor;
+    if (!kCounted<T> && a.gate) {
       const double last = a.gate[at + min(unit.row + kUnitRows, unit.length) - 1];
       f *= exp2_fast(static_cast<float>(last - a.gate[at + row]) * kLog2e);
     }

@@ -24,10 +24,11 @@ struct Consumer {
   __device__ __forceinline__ int lane() const { return thread_here() & 31; }
   __device__ __forceinline__ int warp() const { return thread_here() >> 5 & 3; }
   __device__ __forceinline__ int group() const { return thread_here() >> 7; }
-  // Row that this lane's fragments begin with (and row + 8).
+  // Row that this lane's fragments begin with (and row + 8), of the warpgroup's and of the unit's.
   __device__ __forceinline__ int row() const { return warp() * 16 + lane() / 4; }
-  __device__ __forceinline__ uint32_t x() const { return s.rows + group() * kTile; }
-  __device__ __forceinline__ uint32_t u() const { return s.rows + (2 + group()) * kTile; }
+  __device__ __forceinline__ int local() const { return group() * 64 + row(); }
+  __device__ __forceinline__ uint32_t x() const { return s.x(group()); }
+  __device__ __forceinline__ uint32_t u() const { return s.u(group()); }
 
   __device__ __forceinline__ int index() const { return turn & (kStages - 1); }
   __device__ __forceinline__ void acquire() { barrier_wait(s.full + 8 * index(), turn / kStages & 1); }
@@ -39,13 +40,15 @@ struct Consumer {
   __device__ __forceinline__ uint32_t stage() const { return s.ring + index() * kStage; }
   __device__ __forceinline__ uint32_t meta() const { return s.meta + index() * kMeta; }
 
-  __device__ __forceinline__ void scale(float f0, float f1) {
+  // Row g (g + 8) of dx times x0 (x1), of dv times v0 (v1).
+  __device__ __forceinline__ void scale(float x0, float x1, float v0, float v1) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
-      dx[i] *= i & 2 ? f1 : f0;
-      if constexpr (kKeys) dv[i] *= i & 2 ? f1 : f0;
+      dx[i] *= i & 2 ? x1 : x0;
+      if constexpr (kKeys) dv[i] *= i & 2 ? v1 : v0;
     }
   }
+  __device__ __forceinline__ void scale(float f0, float f1) { scale(f0, f1, f0, f1); }
 
   // t (+)= A B^T of two tiles of 64 x 128 in shared memory, without fence and commit.
   __device__ __forceinline__ void inner(float (&t)[32], uint32_t a, uint32_t b) {
@@ -66,8 +69,40 @@ struct Consumer {
     for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(sum, a[ks], desc_at(y, ks * 2048));
   }
 
-  // dx = 2 Z x (times -delta for queries); Z's high and low part are a stage each.
-  __device__ __forceinline__ void norm_phase(float d0, float d1) {
+  // float16, keys: x, in place, times a power of two for each row, which lies in `r`, so that products of two
+  // elements have its range; and back. Sixteen lanes have a row of 128.
+  template <bool kBack>
+  __device__ __forceinline__ void scale_x(volatile GradientUnit &unit) {
+    const int piece = lane() & 15;
+#pragma unroll 1
+    for (int i = lane() >> 4; i < 16; i += 2) {
+      const int row = warp() * 16 + i;
+      const uint32_t at = x() + (piece >> 3) * kHalf + row * 128 + (((piece & 7) ^ (row & 7)) << 4);
+      const uint4 v = load_u4(at);
+      uint32_t power;
+      if constexpr (kBack) {
+        const float f = 1.f / unit.r[group() * 64 + row];
+        power = pack2<T>(f, f);
+      } else {
+        uint32_t most = most_bits(0, v);
+#pragma unroll
+        for (int other = 1; other < 16; other *= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, other));
+        power = row_power(most);
+        if (piece == 0) unit.r[group() * 64 + row] = value_of(power);
+      }
+      store_u4(at,
+               make_uint4(mul2<T>(v.x, power), mul2<T>(v.y, power), mul2<T>(v.z, power), mul2<T>(v.w, power)));
+    }
+    // For the products of the whole warpgroup.
+    fence_async_proxy();
+    if (group() == 0)
+      named_barrier<2, 128>();
+    else
+      named_barrier<3, 128>();
+  }
+
+  // dx = 2 Z x (times -delta for queries), in the units of S; Z's high and low part are a stage each.
+  __device__ __forceinline__ void norm_phase(float d0, float d1, float unit) {
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       acquire();
@@ -88,7 +123,7 @@ struct Consumer {
     }
     const float f0 = kKeys ? 2.f : -2.f * d0, f1 = kKeys ? 2.f : -2.f * d1;
 #pragma unroll
-    for (int i = 0; i < 64; ++i) dx[i] *= i & 2 ? f1 : f0;
+    for (int i = 0; i < 64; ++i) dx[i] *= (i & 2 ? f1 : f0) * unit;
   }
 
   // xs[h]: the eight values x_i, i = 8 ib .., of row g + 8 h.
@@ -117,10 +152,11 @@ struct Consumer {
         const float2 xi = unpack2_here<T>(xs[h][n / 2]);
         const float a0 = t[4 * n + 2 * h], a1 = t[4 * n + 2 * h + 1], b0 = t[4 * n + 4 + 2 * h],
                     b1 = t[4 * n + 5 + 2 * h];
-        dx[4 * jb + 2 * h] += a0 * xi.x + b0 * xi.y;
-        dx[4 * jb + 2 * h + 1] += a1 * xi.x + b1 * xi.y;
-        side[h][n] += a0 * xj.x + a1 * xj.y;
-        side[h][n + 1] += b0 * xj.x + b1 * xj.y;
+        float &x0 = dx[4 * jb + 2 * h], &x1 = dx[4 * jb + 2 * h + 1];  // one fused operation for each product
+        x0 += a0 * xi.x + b0 * xi.y;
+        x1 += a1 * xi.x + b1 * xi.y;
+        side[h][n] += a0 * xj.x, side[h][n] += a1 * xj.y;
+        side[h][n + 1] += b0 * xj.x, side[h][n + 1] += b1 * xj.y;
       }
     }
   }
@@ -195,11 +231,27 @@ struct Consumer {
     }
   }
 
+  // What the state gave, to what the accumulators hold.
+  __device__ __forceinline__ void leave_state(const volatile GradientUnit &unit) {
+    const float inverse = 1.f / kDegree;
+    if constexpr (!kCounted<T>) {
+      const float f = unit.state_factor;
+      scale(f * inverse, f * inverse, f, f);
+    } else {
+      float x[2], v[2];
+      state_factors<kKeys>(x, v, unit, local());
+      const float f = unit.state_factor * unit.units.s;
+      scale(f, f);  // one after the other: the product could leave the range of float32
+      scale(x[0] * inverse, x[1] * inverse, v[0], v[1]);
+    }
+  }
+
   // e = s^{p-1} f (m - delta), w = s^p f; on the diagonal f = r 2^(gate difference), and only visible pairs.
-  template <bool kDiagonal>
+  template <Block kBlock>
   __device__ __forceinline__ void weigh(float (&t)[32], float (&m)[32], uint32_t (&e)[4][4],
-                                        uint32_t (&w)[kKeys ? 4 : 1][4], uint32_t md, float d0, float d1) {
-    weigh_gradient<kDegree, kKeys, kDiagonal>(t, m, md, row(), (lane() & 3) * 2, d0, d1);
+                                        uint32_t (&w)[kKeys ? 4 : 1][4], const volatile GradientUnit &unit,
+                                        float d0, float d1) {
+    weigh_gradient<T, kDegree, kKeys, kBlock>(t, m, meta(), row(), (lane() & 3) * 2, d0, d1, unit, local());
     pack_gradient<T, kKeys>(t, m, e, w);
   }
 
@@ -216,8 +268,8 @@ struct Consumer {
 
   // One block of columns: s = x z^T, m = u y^T, then dx += e z and dv += w y. Its products take 2048 cycles of
   // the tensor cores with those of the other warpgroup, which fill the time of the weights.
-  template <bool kDiagonal>
-  __device__ __forceinline__ void block(float d0, float d1) {
+  template <Block kBlock>
+  __device__ __forceinline__ void block(const volatile GradientUnit &unit, float d0, float d1) {
     float t[32], m[32];
     uint32_t e[4][4], w[kKeys ? 4 : 1][4];
     wgmma_fence();
@@ -225,7 +277,7 @@ struct Consumer {
     inner(m, u(), stage() + kTile);
     wgmma_commit();
     wgmma_wait<0>();
-    weigh<kDiagonal>(t, m, e, w, meta(), d0, d1);
+    weigh<kBlock>(t, m, e, w, unit, d0, d1);
     wgmma_fence();
     if constexpr (kKeys) outer(dv, w, stage() + kTile);
     outer(dx, e, stage());
@@ -239,7 +291,7 @@ struct Consumer {
 #pragma unroll 1
     for (int n = 0; n < unit.main; ++n) {
       acquire();
-      block<false>(d0, d1);
+      block<Block::kFar>(unit, d0, d1);
       release();
     }
 #pragma unroll 1
@@ -248,14 +300,15 @@ struct Consumer {
       const int first = unit.first;
       acquire();
       if (leads ? n < first : n >= first) {
-        if (n == (leads ? 0 : first)) to_rows(min(63, unit.length - 1 - unit.row - (kKeys == leads ? 64 : 0)));
-        block<true>(d0, d1);
+        if (!kCounted<T> && n == (leads ? 0 : first))
+          to_rows(min(63, unit.length - 1 - unit.row - (kKeys == leads ? 64 : 0)));
+        block<Block::kDiagonal>(unit, d0, d1);
       } else if (n < first) {
-        if (n == 0) {
+        if (!kCounted<T> && n == 0) {
           const float f = load_f1(meta() + kAdvance);
           scale(f, f);
         }
-        block<false>(d0, d1);
+        block<Block::kNear>(unit, d0, d1);
       }
       release();
     }
@@ -282,8 +335,11 @@ struct Consumer {
     const int lane = this->lane(), local = group() * 64 + warp() * 16, row = unit.row + local;
     const uint32_t staging = s.staging + (thread_here() >> 5) * 2048;
     const float degree = static_cast<float>(kDegree);
-    float f0 = degree, f1 = degree;
-    if (!kKeys) {
+    float f0 = degree, f1 = degree, f_v = 1.f;
+    if constexpr (kCounted<T>) {
+      f0 = f1 = degree / unit.lifts.gradient();
+      f_v = 1.f / unit.lifts.weight;
+    } else if (!kKeys) {
       f0 *= a.scale_p * unit.r[local + lane / 4];
       f1 *= a.scale_p * unit.r[local + lane / 4 + 8];
     }
@@ -303,7 +359,7 @@ struct Consumer {
       store_rows<T, true>(dx + 32 * half, f0, f1, staging, a.dx, at(a.dx) + (a.dx.floats ? 128 : 64) * half,
                           unit.length - row, lane);
       if constexpr (kKeys)
-        store_rows<T>(dv + 32 * half, 1.f, 1.f, staging, a.dv, at(a.dv) + 64 * half, unit.length - row, lane);
+        store_rows<T>(dv + 32 * half, f_v, f_v, staging, a.dv, at(a.dv) + 64 * half, unit.length - row, lane);
     }
   }
 };
@@ -334,7 +390,7 @@ __global__ void __launch_bounds__(384, 1)
     Consumer<T, kDegree, kKeys, kCorrect> c{s};
     for (;; c.turn ^= 1u << 31) {
       barrier_wait(s.rows_full, c.turn >> 31);
-      const volatile GradientUnit &unit = slots[c.turn >> 31];  // stays until the rows are given back
+      volatile GradientUnit &unit = slots[c.turn >> 31];  // stays until the rows are given back
       if (__shfl_sync(0xffffffffu, unit.head, 0) < 0) break;
 #pragma unroll
       for (int i = 0; i < 64; ++i) {
@@ -343,25 +399,27 @@ __global__ void __launch_bounds__(384, 1)
       }
       float d0 = 0.f, d1 = 0.f;
       if (!kKeys) {
-        d0 = unit.delta[c.group() * 64 + c.row()];
-        d1 = unit.delta[c.group() * 64 + c.row() + 8];
+        d0 = unit.delta[c.local()];
+        d1 = unit.delta[c.local() + 8];
       }
       if constexpr (kDegree == 2) {
         if (unit.states) {
-          if (a.norm) c.norm_phase(d0, d1);
+          if constexpr (kKeys && kCounted<T>) c.template scale_x<false>(unit);
+          if (a.norm) c.norm_phase(d0, d1, kCounted<T> ? unit.units.z / unit.units.s : 1.f);
           c.state_phase_2();
-          const float f = unit.state_factor, inverse = 1.f / kDegree;
-#pragma unroll
-          for (int i = 0; i < 64; ++i) {
-            c.dx[i] *= f * inverse;
-            if constexpr (kKeys) c.dv[i] *= f;
-          }
+          if constexpr (kKeys && kCounted<T>) c.template scale_x<true>(unit);
+          c.leave_state(unit);
         }
+      }
+      if constexpr (kCounted<T> && !kKeys) {
+        d0 *= unit.lifts.ratio;
+        d1 *= unit.lifts.ratio;
       }
       if constexpr (kKeys && kCorrect) {
         float dot[2];
         c.row_dots(dot);  // zeros without a state
-        store_state_dots(a, unit, dot, static_cast<float>(kDegree), c.group() * 64 + c.warp() * 16, c.lane());
+        const float factor = static_cast<float>(kDegree) / (kCounted<T> ? unit.lifts.gradient() : 1.f);
+        store_state_dots<T>(a, unit, dot, factor, c.group() * 64 + c.warp() * 16, c.lane());
       }
       c.column_phase(unit, d0, d1);
       c.epilogue(a, unit);
@@ -380,7 +438,11 @@ cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {
   return launch_early(gradient128_kernel<T, kDegree, kKeys, kCorrect>, sms, 384, kSmem, stream, a, maps);
 }
 template <typename T, int kDegree>
-cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {
+cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream, bool correct = false) {
+  if constexpr (kDegree == 2) {
+    if (correct)
+      return a.keys ? launch<T, 2, true, true>(a, sms, stream) : launch<T, 2, false, true>(a, sms, stream);
+  }
   return a.keys ? launch<T, kDegree, true>(a, sms, stream) : launch<T, kDegree, false>(a, sms, stream);
 }
 
@@ -388,16 +450,14 @@ cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {
 
 cudaError_t gradient128(const GradientArgs &a, int sms, cudaStream_t stream) {
   using B = __nv_bfloat16;
-  if (a.state != nullptr && a.p.degree != 2) return cudaErrorInvalidValue;
-  if (a.delta_out != nullptr || a.state_dot != nullptr) {
-    if (a.p.degree != 2) return cudaErrorInvalidValue;
-    return a.keys ? launch<B, 2, true, true>(a, sms, stream) : launch<B, 2, false, true>(a, sms, stream);
-  }
+  const bool correct = a.delta_out != nullptr || a.state_dot != nullptr;
+  if ((correct || a.p.half || a.state != nullptr) && a.p.degree != 2) return cudaErrorInvalidValue;
   switch (a.p.degree) {
     case 1:
       return launch<B, 1>(a, sms, stream);
     case 2:
-      return launch<B, 2>(a, sms, stream);
+      if (a.p.half) return launch<__half, 2>(a, sms, stream, correct);
+      return launch<B, 2>(a, sms, stream, correct);
     case 4:
       return launch<B, 4>(a, sms, stream);
     default:

@@ -7,7 +7,9 @@
 //   1. state:  T = u S^T per tile (rows (i, j));  dx_j += T_ij x_i, dx_i += T_ij x_j;  keys: dv += phi(x) S
 //   2. columns that every row of the tile sees, gates relative to the tile
 //   3. the tile's own two blocks, exact gates on the diagonal
-// Accumulators hold dx / (p c r) for queries, dx / p for keys: the state's part enters times 1 / p.
+// Accumulators hold dx / (p c r) for queries, dx / p for keys: the state's part enters times 1 / p. float16
+// rounds weights that are complete, so that they have its range: all factors of a row are in them, accumulators
+// hold dx / p and dv, lifted.
 #include "gradient_producer.cuh"
 
 namespace powerattn::cuda::sm90 {
@@ -22,7 +24,8 @@ constexpr int kTile = Layout::kTile, kStage = Layout::kStage, kStages = Layout::
 template <typename T, int kDegree, bool kKeys, bool kCorrect>
 struct Consumer {
   const Smem &s;
-  const int lane, warp;
+  const int warp, group;
+  __device__ __forceinline__ int lane() const { return thread_here() & 31; }
   Ring<kStages> ring;
   float dx[32], dv[kKeys ? 32 : 1];
   uint32_t x[4][4], u[4][4];
@@ -30,26 +33,53 @@ struct Consumer {
   __device__ __forceinline__ void acquire() { barrier_wait(s.full + 8 * ring.stage, ring.phase); }
   __device__ __forceinline__ void release(int stage) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(s.empty + 8 * stage);
+    if (lane() == 0) barrier_arrive(s.empty + 8 * stage);
   }
   __device__ __forceinline__ uint32_t stage() const { return s.ring + ring.stage * kStage; }
   __device__ __forceinline__ uint32_t meta() const { return s.meta + ring.stage * kMeta; }
+  // This warp's own 2 KB.
+  __device__ __forceinline__ uint32_t staging() const { return s.staging + (thread_here() >> 5) * 2048; }
+  // Row of the unit that this lane()'s fragments begin with (and the one 8 on).
+  __device__ __forceinline__ int local() const { return group * 64 + warp * 16 + lane() / 4; }
 
   __device__ __forceinline__ void load_rows(uint32_t (&f)[4][4], uint32_t tile) {
-    const int row = warp * 16 + (lane & 15), half = lane >> 4;
+    const int row = warp * 16 + (lane() & 15), half = lane() >> 4;
 #pragma unroll
     for (int ks = 0; ks < 4; ++ks) ldmatrix4(f[ks], tile + row * 128 + (((2 * ks + half) ^ (row & 7)) << 4));
   }
-  __device__ __forceinline__ void scale(float f0, float f1) {
+  // Row g (g + 8) of dx times x0 (x1), of dv times v0 (v1).
+  __device__ __forceinline__ void scale(float x0, float x1, float v0, float v1) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
-      dx[i] *= i & 2 ? f1 : f0;
-      if constexpr (kKeys) dv[i] *= i & 2 ? f1 : f0;
+      dx[i] *= i & 2 ? x1 : x0;
+      if constexpr (kKeys) dv[i] *= i & 2 ? v1 : v0;
+    }
+  }
+  __device__ __forceinline__ void scale(float f0, float f1) { scale(f0, f1, f0, f1); }
+
+  // float16, keys: x times a power of two for each row, which lies in `r`, so that products of two elements
+  // have its range.
+  __device__ __forceinline__ void scale_x(volatile GradientUnit &unit) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float power = value_of(scale_row(x, h));
+      if ((lane() & 3) == 0) unit.r[local() + 8 * h] = power;
+    }
+  }
+  __device__ __forceinline__ void unscale_x(const volatile GradientUnit &unit) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float f = 1.f / unit.r[local() + 8 * h];
+#pragma unroll
+      for (int ks = 0; ks < 4; ++ks) {
+        x[ks][h] = mul2<T>(x[ks][h], pack2<T>(f, f));
+        x[ks][h + 2] = mul2<T>(x[ks][h + 2], pack2<T>(f, f));
+      }
     }
   }
 
-  // dx = 2 Z x (times -delta for queries).
-  __device__ __forceinline__ void norm_phase(float d0, float d1) {
+  // dx = 2 Z x (times -delta for queries), in the units of S.
+  __device__ __forceinline__ void norm_phase(float d0, float d1, float unit) {
     acquire();
     wgmma_fence();
 #pragma unroll
@@ -66,40 +96,76 @@ struct Consumer {
     ring.next();
     const float f0 = kKeys ? 2.f : -2.f * d0, f1 = kKeys ? 2.f : -2.f * d1;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) dx[i] *= i & 2 ? f1 : f0;
+    for (int i = 0; i < 32; ++i) dx[i] *= (i & 2 ? f1 : f0) * unit;
   }
 
-  // phi(x) fragments of tile (ib, jb), as in the forward's state phase.
-  __device__ __forceinline__ void phi(uint32_t (&f)[4][4], const uint32_t (&xs)[2][4], int jb) {
+  // Keys: x in this warp's shared memory for the state phase, for want of registers.
+  __device__ __forceinline__ void put_x() {
+    const int row = lane() & 15;
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      f[n][0] = mul2<T>(x[jb / 2][(jb & 1) * 2], low2_here(xs[0][n]));
-      f[n][1] = mul2<T>(x[jb / 2][(jb & 1) * 2 + 1], low2_here(xs[1][n]));
-      f[n][2] = mul2<T>(x[jb / 2][(jb & 1) * 2], high2_here(xs[0][n]));
-      f[n][3] = mul2<T>(x[jb / 2][(jb & 1) * 2 + 1], high2_here(xs[1][n]));
+    for (int ks = 0; ks < 4; ++ks)
+      stmatrix4(staging() + row * 128 + (((2 * ks + (lane() >> 4)) ^ (row & 7)) << 4), x[ks][0], x[ks][1],
+                x[ks][2], x[ks][3]);
+    __syncwarp();
+  }
+  __device__ __forceinline__ void take_x() { load_rows(x, staging() - warp * 2048); }
+  // (x_j, x_{j+1}) of this lane() in block jb: rows g, g + 8.
+  __device__ __forceinline__ void block_values(uint32_t (&f)[2], int jb) {
+    if constexpr (kKeys) {
+      const int row = lane() & 15;
+      ldmatrix2(f[0], f[1], staging() + row * 128 + ((jb ^ (row & 7)) << 4));
+    } else {
+      f[0] = x[jb / 2][(jb & 1) * 2];
+      f[1] = x[jb / 2][(jb & 1) * 2 + 1];
     }
   }
-  // t[4 n ..] holds T for i = 8 ib + n and this lane's two j: dx_j += T_ij x_i, side_i += T_ij x_j.
-  __device__ __forceinline__ void contract(const float (&t)[32], const uint32_t (&xs)[2][4],
-                                           float (&side)[2][8], int jb) {
+  // xs[h]: the eight values x_i, i = 8 ib .., of row g + 8 h.
+  __device__ __forceinline__ void row_scalars(uint32_t (&xs)[2][4], int ib) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float2 xj = unpack2<T>(x[jb / 2][(jb & 1) * 2 + h]);
+      if constexpr (kKeys) {
+        const int row = lane() / 4 + 8 * h;
+        const uint4 v = load_u4(staging() + row * 128 + ((ib ^ (row & 7)) << 4));
+        xs[h][0] = v.x, xs[h][1] = v.y, xs[h][2] = v.z, xs[h][3] = v.w;
+      } else {
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+          xs[h][n] = __shfl_sync(0xffffffffu, x[ib / 2][(ib & 1) * 2 + h], (lane() & ~3) | n);
+      }
+    }
+  }
+  // phi(x) fragments of a tile, as in the forward's state phase.
+  __device__ __forceinline__ void phi(uint32_t (&a)[4][4], const uint32_t (&xs)[2][4], const uint32_t (&f)[2]) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      a[n][0] = mul2<T>(f[0], low2_here(xs[0][n]));
+      a[n][1] = mul2<T>(f[1], low2_here(xs[1][n]));
+      a[n][2] = mul2<T>(f[0], high2_here(xs[0][n]));
+      a[n][3] = mul2<T>(f[1], high2_here(xs[1][n]));
+    }
+  }
+  // t[4 n ..] holds T for i = 8 ib + n and this lane()'s two j: dx_j += T_ij x_i, side_i += T_ij x_j.
+  __device__ __forceinline__ void contract(const float (&t)[32], const uint32_t (&xs)[2][4],
+                                           const uint32_t (&f)[2], float (&side)[2][8], int jb) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float2 xj = kKeys ? unpack2_here<T>(f[h]) : unpack2<T>(f[h]);
 #pragma unroll
       for (int n = 0; n < 8; n += 2) {
         const float2 xi = kKeys ? unpack2_here<T>(xs[h][n / 2]) : unpack2<T>(xs[h][n / 2]);
         const float a0 = t[4 * n + 2 * h], a1 = t[4 * n + 2 * h + 1], b0 = t[4 * n + 4 + 2 * h],
                     b1 = t[4 * n + 5 + 2 * h];
-        dx[4 * jb + 2 * h] += a0 * xi.x + b0 * xi.y;
-        dx[4 * jb + 2 * h + 1] += a1 * xi.x + b1 * xi.y;
-        side[h][n] += a0 * xj.x + a1 * xj.y;
-        side[h][n + 1] += b0 * xj.x + b1 * xj.y;
+        float &x0 = dx[4 * jb + 2 * h], &x1 = dx[4 * jb + 2 * h + 1];  // one fused operation for each product
+        x0 += a0 * xi.x, x0 += b0 * xi.y;
+        x1 += a1 * xi.x, x1 += b1 * xi.y;
+        side[h][n] += a0 * xj.x, side[h][n] += a1 * xj.y;
+        side[h][n + 1] += b0 * xj.x, side[h][n + 1] += b1 * xj.y;
       }
     }
   }
-  // Sums side over the quad; lane c keeps i = 8 ib + 2c, 2c + 1, the columns of its accumulators.
+  // Sums side over the quad; lane() c keeps i = 8 ib + 2c, 2c + 1, the columns of its accumulators.
   __device__ __forceinline__ void reduce_side(float (&side)[2][8], int ib) {
-    const bool high = (lane & 2) != 0, odd = (lane & 1) != 0;
+    const bool high = (lane() & 2) != 0, odd = (lane() & 1) != 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float half[4];
@@ -117,26 +183,24 @@ struct Consumer {
       for (int n = 0; n < 8; ++n) side[h][n] = 0.f;
     }
   }
-  __device__ __forceinline__ void row_scalars(uint32_t (&xs)[2][4], int ib) {
+  // t = u B^T of a tile, without fence and commit.
+  __device__ __forceinline__ void times_u(float (&t)[32], uint32_t tile) {
+    const uint64_t b = tile_desc(tile);
+    wgmma<T, false, false>(t, u[0], b);
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int n = 0; n < 4; ++n)
-        xs[h][n] = __shfl_sync(0xffffffffu, x[ib / 2][(ib & 1) * 2 + h], (lane & ~3) | n);
+    for (int ks = 1; ks < 4; ++ks) wgmma<T, true, false>(t, u[ks], desc_at(b, ks * 32));
   }
   // T = u S^T of one tile.
   __device__ __forceinline__ void start_t(float (&t)[32], uint32_t tile) {
     wgmma_fence();
-    wgmma<T, false, false>(t, u[0], tile_desc(tile));
-#pragma unroll
-    for (int ks = 1; ks < 4; ++ks) wgmma<T, true, false>(t, u[ks], desc_at(tile_desc(tile), ks * 32));
+    times_u(t, tile);
     wgmma_commit();
   }
 
   // Queries: T of the next tile runs while this one is contracted. Keys: dv += phi(x) S of this tile does.
   __device__ __forceinline__ void state_phase_2() {
     float t[kKeys ? 1 : 2][32], side[2][8] = {};
-    uint32_t xs[2][4], f[4][4];
+    uint32_t xs[2][4], f[2], a[4][4];
     int previous = 0;
     if constexpr (!kKeys) {
       acquire();
@@ -144,9 +208,10 @@ struct Consumer {
     }
 #pragma unroll
     for (int ib = 0; ib < 8; ++ib) {
-      row_scalars(xs, ib);
+      if constexpr (!kKeys) row_scalars(xs, ib);
 #pragma unroll
       for (int jb = ib; jb < 8; ++jb) {
+        if constexpr (kKeys) row_scalars(xs, ib);
         const int tile = ib * 8 - ib * (ib - 1) / 2 + jb - ib;
         if constexpr (kKeys) {
           if (tile % 2 == 0) acquire();
@@ -154,17 +219,20 @@ struct Consumer {
           start_t(t[0], b);
           wgmma_wait<1>();  // dv of the tile before: its fragments are free
           if (tile % 2 == 0 && tile > 0) release(previous);
-          phi(f, xs, jb);
+          block_values(f, jb);
+          phi(a, xs, f);
           wgmma_fence();
 #pragma unroll
-          for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dv, f[ks], desc_at(tile_desc(b), ks * 2048));
+          for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dv, a[ks], desc_at(tile_desc(b), ks * 2048));
           wgmma_commit();
           wgmma_wait<1>();  // T
           if (tile % 2 == 1) {
             previous = ring.stage;
             ring.next();
           }
-          contract(t[0], xs, side, jb);
+          row_scalars(xs, ib);
+          block_values(f, jb);
+          contract(t[0], xs, f, side, jb);
         } else {
           if (tile < 35) {
             if (tile % 2 == 1) {
@@ -180,7 +248,8 @@ struct Consumer {
             release(ring.stage);
             ring.next();
           }
-          contract(t[tile % 2], xs, side, jb);
+          block_values(f, jb);
+          contract(t[tile % 2], xs, f, side, jb);
         }
       }
       reduce_side(side, ib);
@@ -194,9 +263,7 @@ struct Consumer {
   __device__ __forceinline__ void state_phase_1() {
     acquire();
     wgmma_fence();
-    wgmma<T, false, false>(dx, u[0], tile_desc(stage()));
-#pragma unroll
-    for (int ks = 1; ks < 4; ++ks) wgmma<T, true, false>(dx, u[ks], desc_at(tile_desc(stage()), ks * 32));
+    times_u(dx, stage());
     if constexpr (kKeys) {
       wgmma<T, false, true>(dv, x[0], tile_desc(stage()));
 #pragma unroll
@@ -213,10 +280,7 @@ struct Consumer {
     wgmma<T, false, false>(t, x[0], tile_desc(stage()));
 #pragma unroll
     for (int ks = 1; ks < 4; ++ks) wgmma<T, true, false>(t, x[ks], desc_at(tile_desc(stage()), ks * 32));
-    wgmma<T, false, false>(m, u[0], desc_at(tile_desc(stage()), kTile));
-#pragma unroll
-    for (int ks = 1; ks < 4; ++ks)
-      wgmma<T, true, false>(m, u[ks], desc_at(tile_desc(stage()), kTile + ks * 32));
+    times_u(m, stage() + kTile);
   }
   // dx += e z, dv += w y
   __device__ __forceinline__ void accumulate(const uint32_t (&e)[4][4], const uint32_t (&w)[4][4],
@@ -230,14 +294,31 @@ struct Consumer {
     for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dx, e[ks], desc_at(tile_desc(tile), ks * 2048));
   }
 
-  template <bool kDiagonal>
-  __device__ __forceinline__ void weigh(float (&t)[32], float (&m)[32], float d0, float d1) {
-    weigh_gradient<kDegree, kKeys, kDiagonal>(t, m, meta(), warp * 16 + lane / 4, (lane & 3) * 2, d0, d1);
+  // What the state gave, to what the accumulators hold.
+  __device__ __forceinline__ void leave_state(const volatile GradientUnit &unit) {
+    const float inverse = 1.f / kDegree;
+    if constexpr (!kCounted<T>) {
+      const float f = unit.state_factor;
+      scale(f * inverse, f * inverse, f, f);
+    } else {
+      float x[2], v[2];
+      state_factors<kKeys>(x, v, unit, local());
+      const float f = unit.state_factor * unit.units.s;
+      scale(f, f);  // one after the other: the product could leave the range of float32
+      scale(x[0] * inverse, x[1] * inverse, v[0], v[1]);
+    }
+  }
+
+  template <Block kBlock>
+  __device__ __forceinline__ void weigh(float (&t)[32], float (&m)[32], const volatile GradientUnit &unit,
+                                        float d0, float d1) {
+    weigh_gradient<T, kDegree, kKeys, kBlock>(t, m, meta(), warp * 16 + lane() / 4, (lane() & 3) * 2, d0, d1,
+                                              unit, local());
   }
 
   // Row factors before the diagonal: queries exp(G_i - block start), keys exp(block end - G_j).
   __device__ __forceinline__ void to_rows(int last) {
-    const int row = warp * 16 + lane / 4;
+    const int row = warp * 16 + lane() / 4;
     const float g0 = load_f1(meta() + kGate + row * 4), g1 = load_f1(meta() + kGate + row * 4 + 32);
     if constexpr (kKeys) {
       const float end = load_f1(meta() + kGate + last * 4);
@@ -262,7 +343,7 @@ struct Consumer {
     // While the block before is accumulated, this one is weighed: only the packing waits for those products,
     // which read e and w. Nothing is in flight across the loop's edge (the compiler would serialise).
     if (main > 0) {
-      weigh<false>(t, m, d0, d1);
+      weigh<Block::kFar>(t, m, unit, d0, d1);
       pack_gradient<T, kKeys>(t, m, e, w);
 #pragma unroll 1
       for (int n = 1; n < main; ++n) {
@@ -277,7 +358,7 @@ struct Consumer {
         accumulate(e, w, before);
         wgmma_commit();
         wgmma_wait<1>();
-        weigh<false>(t, m, d0, d1);
+        weigh<Block::kFar>(t, m, unit, d0, d1);
         wgmma_wait<0>();
         release(index);
         pack_gradient<T, kKeys>(t, m, e, w);
@@ -305,15 +386,15 @@ struct Consumer {
           wgmma_wait<0>();
         }
         if (diagonal) {
-          if (n == (leads ? 0 : first))
+          if (!kCounted<T> && n == (leads ? 0 : first))
             to_rows(min(63, unit.length - 1 - unit.row - (kKeys == leads ? 64 : 0)));
-          weigh<true>(t, m, d0, d1);
+          weigh<Block::kDiagonal>(t, m, unit, d0, d1);
         } else {
-          if (n == 0) {
+          if (!kCounted<T> && n == 0) {
             const float f = load_f1(meta() + kAdvance);
             scale(f, f);
           }
-          weigh<false>(t, m, d0, d1);
+          weigh<Block::kNear>(t, m, unit, d0, d1);
         }
         pack_gradient<T, kKeys>(t, m, e, w);
         wgmma_fence();
@@ -326,7 +407,7 @@ struct Consumer {
     }
   }
 
-  // x . dx of this lane's two rows before rounding, for the gate gradient.
+  // x . dx of this lane()'s two rows before rounding, for the gate gradient.
   __device__ __forceinline__ void row_dots(float (&dot)[2]) {
     dot[0] = dot[1] = 0.f;
 #pragma unroll
@@ -340,28 +421,30 @@ struct Consumer {
     dot[1] = quad_sum(dot[1]);
   }
 
-  __device__ __forceinline__ void epilogue(const GradientArgs &a, const volatile GradientUnit &unit, int group,
-                                           uint32_t staging) {
+  __device__ __forceinline__ void epilogue(const GradientArgs &a, const volatile GradientUnit &unit) {
     const int local = group * 64 + warp * 16, row = unit.row + local;
     const float degree = static_cast<float>(kDegree);
-    float f0 = degree, f1 = degree;
-    if (!kKeys) {
-      f0 *= a.scale_p * unit.r[local + lane / 4];
-      f1 *= a.scale_p * unit.r[local + lane / 4 + 8];
+    float f0 = degree, f1 = degree, f_v = 1.f;
+    if constexpr (kCounted<T>) {
+      f0 = f1 = degree / unit.lifts.gradient();
+      f_v = 1.f / unit.lifts.weight;
+    } else if (!kKeys) {
+      f0 *= a.scale_p * unit.r[local + lane() / 4];
+      f1 *= a.scale_p * unit.r[local + lane() / 4 + 8];
     }
     if (a.dot || (kCorrect && !kKeys)) {
       float dot[2];
       row_dots(dot);
       dot[0] *= f0;
       dot[1] *= f1;
-      store_dots<kKeys, kCorrect>(a, unit, dot, degree, local, lane);
+      store_dots<kKeys, kCorrect>(a, unit, dot, degree, local, lane());
     }
     const auto at = [&](const Tensor &o) {
       return static_cast<T *>(o.data) + unit.batch * o.stride_b + unit.head * o.stride_h +
              (unit.token + row) * o.stride_t;
     };
-    store_rows<T, true>(dx, f0, f1, staging, a.dx, at(a.dx), unit.length - row, lane);
-    if constexpr (kKeys) store_rows<T>(dv, 1.f, 1.f, staging, a.dv, at(a.dv), unit.length - row, lane);
+    store_rows<T, true>(dx, f0, f1, staging(), a.dx, at(a.dx), unit.length - row, lane());
+    if constexpr (kKeys) store_rows<T>(dv, f_v, f_v, staging(), a.dv, at(a.dv), unit.length - row, lane());
   }
 };
 
@@ -388,17 +471,17 @@ __global__ void __launch_bounds__(384, 1)
     produce_gradient<T, kDegree, kKeys, 64>(a, maps, s, slots);
   } else {
     registers_inc<kConsumerRegisters>();
-    Consumer<T, kDegree, kKeys, kCorrect> c{s, tid % 32, (tid % 128) / 32};
+    Consumer<T, kDegree, kKeys, kCorrect> c{s, (tid % 128) / 32, group};
     uint32_t phase = 0;
     for (;;) {
       barrier_wait(s.rows_full, phase);
-      const volatile GradientUnit &unit = slots[phase];
+      volatile GradientUnit &unit = slots[phase];
       phase ^= 1;
       if (__shfl_sync(0xffffffffu, unit.head, 0) < 0) break;
-      c.load_rows(c.x, s.rows + group * kTile);
-      c.load_rows(c.u, s.rows + (2 + group) * kTile);
+      c.load_rows(c.x, s.x(group));
+      c.load_rows(c.u, s.u(group));
       __syncwarp();
-      if (c.lane == 0) barrier_arrive(s.rows_empty);
+      if (c.lane() == 0) barrier_arrive(s.rows_empty);
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
         c.dx[i] = 0.f;
@@ -406,30 +489,35 @@ __global__ void __launch_bounds__(384, 1)
       }
       float d0 = 0.f, d1 = 0.f;
       if (!kKeys) {
-        d0 = unit.delta[group * 64 + c.warp * 16 + c.lane / 4];
-        d1 = unit.delta[group * 64 + c.warp * 16 + c.lane / 4 + 8];
+        d0 = unit.delta[c.local()];
+        d1 = unit.delta[c.local() + 8];
       }
       if (unit.states) {
         if constexpr (kDegree == 1) {
           c.state_phase_1();
+          c.leave_state(unit);
         } else if constexpr (kDegree == 2) {
-          if (a.norm) c.norm_phase(d0, d1);
+          if constexpr (kKeys && kCounted<T>) c.scale_x(unit);
+          if (a.norm) c.norm_phase(d0, d1, kCounted<T> ? unit.units.z / unit.units.s : 1.f);
+          if constexpr (kKeys) c.put_x();
           c.state_phase_2();
+          c.leave_state(unit);
+          if constexpr (kKeys) c.take_x();
+          if constexpr (kKeys && kCounted<T>) c.unscale_x(unit);
         }
-        const float f = unit.state_factor, inverse = 1.f / kDegree;
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-          c.dx[i] *= f * inverse;
-          if constexpr (kKeys) c.dv[i] *= f;
-        }
+      }
+      if constexpr (kCounted<T> && !kKeys) {
+        d0 *= unit.lifts.ratio;
+        d1 *= unit.lifts.ratio;
       }
       if constexpr (kKeys && kCorrect) {
         float dot[2];
         c.row_dots(dot);  // zeros without a state
-        store_state_dots(a, unit, dot, static_cast<float>(kDegree), group * 64 + c.warp * 16, c.lane);
+        const float factor = static_cast<float>(kDegree) / (kCounted<T> ? unit.lifts.gradient() : 1.f);
+        store_state_dots<T>(a, unit, dot, factor, group * 64 + c.warp * 16, c.lane());
       }
       c.column_phase(unit, kKeys ? group == 1 : group == 0, d0, d1);
-      c.epilogue(a, unit, group, s.staging + (tid / 32) * 2048);
+      c.epilogue(a, unit);
     }
   }
 }
@@ -443,7 +531,11 @@ cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {
   return launch_early(gradient64_kernel<T, kDegree, kKeys, kCorrect>, sms, 384, kSmem, stream, a, maps);
 }
 template <typename T, int kDegree>
-cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {
+cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream, bool correct = false) {
+  if constexpr (kDegree == 2) {
+    if (correct)
+      return a.keys ? launch<T, 2, true, true>(a, sms, stream) : launch<T, 2, false, true>(a, sms, stream);
+  }
   return a.keys ? launch<T, kDegree, true>(a, sms, stream) : launch<T, kDegree, false>(a, sms, stream);
 }
 
@@ -451,15 +543,14 @@ cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {
 
 cudaError_t gradient64(const GradientArgs &a, int sms, cudaStream_t stream) {
   using B = __nv_bfloat16;
-  if (a.delta_out != nullptr || a.state_dot != nullptr) {
-    if (a.p.degree != 2) return cudaErrorInvalidValue;
-    return a.keys ? launch<B, 2, true, true>(a, sms, stream) : launch<B, 2, false, true>(a, sms, stream);
-  }
+  const bool correct = a.delta_out != nullptr || a.state_dot != nullptr;
+  if ((correct || a.p.half) && a.p.degree != 2) return cudaErrorInvalidValue;
   switch (a.p.degree) {
     case 1:
       return launch<B, 1>(a, sms, stream);
     case 2:
-      return launch<B, 2>(a, sms, stream);
+      if (a.p.half) return launch<__half, 2>(a, sms, stream, correct);
+      return launch<B, 2>(a, sms, stream, correct);
     case 4:
       return launch<B, 4>(a, sms, stream);
     default:

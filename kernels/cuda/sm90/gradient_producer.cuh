@@ -16,7 +16,7 @@ struct GradientLayout {
   static constexpr int kNormStages = 4 * kDim * kDim / kStage;
   // d = 64 (128): 1024 (alignment) + rows 32 KB (64) + ring 8 x 16 KB (4 x 32) + staging 8 x 2 KB + meta 8 (4)
   // x 1040
-  // + units + barriers: 190 KB (218).
+  // + units + barriers: 196 KB (224).
   static constexpr int kSmem = 1024 + 4 * kTile + kStages * kStage + kConsumerWarps * 2048 + kStages * kMeta +
                                4 * static_cast<int>(sizeof(GradientUnit)) + 256;
 };
@@ -36,6 +36,8 @@ struct GradientSmem {
     rows_full = empty + 8 * L::kStages;
     rows_empty = rows_full + 8;
   }
+  __device__ __forceinline__ uint32_t x(uint32_t m) const { return rows + m * L::kTile; }
+  __device__ __forceinline__ uint32_t u(uint32_t m) const { return rows + (2 + m) * L::kTile; }
 };
 
 // Tensor maps of what the kernels read.
@@ -57,6 +59,7 @@ inline cudaError_t gradient_maps(const GradientArgs &a, GradientMaps *maps) {
 //   row
 //           for the second block; advance = exp(G_tile end - G_first block's end)
 // The head and the block lie with the factors.
+template <typename T>
 __device__ __forceinline__ void write_query_meta(uint32_t meta, const GradientArgs &a,
                                                  const volatile GradientUnit &u, int lane) {
 #pragma unroll 1
@@ -81,9 +84,36 @@ __device__ __forceinline__ void write_query_meta(uint32_t meta, const GradientAr
       if (a.r) r = a.r[row];
       if (a.delta) delta = a.delta[row];
     }
+    if constexpr (kCounted<T>) {
+      r *= u.lifts.weight;
+      delta *= u.lifts.ratio;
+    }
     store_f1(meta + n * 4, load_f1(meta + n * 4) * r);
     store_f1(meta + kR + n * 4, a.scale_p * r);
     store_f1(meta + kDelta + n * 4, delta);
+  }
+}
+
+// float16: what weights of the unit's rows have beside the columns' factors (GradientUnit). The references are
+// those of the columns' factors: queries, the first row of the tile and of its second block; keys, the last row
+// of the tile and of its first block.
+template <bool kKeys>
+__device__ __forceinline__ void write_row_factors(volatile GradientUnit &u, float scale, int lane) {
+  const double *const gate = u.gate;
+  const int last = u.length - 1;
+#pragma unroll 1
+  for (int i = lane; i < kUnitRows; i += 32) {
+    float f = kKeys ? 1.f : scale * u.lifts.weight * u.r[i], far = 1.f, near = 1.f;
+    if (gate) {
+      const double own = __ldg(gate + min(u.row + i, last)),
+                   a = __ldg(gate + min(u.row + (kKeys ? 127 : 0), last)),
+                   b = __ldg(gate + min(u.row + (kKeys ? 63 : 64), last));
+      far = exp2_fast(static_cast<float>(kKeys ? a - own : own - a) * kLog2e);
+      near = exp2_fast(static_cast<float>(kKeys ? b - own : own - b) * kLog2e);
+    }
+    u.own[i] = f;
+    u.far[i] = f * far;
+    u.near[i] = (kKeys ? i < 64 : i >= 64) ? f * near : 0.f;  // of the rows that see the other block whole
   }
 }
 
@@ -129,6 +159,15 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
           next.blocks = blocks;
           next.head_kv = kKeys ? t.head : t.head / p.group;
           next.state = int64_t(t.chunk_index) * p.heads_kv + next.head_kv;
+          if constexpr (kCounted<T>) {
+            const Lifts lifts = lifts_of<T>(p, a.limits, next.state);
+            next.lifts.weight = lifts.weight;
+            next.lifts.ratio = lifts.ratio;
+            if (next.states) {
+              next.units.s = a.units[next.state].s;
+              next.units.z = a.units[next.state].z;
+            }
+          }
           const double *gate =
               a.gate ? a.gate + token_row(p, next.batch, p.heads_kv, next.head_kv, next.token) : nullptr;
           next.gate = gate;
@@ -151,6 +190,7 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
             next.delta[i] = in && a.delta ? a.delta[row + i] : 0.f;
           }
         }
+        if constexpr (kCounted<T>) write_row_factors<kKeys>(next, a.scale_p, lane());
         break;
       }
     }
@@ -166,8 +206,8 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
 #pragma unroll 1
           for (int m = 0; m < 2; ++m) {
             const int token = static_cast<int>(u.token) + u.row + m * 64;
-            fetch_tile<kDim>(s.rows + m * kTile, maps.x, u.batch, u.head, token, s.rows_full);
-            fetch_tile<kDim>(s.rows + (2 + m) * kTile, maps.u, u.batch, u.head, token, s.rows_full);
+            fetch_tile<kDim>(s.x(m), maps.x, u.batch, u.head, token, s.rows_full);
+            fetch_tile<kDim>(s.u(m), maps.u, u.batch, u.head, token, s.rows_full);
           }
         }
         hand_over(s.rows_full);
@@ -176,8 +216,8 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
         for (int n = 0; n < 4; ++n) {  // x: two tiles, u: two tiles
           const Tensor &x = n < 2 ? a.x : a.u;
           const int row = u.row + (n & 1) * 64;
-          load_tile<T, kDim, 32>(s.rows + n * kTile, x, row_pointer<T>(x, u.batch, u.head, u.token + row),
-                                 u.length - row, lane());
+          load_tile<T, kDim, 32>(n < 2 ? s.x(n) : s.u(n & 1), x,
+                                 row_pointer<T>(x, u.batch, u.head, u.token + row), u.length - row, lane());
         }
         hand_over_copies(s.rows_full);
       }
@@ -233,7 +273,7 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
         fetch_tile<kDim>(stage + kTile, maps.y, batch, head(), token, bar);
       }
       if constexpr (kKeys)
-        write_query_meta(meta(), a, u, lane());
+        write_query_meta<T>(meta(), a, u, lane());
       else
         write_key_meta(meta(), load_key_gates(u.gate, n, u.row / 64, u.length, lane()), n, u.length, lane(),
                        kAdvance);

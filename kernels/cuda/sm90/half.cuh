@@ -110,12 +110,14 @@ struct RowUnits<__half> {
 
 // ---- Weights of the backward ------------------------------------------------------------------------------
 
-// Powers of two that weights w_ij = c gamma_ij r_i s_ij^p and their gradients e_ij = w_ij (m_ij - delta_i) /
-// s_ij are multiplied by, from the four limits of a sequence and key head. Normalised, w_ij <= 1, and so
+// Powers of two that weights w_ij = c gamma_ij r_i s_ij^p are multiplied by, and their gradients e_ij = w_ij
+// (m_ij - delta_i) / s_ij over that, from the four limits of a slot. Normalised, w_ij <= 1, and so
 //   |e_ij| <= (c r_i)^(1/p) (|dy_i| |v_j| + |delta_i|);
 // else |s_ij| <= |q_i| |k_j|. Of a bound's 2^15 gradients leave 2^3 free, for what rounding adds.
 struct Lifts {
-  float weight = 1.f, gradient = 1.f;
+  float weight = 1.f, ratio = 1.f;
+  __device__ __forceinline__ float gradient() const { return weight * ratio; }
+  __device__ __forceinline__ float gradient() const volatile { return weight * ratio; }
 };
 template <typename T>
 __device__ __forceinline__ Lifts lifts_of(const Shape &p, const int32_t *limits, int64_t slot) {
@@ -133,9 +135,24 @@ __device__ __forceinline__ Lifts lifts_of(const Shape &p, const int32_t *limits,
       bound = weights * most[3] * most[0];
       x.weight = inverse_power(unit_of(weights * s));
     }
-    x.gradient = 0.125f * inverse_power(unit_of(bound));
+    x.ratio = 0.125f * inverse_power(unit_of(bound)) / x.weight;
   }
   return x;
+}
+
+// ---- Sums of a chunk --------------------------------------------------------------------------------------
+
+// Whether a kernel keeps the sums that leave the call apart: that of exact weights, and the only one of
+// float16, whose products need no second part of the weights.
+template <typename T, bool kExact>
+inline constexpr bool kEnds = kExact || kCounted<T>;
+
+// The power of two that the weights of a sum into S (Z: norm) are multiplied by, and what undoes it; sums into
+// the tiles of S are counted in a unit, those that leave the call (end) and Z are not.
+__device__ __forceinline__ float lift_of(const Range &r, bool norm) { return norm ? r.weigh_z : r.weigh_s; }
+__device__ __forceinline__ float sum_factor(const Range &r, bool norm, bool end) {
+  const float lowered = inverse_power(lift_of(r, norm));
+  return norm || end ? lowered : lowered * inverse_power(unit_of(r.bound_s));
 }
 
 }  // namespace powerattn::cuda::sm90

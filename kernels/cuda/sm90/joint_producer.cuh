@@ -52,7 +52,7 @@ __device__ __forceinline__ bool take(Unit &x, const JointArgs &a, const Maps &ma
   x.gate = a.gate ? a.gate + token_row(p, x.batch, p.heads_kv, x.head, c.start) : nullptr;
   const Lifts lifts = lifts_of<T>(p, a.limits, int64_t(chunk) * p.heads_kv + x.head);
   x.lift = lifts.weight;
-  x.ratio = lifts.gradient / lifts.weight;
+  x.ratio = lifts.ratio;
   return true;
 }
 

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(128) joint_queries_kernel(const __grid_constan
                        warp * 256 + lane;
   float factor = static_cast<float>(p.degree);
   if constexpr (kCounted<T>)
-    factor /= lifts_of<T>(p, a.limits, int64_t(tile.chunk) * p.heads_kv + head / p.group).gradient;
+    factor /= lifts_of<T>(p, a.limits, int64_t(tile.chunk) * p.heads_kv + head / p.group).gradient();
   const int64_t token = tile.start + row;
   const T *const q = row_pointer<T>(a.q, batch, head, token);
   T *const to = const_cast<T *>(row_pointer<T>(a.dq, batch, head, token));

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/chunks.h"
+#include "kernels/cuda/ranges.h"
 
 namespace powerattn::cuda::sm90 {
 
@@ -56,11 +57,13 @@ struct UpdateArgs {
   const float *weight = nullptr;       // [heads of a][rows]; null: 1
   const float *norm_weight = nullptr;  // null: 1
   int32_t heads_a = 1;                 // heads of a and b: heads_kv, or heads_q in the backward
-  // Optional, exact only: the sum that enters nothing but the state at the end of a sequence, of its last chunk
-  // (reverse: first), goes here instead, not rounded: [sequences * heads_kv][rows of all tiles][d], in order.
+  // Optional, exact or float16 only: the sum that enters nothing but the state at the end of a sequence, of its
+  // last chunk (reverse: first), goes here instead, not rounded: [sequences * heads_kv][rows of all tiles][d],
+  // in order.
   float *end = nullptr;
   int32_t reverse = 0;
-  int32_t exact = 0;  // weight_t a_t in two parts: states that leave the call
+  int32_t exact = 0;              // bfloat16: weight_t a_t in two parts, for states that leave the call
+  const Range *ranges = nullptr;  // float16, of the same a, b and weights: the state is in units of bound_s
   void *state = nullptr;
   float *norm = nullptr;
   int32_t *ticket = nullptr;  // 4, zero on entry
@@ -100,6 +103,7 @@ struct OutputArgs {
   const double *gate = nullptr;  // [b, heads_kv, t]: inclusive sums inside the chunk; null: no gates
   const void *state = nullptr;   // null: attention form
   const void *norm = nullptr;    // Z before each chunk; null: row sums without the state's part
+  const Units *units = nullptr;  // of state and norm, float16
   int32_t first_has_state = 0;   // the first chunk of a sequence starts from a state
   int32_t *ticket = nullptr;     // zero on entry
 };
@@ -142,13 +146,15 @@ cudaError_t limits(const LimitsArgs &args, cudaStream_t stream);
 struct GradientArgs {
   Shape p;
   int32_t keys = 0;
-  Tensor x, u, z, y, dx, dv;     // dv: keys only
-  const double *gate = nullptr;  // as in OutputArgs
-  const float *r = nullptr;      // [b, heads_q, t]: 1 / row norm; null: 1
-  const float *delta = nullptr;  // [b, heads_q, t]: dy . y; null: 0
-  const void *state = nullptr;   // S before, or dS after, each chunk; null: attention form
-  const void *norm = nullptr;    // Z or dZ; null: none
-  int32_t end_has_state = 0;     // the first (dq) or last (keys) chunk of a sequence has a state too
+  Tensor x, u, z, y, dx, dv;        // dv: keys only
+  const double *gate = nullptr;     // as in OutputArgs
+  const float *r = nullptr;         // [b, heads_q, t]: 1 / row norm; null: 1
+  const float *delta = nullptr;     // [b, heads_q, t]: dy . y; null: 0
+  const void *state = nullptr;      // S before, or dS after, each chunk; null: attention form
+  const void *norm = nullptr;       // Z or dZ; null: none
+  const Units *units = nullptr;     // of state and norm, float16
+  const int32_t *limits = nullptr;  // float16: as `limits` left them
+  int32_t end_has_state = 0;        // the first (dq) or last (keys) chunk of a sequence has a state too
   float scale_p = 1.f;
   float *dot = nullptr;  // out: x . dx [b, heads of x, t]; null: not wanted
   // Queries, degree 2, optional: delta without the rounding error of y, which is what x . dx leaves of a sum

@@ -19,6 +19,7 @@ struct UnitMeta {                     // what the producer tells the consumers a
   int32_t states, batch;              // states: the chunk starts from a state
   int64_t token;
   float state_factor;  // exp(G_row0): decay of the state at the tile's first row
+  Units units;         // float16: of S and Z
   // For the producers themselves, which read what they need at every stage instead of keeping it in registers:
   // blocks that tensor maps can load, the chunk's gate sums, and which state it starts from.
   int32_t mapped, head_kv;
@@ -117,6 +118,26 @@ __device__ __forceinline__ void weigh(float (&s)[32], uint32_t (&w)[4][4], float
 #pragma unroll
     for (int n = 0; n < 16; ++n) w[n / 4][n % 4] = pack2<T>(s[2 * n], s[2 * n + 1]);
   }
+}
+
+// Sums that a state gave times its decay f. float16: from the units of the state to those of the rows, which
+// begin with 1.
+template <typename T, int kN>
+__device__ __forceinline__ void begin_rows(float (&o)[kN], float (&l)[2], RowUnits<T> &units,
+                                           const volatile UnitMeta &u) {
+  float f[2] = {u.state_factor, u.state_factor};
+  if constexpr (kCounted<T>) {
+    const float s = u.units.s, z = u.units.z;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      l[h] *= z;
+      units.unit[h] = 1.f;
+      f[h] = units.raise(h, l[h], f[h]);
+    }
+#pragma unroll
+    for (int i = 0; i < kN; ++i) o[i] *= s;
+  }
+  scale_rows(o, l, f[0], f[1]);
 }
 
 // Sums of a row tile times the gates f of its two rows.

@@ -18,8 +18,7 @@ struct Consumer {
   const Smem &s;
   // Turns of the ring (4 stages), and the parity of the unit in the top bit: one register.
   uint32_t turn = 0;
-  // float16 has the attention form only: beside the products of a state, the powers of its rows do not fit.
-  static constexpr bool kStates = kDegree == 2 && !kCounted<T>;
+  static constexpr bool kStates = kDegree == 2;
   float o[2][64];
   float l[2][2];
   RowUnits<T> units[2];
@@ -182,6 +181,30 @@ struct Consumer {
     release(low);
   }
 
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int i = 0; i < 64; ++i) o[m][i] = 0.f;
+  }
+  // What the rows have from the state.
+  __device__ __forceinline__ void begin(const OutputArgs &a, const volatile UnitMeta &u) {
+    l[0][0] = l[0][1] = l[1][0] = l[1][1] = 0.f;
+    if constexpr (kStates) {
+      if (u.states) {
+        if (a.norm) norm_phase();
+        clear();
+        state_phase_2();
+        begin_rows(o[0], l[0], units[0], u);
+        begin_rows(o[1], l[1], units[1], u);
+        return;
+      }
+    }
+    clear();
+    units[0].start();
+    units[1].start();
+  }
+
   // S_m = Q_m K^T and O_m += P V, without fence and commit.
   template <int m>
   __device__ __forceinline__ void scores(float (&t)[32], uint32_t keys) {
@@ -323,23 +346,7 @@ __global__ void __launch_bounds__(384, 1)
       const volatile UnitMeta &u = slots[c.turn >> 31];  // stays until q is given back
       if (u.head < 0) break;
       if constexpr (kCounted<T>) c.scale_queries();
-      c.units[0].start();
-      c.units[1].start();
-      c.l[0][0] = c.l[0][1] = c.l[1][0] = c.l[1][1] = 0.f;
-      if constexpr (c.kStates) {
-        if (u.states && a.norm) c.norm_phase();
-      }
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int i = 0; i < 64; ++i) c.o[m][i] = 0.f;
-      if constexpr (c.kStates) {
-        if (u.states) {
-          c.state_phase_2();
-          scale_rows(c.o[0], c.l[0], u.state_factor, u.state_factor);
-          scale_rows(c.o[1], c.l[1], u.state_factor, u.state_factor);
-        }
-      }
+      c.begin(a, u);
       c.attention_phase(u);
       c.template epilogue<0>(a, u);
       c.template epilogue<1>(a, u);
@@ -375,7 +382,7 @@ cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t output128(const OutputArgs &a, int sms, cudaStream_t stream) {
-  if (a.state != nullptr && (a.p.degree != 2 || a.p.half)) return cudaErrorInvalidValue;
+  if (a.state != nullptr && a.p.degree != 2) return cudaErrorInvalidValue;
   return a.p.half ? launch<__half>(a, sms, stream) : launch<__nv_bfloat16>(a, sms, stream);
 }
 

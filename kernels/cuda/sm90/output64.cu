@@ -45,7 +45,7 @@ struct Consumer {
   Ring<kStages> ring;
   float o[2][32];
   float l[2][2];
-  static constexpr bool kStates = !kCounted<T>;  // float16 has the attention form only
+  static constexpr bool kStates = kDegree == 2 || !kCounted<T>;
   RowUnits<T> units[2];
   uint32_t q[2][4][4];
 
@@ -352,8 +352,8 @@ __global__ void __launch_bounds__(384, 1)
               c.norm_phase(t);
             }
           }
-          scale_rows(c.o[0], c.l[0], u.state_factor, u.state_factor);
-          scale_rows(c.o[1], c.l[1], u.state_factor, u.state_factor);
+          begin_rows(c.o[0], c.l[0], c.units[0], u);
+          begin_rows(c.o[1], c.l[1], c.units[1], u);
         }
       }
       c.attention_phase(u.row / kKeys, u.blocks, m0, m1, t0, t1);
@@ -388,7 +388,7 @@ cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t output64(const OutputArgs &a, int sms, cudaStream_t stream) {
-  if (a.state != nullptr && a.p.half) return cudaErrorInvalidValue;
+  if (a.state != nullptr && a.p.half && a.p.degree != 2) return cudaErrorInvalidValue;
   return a.p.half ? launch<__half>(a, sms, stream) : launch<__nv_bfloat16>(a, sms, stream);
 }
 

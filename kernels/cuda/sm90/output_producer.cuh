@@ -122,6 +122,12 @@ __device__ __forceinline__ void produce_output(const OutputArgs &a, const Output
           next.mapped = mapped_blocks(maps.k, maps.v, p, t.chunk, blocks);
           next.head_kv = t.head / p.group;
           next.state = int64_t(t.chunk_index) * p.heads_kv + next.head_kv;
+          if constexpr (kCounted<T>) {
+            if (next.states) {
+              next.units.s = a.units[next.state].s;
+              next.units.z = a.units[next.state].z;
+            }
+          }
           const double *gate =
               a.gate ? a.gate + token_row(p, next.batch, p.heads_kv, next.head_kv, next.token) : nullptr;
           next.gate = gate;

@@ -7,6 +7,7 @@
 // consumer warpgroup (3 x 64 accumulators); the last slice has four. The 23 slices of a chunk are handed out
 // one after another, so that they read its keys and values from L2. A tile is named by addresses in registers,
 // so one loop serves all.
+#include "half.cuh"
 #include "kernels/cuda/ptx/wgmma.cuh"
 #include "units.cuh"
 
@@ -53,6 +54,7 @@ struct UnitMeta {
   int32_t stages;  // of 64 tokens, over all heads of the group
   int32_t slot;    // chunk * heads_kv + head
   int32_t end;     // of UpdateArgs::end, or < 0
+  float factor;    // float16: what undoes the lifted weights and counts the sum in its unit
 };
 
 // ---- Producer -----------------------------------------------------------------------------------------------
@@ -106,7 +108,9 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem<kExact> 
       slots[unit_phase].slice = slice;
       slots[unit_phase].stages = blocks * heads;
       slots[unit_phase].slot = static_cast<int32_t>(slot);
-      if constexpr (kExact) slots[unit_phase].end = end_of(a, c, head_kv);
+      if constexpr (kEnds<T, kExact>) slots[unit_phase].end = end_of(a, c, head_kv);
+      if constexpr (kCounted<T>)
+        slots[unit_phase].factor = sum_factor(a.ranges[slot], slice == kSlices, slots[unit_phase].end >= 0);
     }
     hand_unit();
     // Blocks i of the slice's tiles; none for Z.
@@ -128,6 +132,7 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem<kExact> 
       ready.next();
     };
     const float *weights = slice == kSlices ? a.norm_weight : a.weight;
+    const float lift = kCounted<T> ? lift_of(a.ranges[slot], slice == kSlices) : 1.f;
     int pending = 0;
 #pragma unroll 1
     for (int h = 0; h < heads; ++h) {
@@ -137,8 +142,8 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem<kExact> 
 #pragma unroll 1
       for (int n = 0; n < blocks; ++n) {
         const int left = c.length - n * kTokens;
-        float x = 1.f;
-        if (w && tid < kTokens && tid < left) x = w[n * kTokens + tid];
+        float x = lift;
+        if (w && tid < kTokens && tid < left) x *= w[n * kTokens + tid];
         barrier_wait(s.empty + 8 * ring.stage, ring.phase ^ 1);
         const uint32_t stage = s.ring + ring.stage * kStage;
         load_tile<T, kDim>(stage, a.a, k + int64_t(n) * kTokens * a.a.stride_t, left, tid);
@@ -250,7 +255,7 @@ __device__ __forceinline__ void sum_slice(const UpdateArgs &args, Pipe<kExact> &
   }
   sum_tiles<T, kExact>(acc, pipe, stages, j, i);
 
-  if constexpr (kExact) {
+  if constexpr (kEnds<T, kExact>) {
     const int32_t end = unit.end;
     if (end >= 0) {  // kept apart, not rounded
 #pragma unroll
@@ -258,7 +263,7 @@ __device__ __forceinline__ void sum_slice(const UpdateArgs &args, Pipe<kExact> &
         const int tile = slice * 6 + kGroup * 3 + n;
         if (tile >= kTiles) break;
         tile_pair(kBlocks, tile, &ib, &jb);
-        const float w = ib == jb ? 1.f : 2.f;
+        const float w = (ib == jb ? 1.f : 2.f) * (kCounted<T> ? unit.factor : 1.f);
         float *to = args.end + ((int64_t(end) * kTiles + tile) * 64 + pipe.warp * 16 + pipe.lane / 4) * kDim +
                     (pipe.lane & 3) * 2;
 #pragma unroll
@@ -279,7 +284,7 @@ __device__ __forceinline__ void sum_slice(const UpdateArgs &args, Pipe<kExact> &
   for (int n = 0; n < 3; ++n) {
     const int tile = slice * 6 + kGroup * 3 + n;
     tile_pair(kBlocks, min(tile, kTiles - 1), &ib, &jb);
-    const float w = ib == jb ? 1.f : 2.f;
+    const float w = (ib == jb ? 1.f : 2.f) * (kCounted<T> ? unit.factor : 1.f);
     if (leader) bulk_store_wait_read<0>();
     named_barrier<3 + kGroup, 128>();
 #pragma unroll
@@ -299,7 +304,7 @@ __device__ __forceinline__ void sum_slice(const UpdateArgs &args, Pipe<kExact> &
 // Z: A = w_t k_t in two parts (64 features a warpgroup), B = k.
 template <typename T, int kGroup, bool kExact>
 __device__ __forceinline__ void sum_norm(const UpdateArgs &args, Pipe<kExact> &pipe, int stages,
-                                         const volatile int32_t &slot) {
+                                         const volatile UnitMeta &unit) {
   float acc[64];
 #pragma unroll
   for (int k = 0; k < 64; ++k) acc[k] = 0.f;
@@ -335,11 +340,12 @@ __device__ __forceinline__ void sum_norm(const UpdateArgs &args, Pipe<kExact> &p
     pipe.ring.next();
   }
   const int row = kGroup * 64 + pipe.warp * 16 + pipe.lane / 4;
-  float *z = args.norm + int64_t(slot) * (kDim * kDim) + row * kDim + 2 * c;
+  float *z = args.norm + int64_t(unit.slot) * (kDim * kDim) + row * kDim + 2 * c;
+  const float f = kCounted<T> ? unit.factor : 1.f;
 #pragma unroll
   for (int n = 0; n < 16; ++n) {
-    *reinterpret_cast<float2 *>(z + 8 * n) = make_float2(acc[4 * n], acc[4 * n + 1]);
-    *reinterpret_cast<float2 *>(z + 8 * n + 8 * kDim) = make_float2(acc[4 * n + 2], acc[4 * n + 3]);
+    *reinterpret_cast<float2 *>(z + 8 * n) = make_float2(f * acc[4 * n], f * acc[4 * n + 1]);
+    *reinterpret_cast<float2 *>(z + 8 * n + 8 * kDim) = make_float2(f * acc[4 * n + 2], f * acc[4 * n + 3]);
   }
 }
 
@@ -357,7 +363,7 @@ __device__ __forceinline__ void consume(const UpdateArgs &args, const Smem<kExac
     if (slice < kSlices)
       sum_slice<T, kGroup, kExact>(args, pipe, slice, stages, slots[phase]);
     else
-      sum_norm<T, kGroup, kExact>(args, pipe, stages, slots[phase].slot);
+      sum_norm<T, kGroup, kExact>(args, pipe, stages, slots[phase]);
   }
   if (tid == 0) bulk_store_wait();
 }
@@ -401,6 +407,7 @@ cudaError_t launch(const UpdateArgs &a, int sms, cudaStream_t stream) {
 cudaError_t update128(const UpdateArgs &a, int sms, cudaStream_t stream) {
   using B = __nv_bfloat16;
   if (a.p.degree != 2) return cudaErrorInvalidValue;
+  if (a.p.half) return launch<__half, false>(a, sms, stream);
   return a.exact ? launch<B, true>(a, sms, stream) : launch<B, false>(a, sms, stream);
 }
 

@@ -8,6 +8,7 @@
 // stay in registers over the chunk's tokens. The A operand phi(k)^T is a K^T fragment times scalars w_t k_ti;
 // the producer warpgroup makes these scalars once per stage, transposed and rounded once, so that a consumer
 // fetches the four it needs for a pair of rows i with one 16-byte load.
+#include "half.cuh"
 #include "kernels/cuda/ptx/wgmma.cuh"
 #include "units.cuh"
 
@@ -50,6 +51,7 @@ struct UnitMeta {
   int32_t stages;  // of 64 tokens, over all heads of the group
   int32_t slot;    // chunk * heads_kv + head
   int32_t end;     // of UpdateArgs::end, or < 0
+  float factor;    // float16: what undoes the lifted weights and counts the sum in its unit
 };
 
 // The six tiles of each of the six warpgroup parts: few distinct blocks, so few loads per 16 tokens. `pair` of
@@ -131,16 +133,20 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem<kExact> 
     if (c.length == 0) continue;
     const int batch = static_cast<int>(batch_of(p.packed, c.sequence));
     const int blocks = (c.length + kTokens - 1) / kTokens;
+    const bool norm = slice == kSlices && kDegree == 2;
     barrier_wait(s.unit_empty, unit_phase);
     unit_phase ^= 1;
     if (tid == 0) {
       slots[unit_phase].slice = slice;
       slots[unit_phase].stages = blocks * heads;
       slots[unit_phase].slot = static_cast<int32_t>(slot);
-      if constexpr (kExact) slots[unit_phase].end = end_of(a, c, head_kv);
+      if constexpr (kEnds<T, kExact>) slots[unit_phase].end = end_of(a, c, head_kv);
+      if constexpr (kCounted<T>)
+        slots[unit_phase].factor = sum_factor(a.ranges[slot], norm, slots[unit_phase].end >= 0);
     }
     hand_unit();
-    const float *weights = slice == kSlices && kDegree == 2 ? a.norm_weight : a.weight;
+    const float *weights = norm ? a.norm_weight : a.weight;
+    const float lift = kCounted<T> ? lift_of(a.ranges[slot], norm) : 1.f;
     int pending = 0;
 #pragma unroll 1
     for (int h = 0; h < heads; ++h) {
@@ -150,8 +156,8 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem<kExact> 
 #pragma unroll 1
       for (int j = 0; j < blocks; ++j) {
         const int left = c.length - j * kTokens;
-        float x = 1.f;
-        if (w && tid < kTokens && tid < left) x = w[j * kTokens + tid];
+        float x = lift;
+        if (w && tid < kTokens && tid < left) x *= w[j * kTokens + tid];
         barrier_wait(s.empty + 8 * ring.stage, ring.phase ^ 1);
         const uint32_t stage = s.ring + ring.stage * kStage;
         load_tile<T>(stage, a.a, k + int64_t(j) * kTokens * a.a.stride_t, left, tid);
@@ -258,12 +264,13 @@ __device__ __forceinline__ void sum_tiles(float (&acc)[6][32], Pipe<kExact> &pip
 }
 
 // Writes the six tiles of a sum that is kept apart, not rounded.
-template <int kPart>
-__device__ __forceinline__ void store_end(const float (&acc)[6][32], int warp, int lane, float *end) {
+template <typename T, int kPart>
+__device__ __forceinline__ void store_end(const float (&acc)[6][32], const volatile UnitMeta &unit, int warp,
+                                          int lane, float *end) {
   constexpr Part part = part_of(kPart);
 #pragma unroll
   for (int n = 0; n < 6; ++n) {
-    const float w = part.i[n] == part.j[n] ? 1.f : 2.f;
+    const float w = (part.i[n] == part.j[n] ? 1.f : 2.f) * (kCounted<T> ? unit.factor : 1.f);
     float *to = end + (tile_index(8, part.i[n], part.j[n]) * 64 + warp * 16 + lane / 4) * 64 + (lane & 3) * 2;
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
@@ -276,7 +283,8 @@ __device__ __forceinline__ void store_end(const float (&acc)[6][32], int warp, i
 
 // Writes the six tiles to their places in the slot through two staging buffers per warpgroup.
 template <typename T, int kPart, int kGroup, bool kExact>
-__device__ __forceinline__ void store_tiles(float (&acc)[6][32], const Pipe<kExact> &pipe, char *slot) {
+__device__ __forceinline__ void store_tiles(float (&acc)[6][32], const volatile UnitMeta &unit,
+                                            const Pipe<kExact> &pipe, char *slot) {
   constexpr Part part = part_of(kPart);
   const int row = pipe.warp * 16 + (pipe.lane & 15), half = pipe.lane >> 4;
 #pragma unroll
@@ -285,7 +293,7 @@ __device__ __forceinline__ void store_tiles(float (&acc)[6][32], const Pipe<kExa
     const bool leader = pipe.warp == 0 && pipe.lane == 0;
     if (leader) bulk_store_wait_read<1>();
     named_barrier<3 + kGroup, 128>();
-    const float w = part.i[n] == part.j[n] ? 1.f : 2.f;
+    const float w = (part.i[n] == part.j[n] ? 1.f : 2.f) * (kCounted<T> ? unit.factor : 1.f);
 #pragma unroll
     for (int c = 0; c < 8; c += 2)
       stmatrix4(buffer + row * 128 + (((c + half) ^ (row & 7)) << 4),
@@ -303,7 +311,7 @@ __device__ __forceinline__ void store_tiles(float (&acc)[6][32], const Pipe<kExa
 // other stage; each holds half of the sum, added through the staging buffer in a fixed order.
 template <typename T, bool kNorm, int kGroup, bool kExact>
 __device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe<kExact> &pipe, int stages,
-                                           const volatile int32_t &slot) {
+                                           const volatile UnitMeta &unit) {
   float acc[32];
 #pragma unroll
   for (int i = 0; i < 32; ++i) acc[i] = 0.f;
@@ -363,11 +371,12 @@ __device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe<kExact> 
       const float y0 = acc[4 * i] + __uint_as_float(o.x), y1 = acc[4 * i + 1] + __uint_as_float(o.y),
                   y2 = acc[4 * i + 2] + __uint_as_float(o.z), y3 = acc[4 * i + 3] + __uint_as_float(o.w);
       if constexpr (kNorm) {
-        float *z = args.norm + int64_t(slot) * 4096 + row * 64 + 8 * i + 2 * c;
-        *reinterpret_cast<float2 *>(z) = make_float2(y0, y1);
-        *reinterpret_cast<float2 *>(z + 8 * 64) = make_float2(y2, y3);
+        const float f = kCounted<T> ? unit.factor : 1.f;
+        float *z = args.norm + int64_t(unit.slot) * 4096 + row * 64 + 8 * i + 2 * c;
+        *reinterpret_cast<float2 *>(z) = make_float2(f * y0, f * y1);
+        *reinterpret_cast<float2 *>(z + 8 * 64) = make_float2(f * y2, f * y3);
       } else {
-        char *t = static_cast<char *>(args.state) + int64_t(slot) * kTile;
+        char *t = static_cast<char *>(args.state) + int64_t(unit.slot) * kTile;
         *reinterpret_cast<uint32_t *>(t + swizzle<64>(64, row, i) + 4 * c) = pack2<T>(y0, y1);
         *reinterpret_cast<uint32_t *>(t + swizzle<64>(64, row + 8, i) + 4 * c) = pack2<T>(y2, y3);
       }
@@ -384,15 +393,16 @@ __device__ __forceinline__ void sum_slice(const UpdateArgs &args, Pipe<kExact> &
 #pragma unroll
     for (int i = 0; i < 32; ++i) acc[n][i] = 0.f;
   sum_tiles<T, kSlice * 2 + kGroup, kExact>(acc, pipe, stages);
-  if constexpr (kExact) {
+  if constexpr (kEnds<T, kExact>) {
     const int32_t end = unit.end;
     if (end >= 0) {
-      store_end<kSlice * 2 + kGroup>(acc, pipe.warp, pipe.lane, args.end + int64_t(end) * (36 * 64 * 64));
+      store_end<T, kSlice * 2 + kGroup>(acc, unit, pipe.warp, pipe.lane,
+                                        args.end + int64_t(end) * (36 * 64 * 64));
       return;
     }
   }
   store_tiles<T, kSlice * 2 + kGroup, kGroup, kExact>(
-      acc, pipe, static_cast<char *>(args.state) + int64_t(unit.slot) * (36 * kTile));
+      acc, unit, pipe, static_cast<char *>(args.state) + int64_t(unit.slot) * (36 * kTile));
 }
 
 // kSlice = kSlices: only linear units.
@@ -417,7 +427,7 @@ __device__ __forceinline__ void consume(const UpdateArgs &args, const Smem<kExac
     }
   }
   while (slice == kSlices) {
-    sum_linear<T, kDegree == 2, kGroup, kExact>(args, pipe, stages, slots[phase ^ 1].slot);
+    sum_linear<T, kDegree == 2, kGroup, kExact>(args, pipe, stages, slots[phase ^ 1]);
     slice = next(stages);
   }
   if (tid == 0) bulk_store_wait();
@@ -477,11 +487,9 @@ cudaError_t launch(const UpdateArgs &a, int sms, cudaStream_t stream) {
 
 cudaError_t update64(const UpdateArgs &a, int sms, cudaStream_t stream) {
   using B = __nv_bfloat16;
-  if (a.exact) {
-    if (a.p.degree != 2) return cudaErrorInvalidValue;
-    return launch<B, 2, true>(a, sms, stream);
-  }
-  return a.p.degree == 1 ? launch<B, 1, false>(a, sms, stream) : launch<B, 2, false>(a, sms, stream);
+  if (a.p.degree == 1) return a.exact || a.p.half ? cudaErrorInvalidValue : launch<B, 1, false>(a, sms, stream);
+  if (a.p.half) return launch<__half, 2, false>(a, sms, stream);
+  return a.exact ? launch<B, 2, true>(a, sms, stream) : launch<B, 2, false>(a, sms, stream);
 }
 
 }  // namespace powerattn::cuda::sm90
