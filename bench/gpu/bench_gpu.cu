@@ -290,7 +290,8 @@ void ceilings() {
 int usage(const char *argument) {
   std::printf(
       "bench_gpu: cannot use '%s'\n"
-      "usage: bench_gpu [targets] [kernels] [sweep] [other] [step] [--csv FILE] [--append] [--only TEXT]\n"
+      "usage: bench_gpu [targets] [kernels] [sweep] [sweep-f16] [other] [step] [--csv FILE] [--append] [--only "
+      "TEXT]\n"
       "                 [--label TEXT] [--seconds N] [--tokens N] [--quick]\n",
       argument);
   return 2;
@@ -305,7 +306,7 @@ int main(int argc, char **argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string a = argv[i];
     const bool more = i + 1 < argc;
-    if (a == "targets" || a == "kernels" || a == "sweep" || a == "other" || a == "step") {
+    if (a == "targets" || a == "kernels" || a == "sweep" || a == "sweep-f16" || a == "other" || a == "step") {
       sections.insert(a);
     } else if (a == "--append") {
       append = true;
@@ -362,19 +363,23 @@ int main(int argc, char **argv) {
     run_step(f32, 256, 64, 16, 1);
     run_step(f32, 64, 64, 1, 8);
   }
-  if (section("kernels"))
+  if (section("kernels")) {
     for (const Config &c : targets) run(c, kKernels);
-  if (section("sweep")) {
+    for (int64_t d : {64, 128}) run({f16, 1, n, 8, 8, d, 2, automatic, ""}, kKernels);
+  }
+  for (const auto &[name, type] : {std::pair{"sweep", bf16}, std::pair{"sweep-f16", f16}}) {
+    if (!section(name)) continue;
     for (int64_t d : {64, 128})
       for (int64_t t = n / 64; t <= 4 * n; t *= 2) {
         const int64_t b = std::max<int64_t>(1, n / t);
-        run({bf16, b, t, 8, 8, d, 2, attention, " attention"});
-        run({bf16, b, t, 8, 8, d, 2, chunked, " chunked"});
-        run({bf16, b, t, 8, 8, d, 2, automatic, " planner"});
+        run({type, b, t, 8, 8, d, 2, attention, " attention"});
+        run({type, b, t, 8, 8, d, 2, chunked, " chunked"});
+        run({type, b, t, 8, 8, d, 2, automatic, " planner"});
       }
   }
   if (section("other")) {
     run({f16, 1, n, 8, 8, 64, 2, automatic, ""});
+    run({f16, 1, n, 8, 8, 128, 2, automatic, ""});
     run({f16, 16, n / 16, 8, 8, 64, 2, attention, " attention"});
     run({f16, 64, n / 64, 8, 8, 64, 2, attention, " attention"});
     run({f16, 16, n / 16, 8, 8, 64, 4, attention, " attention"});

@@ -110,17 +110,18 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem<kExact> 
     __syncwarp();
     if (tid % 32 == 0) barrier_arrive(s.unit_full);
   };
+  // A block keeps its slice, and takes Z units (cheap, one in every 37 products) when its slice is done.
+  int slice = kDegree == 1 ? kSlices : static_cast<int>(blockIdx.x) % kSlices;
   const auto finish = [&]() {  // transposes the oldest loaded stage and hands it over
     fence_async_proxy();
     named_barrier<2, 128>();
     const uint32_t stage = s.ring + ready.stage * kStage;
-    make_scalars<T, kExact>(stage, stage + 2 * kTile, s.weights + ready.stage * 256, tid);
+    if (!(kCounted<T> && slice == kSlices))  // whose Z makes its own
+      make_scalars<T, kExact>(stage, stage + 2 * kTile, s.weights + ready.stage * 256, tid);
     __syncwarp();
     if (tid % 32 == 0) barrier_arrive(s.full + 8 * ready.stage);
     ready.next();
   };
-  // A block keeps its slice, and takes Z units (cheap, one in every 37 products) when its slice is done.
-  int slice = kDegree == 1 ? kSlices : static_cast<int>(blockIdx.x) % kSlices;
   for (;;) {
     const int64_t slot = tickets.next(a.ticket + slice, tid);
     if (slot >= units) {
@@ -146,7 +147,6 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem<kExact> 
     }
     hand_unit();
     const float *weights = norm ? a.norm_weight : a.weight;
-    const float lift = kCounted<T> ? lift_of(a.ranges[slot], norm) : 1.f;
     int pending = 0;
 #pragma unroll 1
     for (int h = 0; h < heads; ++h) {
@@ -156,7 +156,7 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem<kExact> 
 #pragma unroll 1
       for (int j = 0; j < blocks; ++j) {
         const int left = c.length - j * kTokens;
-        float x = lift;
+        float x = kCounted<T> ? lift_of(a.ranges[slot], norm) : 1.f;
         if (w && tid < kTokens && tid < left) x *= w[j * kTokens + tid];
         barrier_wait(s.empty + 8 * ring.stage, ring.phase ^ 1);
         const uint32_t stage = s.ring + ring.stage * kStage;
@@ -308,10 +308,12 @@ __device__ __forceinline__ void store_tiles(float (&acc)[6][32], const volatile 
 }
 
 // One product per 16 tokens: A = w_t k_t (64 features), B = v (degree 1) or k (Z). Both warpgroups take every
-// other stage; each holds half of the sum, added through the staging buffer in a fixed order.
+// other stage; each holds half of the sum, added through the staging buffer in a fixed order. float16: A in two
+// parts, made here.
 template <typename T, bool kNorm, int kGroup, bool kExact>
 __device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe<kExact> &pipe, int stages,
                                            const volatile UnitMeta &unit) {
+  constexpr bool kParts = kExact || kCounted<T>;
   float acc[32];
 #pragma unroll
   for (int i = 0; i < 32; ++i) acc[i] = 0.f;
@@ -326,25 +328,41 @@ __device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe<kExact> 
   for (int it = kGroup; it < stages; it += 2) {
     pipe.acquire();
     const uint32_t stage = pipe.stage(), b = stage + (kNorm ? 0 : kTile);
-    uint32_t f[kExact ? 8 : 4][4];  // the low parts behind the high ones
+    uint32_t f[kParts ? 8 : 4][4];  // the low parts behind the high ones
 #pragma unroll
-    for (int ks = 0; ks < 4; ++ks)
+    for (int ks = 0; ks < 4; ++ks) {
+      if constexpr (kCounted<T>) {
+        const int token = ks * 16 + (pipe.lane & 15), block = 2 * pipe.warp + (pipe.lane >> 4);
+        const uint32_t weights = pipe.s.weights + pipe.ring.stage * 256 + ks * 64 + c * 8;
+        uint32_t x[4];  // features g, then g + 8; of each: tokens 2c, then 2c + 8
+        ldmatrix4_trans(x, stage + token * 128 + ((block ^ (token & 7)) << 4));
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint32_t at =
-            stage + 2 * kTile + (((2 * pipe.warp + h) * 4 + ks) * 4 + g / 2) * 64 + c * 16 + (g & 1) * 8;
-        const float2 v = load_f2(at);
-        f[ks][h] = __float_as_uint(v.x);
-        f[ks][h + 2] = __float_as_uint(v.y);
-        if constexpr (kExact) {
-          const float2 low = load_f2(at + kTile);
-          f[ks + 4][h] = __float_as_uint(low.x);
-          f[ks + 4][h + 2] = __float_as_uint(low.y);
+        for (int r = 0; r < 4; ++r) {
+          const float2 w = load_f2(weights + (r >> 1) * 32), v = unpack2<T>(x[(r & 1) * 2 + (r >> 1)]);
+          const float v0 = v.x * w.x, v1 = v.y * w.y;
+          f[ks][r] = pack2<T>(v0, v1);
+          const float2 high = unpack2<T>(f[ks][r]);
+          f[ks + 4][r] = pack2<T>(v0 - high.x, v1 - high.y);
+        }
+      } else {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const uint32_t at =
+              stage + 2 * kTile + (((2 * pipe.warp + h) * 4 + ks) * 4 + g / 2) * 64 + c * 16 + (g & 1) * 8;
+          const float2 v = load_f2(at);
+          f[ks][h] = __float_as_uint(v.x);
+          f[ks][h + 2] = __float_as_uint(v.y);
+          if constexpr (kExact) {
+            const float2 low = load_f2(at + kTile);
+            f[ks + 4][h] = __float_as_uint(low.x);
+            f[ks + 4][h + 2] = __float_as_uint(low.y);
+          }
         }
       }
+    }
     wgmma_fence();
 #pragma unroll
-    for (int ks = 0; ks < (kExact ? 8 : 4); ++ks)
+    for (int ks = 0; ks < (kParts ? 8 : 4); ++ks)
       wgmma<T, true, true>(acc, f[ks], desc_at(tile_desc(b), ks % 4 * 2048));
     wgmma_commit();
     wgmma_wait<0>();
