@@ -142,11 +142,6 @@ __device__ __forceinline__ Lifts lifts_of(const Shape &p, const int32_t *limits,
 
 // ---- Sums of a chunk --------------------------------------------------------------------------------------
 
-// Whether a kernel keeps the sums that leave the call apart: that of exact weights, and the only one of
-// float16, whose products need no second part of the weights.
-template <typename T, bool kExact>
-inline constexpr bool kEnds = kExact || kCounted<T>;
-
 // The power of two that the weights of a sum into S (Z: norm) are multiplied by, and what undoes it; sums into
 // the tiles of S are counted in a unit, those that leave the call (end) and Z are not.
 __device__ __forceinline__ float lift_of(const Range &r, bool norm) { return norm ? r.weigh_z : r.weigh_s; }

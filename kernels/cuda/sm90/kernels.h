@@ -57,7 +57,7 @@ struct UpdateArgs {
   const float *weight = nullptr;       // [heads of a][rows]; null: 1
   const float *norm_weight = nullptr;  // null: 1
   int32_t heads_a = 1;                 // heads of a and b: heads_kv, or heads_q in the backward
-  // Optional, exact or float16 only: the sum that enters nothing but the state at the end of a sequence, of its
+  // Optional, exact only: the sum that enters nothing but the state at the end of a sequence, of its
   // last chunk (reverse: first), goes here instead, not rounded: [sequences * heads_kv][rows of all tiles][d],
   // in order.
   float *end = nullptr;

@@ -108,9 +108,10 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem<kExact> 
       slots[unit_phase].slice = slice;
       slots[unit_phase].stages = blocks * heads;
       slots[unit_phase].slot = static_cast<int32_t>(slot);
-      if constexpr (kEnds<T, kExact>) slots[unit_phase].end = end_of(a, c, head_kv);
+      if constexpr (kExact) slots[unit_phase].end = end_of(a, c, head_kv);
       if constexpr (kCounted<T>)
-        slots[unit_phase].factor = sum_factor(a.ranges[slot], slice == kSlices, slots[unit_phase].end >= 0);
+        slots[unit_phase].factor =
+            sum_factor(a.ranges[slot], slice == kSlices, kExact && slots[unit_phase].end >= 0);
     }
     hand_unit();
     // Blocks i of the slice's tiles; none for Z.
@@ -255,7 +256,7 @@ __device__ __forceinline__ void sum_slice(const UpdateArgs &args, Pipe<kExact> &
   }
   sum_tiles<T, kExact>(acc, pipe, stages, j, i);
 
-  if constexpr (kEnds<T, kExact>) {
+  if constexpr (kExact) {
     const int32_t end = unit.end;
     if (end >= 0) {  // kept apart, not rounded
 #pragma unroll
@@ -407,7 +408,7 @@ cudaError_t launch(const UpdateArgs &a, int sms, cudaStream_t stream) {
 cudaError_t update128(const UpdateArgs &a, int sms, cudaStream_t stream) {
   using B = __nv_bfloat16;
   if (a.p.degree != 2) return cudaErrorInvalidValue;
-  if (a.p.half) return launch<__half, false>(a, sms, stream);
+  if (a.p.half) return a.exact ? launch<__half, true>(a, sms, stream) : launch<__half, false>(a, sms, stream);
   return a.exact ? launch<B, true>(a, sms, stream) : launch<B, false>(a, sms, stream);
 }
 

@@ -73,14 +73,16 @@ __host__ __device__ constexpr Part part_of(int n) {
 // scalars[i][ks][c] = w_t k_ti for tokens t = 16 ks + 2c, +1, +8, +9 (8 bytes), rows i in pairs: the 16 bytes
 // of (i / 2, ks, c) are at ((i / 8 * 4 + ks) * 4 + i % 8 / 2) * 64 + c * 16.
 template <typename T, bool kExact>
-__device__ __forceinline__ void make_scalars(uint32_t keys, uint32_t scalars, uint32_t weights, int tid) {
-  const int ks = tid / 32, lane = tid % 32, g = lane / 4, c = lane & 3;
+__device__ __forceinline__ void make_scalars(uint32_t keys, uint32_t scalars, uint32_t weights) {
+  // Derived anew: numbers kept over the loop would cost registers that the producers do not have.
+  const int thread = thread_here(), ks = thread >> 5 & 3, lane = thread & 31, g = lane / 4, c = lane & 3;
   const float2 w0 = load_f2(weights + (16 * ks + 2 * c) * 4), w1 = load_f2(weights + (16 * ks + 2 * c + 8) * 4);
+  const int token = ks * 16 + (lane & 15);
+  const uint32_t from = keys + token * 128 + (((lane >> 4) ^ (token & 7)) << 4);
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {
-    const int token = ks * 16 + (lane & 15), block = 2 * pair + (lane >> 4);
     uint32_t x[4];
-    ldmatrix4_trans(x, keys + token * 128 + ((block ^ (token & 7)) << 4));
+    ldmatrix4_trans(x, from ^ (pair << 5));  // blocks 2 pair and 2 pair + 1
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float2 a = unpack2<T>(x[2 * h]), b = unpack2<T>(x[2 * h + 1]);
@@ -117,7 +119,7 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem<kExact> 
     named_barrier<2, 128>();
     const uint32_t stage = s.ring + ready.stage * kStage;
     if (!(kCounted<T> && slice == kSlices))  // whose Z makes its own
-      make_scalars<T, kExact>(stage, stage + 2 * kTile, s.weights + ready.stage * 256, tid);
+      make_scalars<T, kExact>(stage, stage + 2 * kTile, s.weights + ready.stage * 256);
     __syncwarp();
     if (tid % 32 == 0) barrier_arrive(s.full + 8 * ready.stage);
     ready.next();
@@ -141,9 +143,9 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem<kExact> 
       slots[unit_phase].slice = slice;
       slots[unit_phase].stages = blocks * heads;
       slots[unit_phase].slot = static_cast<int32_t>(slot);
-      if constexpr (kEnds<T, kExact>) slots[unit_phase].end = end_of(a, c, head_kv);
+      if constexpr (kExact) slots[unit_phase].end = end_of(a, c, head_kv);
       if constexpr (kCounted<T>)
-        slots[unit_phase].factor = sum_factor(a.ranges[slot], norm, slots[unit_phase].end >= 0);
+        slots[unit_phase].factor = sum_factor(a.ranges[slot], norm, kExact && slots[unit_phase].end >= 0);
     }
     hand_unit();
     const float *weights = norm ? a.norm_weight : a.weight;
@@ -265,8 +267,9 @@ __device__ __forceinline__ void sum_tiles(float (&acc)[6][32], Pipe<kExact> &pip
 
 // Writes the six tiles of a sum that is kept apart, not rounded.
 template <typename T, int kPart>
-__device__ __forceinline__ void store_end(const float (&acc)[6][32], const volatile UnitMeta &unit, int warp,
-                                          int lane, float *end) {
+__device__ __forceinline__ void store_end(const float (&acc)[6][32], const volatile UnitMeta &unit,
+                                          float *end) {
+  const int thread = thread_here(), warp = thread >> 5 & 3, lane = thread & 31;  // anew: none are left for it
   constexpr Part part = part_of(kPart);
 #pragma unroll
   for (int n = 0; n < 6; ++n) {
@@ -411,11 +414,10 @@ __device__ __forceinline__ void sum_slice(const UpdateArgs &args, Pipe<kExact> &
 #pragma unroll
     for (int i = 0; i < 32; ++i) acc[n][i] = 0.f;
   sum_tiles<T, kSlice * 2 + kGroup, kExact>(acc, pipe, stages);
-  if constexpr (kEnds<T, kExact>) {
+  if constexpr (kExact) {
     const int32_t end = unit.end;
     if (end >= 0) {
-      store_end<T, kSlice * 2 + kGroup>(acc, unit, pipe.warp, pipe.lane,
-                                        args.end + int64_t(end) * (36 * 64 * 64));
+      store_end<T, kSlice * 2 + kGroup>(acc, unit, args.end + int64_t(end) * (36 * 64 * 64));
       return;
     }
   }
@@ -506,7 +508,8 @@ cudaError_t launch(const UpdateArgs &a, int sms, cudaStream_t stream) {
 cudaError_t update64(const UpdateArgs &a, int sms, cudaStream_t stream) {
   using B = __nv_bfloat16;
   if (a.p.degree == 1) return a.exact || a.p.half ? cudaErrorInvalidValue : launch<B, 1, false>(a, sms, stream);
-  if (a.p.half) return launch<__half, 2, false>(a, sms, stream);
+  if (a.p.half)
+    return a.exact ? launch<__half, 2, true>(a, sms, stream) : launch<__half, 2, false>(a, sms, stream);
   return a.exact ? launch<B, 2, true>(a, sms, stream) : launch<B, 2, false>(a, sms, stream);
 }
 
