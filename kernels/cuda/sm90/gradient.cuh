@@ -56,9 +56,11 @@ __device__ __forceinline__ void state_factors(float (&x)[2], float (&v)[2], cons
 // that the fragments of the block before may still be read by products in flight.
 // float16: f times the factors of the rows, which are `local` and local + 8 of the unit, and m times the ratio
 // of the lifts, as delta is.
-template <typename T, int kDegree, bool kKeys, Block kBlock>
-__device__ __forceinline__ void weigh_gradient(float (&t)[32], float (&m)[32], uint32_t md, int row, int col,
-                                               float d0, float d1, const volatile GradientUnit &u, int local) {
+// kDots: adds this lane's part of x . dx to `dots`, from weights that are not rounded.
+template <typename T, int kDegree, bool kKeys, bool kDots, Block kBlock>
+__device__ __forceinline__ void weigh_gradient(float (&t)[32], float (&m)[32], float (&dots)[2], uint32_t md,
+                                               int row, int col, float d0, float d1,
+                                               const volatile GradientUnit &u, int local) {
   constexpr bool kDiagonal = kBlock == Block::kDiagonal, kWithRows = kCounted<T> && !(kKeys && kDiagonal);
   float g[2] = {0.f, 0.f}, rows[2] = {1.f, 1.f}, ratio = 1.f;
   if constexpr (kWithRows) {
@@ -94,9 +96,11 @@ __device__ __forceinline__ void weigh_gradient(float (&t)[32], float (&m)[32], u
           fv = (kKeys ? c >= r : c <= r) ? fv : 0.f;
         }
         if constexpr (kWithRows) fv *= rows[h];
-        const float a = power<kDegree - 1>(sv) * fv;
-        mv = a * ((kCounted<T> ? mv * ratio : mv) - (kKeys ? (k ? delta.y : delta.x) : (h ? d1 : d0)));
+        const float a = power<kDegree - 1>(sv) * fv,
+                    e = (kCounted<T> ? mv * ratio : mv) - (kKeys ? (k ? delta.y : delta.x) : (h ? d1 : d0));
+        mv = a * e;
         sv = a * sv;
+        if constexpr (kDots) dots[h] += sv * e;
       }
   }
 }

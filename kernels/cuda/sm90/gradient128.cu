@@ -251,7 +251,9 @@ struct Consumer {
   __device__ __forceinline__ void weigh(float (&t)[32], float (&m)[32], uint32_t (&e)[4][4],
                                         uint32_t (&w)[kKeys ? 4 : 1][4], const volatile GradientUnit &unit,
                                         float d0, float d1) {
-    weigh_gradient<T, kDegree, kKeys, kBlock>(t, m, meta(), row(), (lane() & 3) * 2, d0, d1, unit, local());
+    float dots[2];  // float16 with states: no registers to keep them
+    weigh_gradient<T, kDegree, kKeys, false, kBlock>(t, m, dots, meta(), row(), (lane() & 3) * 2, d0, d1, unit,
+                                                     local());
     pack_gradient<T, kKeys>(t, m, e, w);
   }
 

@@ -28,6 +28,10 @@ struct Consumer {
   __device__ __forceinline__ int lane() const { return thread_here() & 31; }
   Ring<kStages> ring;
   float dx[32], dv[kKeys ? 32 : 1];
+  // float16 with states: x . dx from weights that are not rounded, of which what the two rows of a pair have in
+  // common cancels in the gradient of the gates. This lane's part.
+  static constexpr bool kDots = kCorrect && kCounted<T>;
+  float dots[2] = {0.f, 0.f};
   uint32_t x[4][4], u[4][4];
 
   __device__ __forceinline__ void acquire() { barrier_wait(s.full + 8 * ring.stage, ring.phase); }
@@ -312,8 +316,8 @@ struct Consumer {
   template <Block kBlock>
   __device__ __forceinline__ void weigh(float (&t)[32], float (&m)[32], const volatile GradientUnit &unit,
                                         float d0, float d1) {
-    weigh_gradient<T, kDegree, kKeys, kBlock>(t, m, meta(), warp * 16 + lane() / 4, (lane() & 3) * 2, d0, d1,
-                                              unit, local());
+    weigh_gradient<T, kDegree, kKeys, kDots, kBlock>(t, m, dots, meta(), warp * 16 + lane() / 4,
+                                                     (lane() & 3) * 2, d0, d1, unit, local());
   }
 
   // Row factors before the diagonal: queries exp(G_i - block start), keys exp(block end - G_j).
@@ -342,7 +346,24 @@ struct Consumer {
     wgmma_wait<0>();
     // While the block before is accumulated, this one is weighed: only the packing waits for those products,
     // which read e and w. Nothing is in flight across the loop's edge (the compiler would serialise).
-    if (main > 0) {
+    if constexpr (kDots && kKeys) {  // no registers for that
+#pragma unroll 1
+      for (int n = 0; n < main; ++n) {
+        weigh<Block::kFar>(t, m, unit, d0, d1);
+        pack_gradient<T, kKeys>(t, m, e, w);
+        wgmma_fence();
+        accumulate(e, w, stage());
+        wgmma_commit();
+        wgmma_wait<0>();
+        release(ring.stage);
+        ring.next();
+        acquire();
+        wgmma_fence();
+        scores(t, m);
+        wgmma_commit();
+        wgmma_wait<0>();
+      }
+    } else if (main > 0) {
       weigh<Block::kFar>(t, m, unit, d0, d1);
       pack_gradient<T, kKeys>(t, m, e, w);
 #pragma unroll 1
@@ -434,7 +455,12 @@ struct Consumer {
     }
     if (a.dot || (kCorrect && !kKeys)) {
       float dot[2];
-      row_dots(dot);
+      if constexpr (kDots) {
+        dot[0] = quad_sum(dots[0]);
+        dot[1] = quad_sum(dots[1]);
+      } else {
+        row_dots(dot);
+      }
       dot[0] *= f0;
       dot[1] *= f1;
       store_dots<kKeys, kCorrect>(a, unit, dot, degree, local, lane());
@@ -510,11 +536,17 @@ __global__ void __launch_bounds__(384, 1)
         d0 *= unit.lifts.ratio;
         d1 *= unit.lifts.ratio;
       }
-      if constexpr (kKeys && kCorrect) {
+      if constexpr (kCorrect && (kKeys || c.kDots)) {
         float dot[2];
         c.row_dots(dot);  // zeros without a state
-        const float factor = static_cast<float>(kDegree) / (kCounted<T> ? unit.lifts.gradient() : 1.f);
-        store_state_dots<T>(a, unit, dot, factor, group * 64 + c.warp * 16, c.lane());
+        if constexpr (kKeys) {
+          const float factor = static_cast<float>(kDegree) / (kCounted<T> ? unit.lifts.gradient() : 1.f);
+          store_state_dots<T>(a, unit, dot, factor, group * 64 + c.warp * 16, c.lane());
+        }
+        if constexpr (c.kDots) {
+          c.dots[0] = (c.lane() & 3) == 0 ? dot[0] : 0.f;
+          c.dots[1] = (c.lane() & 3) == 0 ? dot[1] : 0.f;
+        }
       }
       c.column_phase(unit, kKeys ? group == 1 : group == 0, d0, d1);
       c.epilogue(a, unit);
