@@ -334,9 +334,9 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
     text->append(wide ? "    dq, dk and dv in one pass: 128 keys (2 x m64), 64 queries a stage; 199 KB\n"
                       : "    dq, dk and dv in one pass: 128 keys (2 x m64), 64 queries a stage; 216 KB\n");
   else
-    text->append(wide ? "    dq, dk and dv: 128 rows (2 x m64), x and u in shared memory; 218 KB\n"
+    text->append(wide ? "    dq, dk and dv: 128 rows (2 x m64), x and u in shared memory; 224 KB\n"
                       : "    dq, dk and dv: 128 rows (2 x m64: two score tiles and the gradients fill 240 "
-                        "registers); 190 KB\n");
+                        "registers); 196 KB\n");
   if (chunked(t)) {
     const int d = static_cast<int>(p.head_dim);
     const char *const name = with_units(p) ? "float16" : "bfloat16";

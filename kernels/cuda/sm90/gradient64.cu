@@ -43,7 +43,7 @@ struct Consumer {
   __device__ __forceinline__ uint32_t meta() const { return s.meta + ring.stage * kMeta; }
   // This warp's own 2 KB.
   __device__ __forceinline__ uint32_t staging() const { return s.staging + (thread_here() >> 5) * 2048; }
-  // Row of the unit that this lane()'s fragments begin with (and the one 8 on).
+  // Row of the unit that this lane's fragments begin with (and the one 8 on).
   __device__ __forceinline__ int local() const { return group * 64 + warp * 16 + lane() / 4; }
 
   __device__ __forceinline__ void load_rows(uint32_t (&f)[4][4], uint32_t tile) {
@@ -113,7 +113,7 @@ struct Consumer {
     __syncwarp();
   }
   __device__ __forceinline__ void take_x() { load_rows(x, staging() - warp * 2048); }
-  // (x_j, x_{j+1}) of this lane() in block jb: rows g, g + 8.
+  // (x_j, x_{j+1}) of this lane in block jb: rows g, g + 8.
   __device__ __forceinline__ void block_values(uint32_t (&f)[2], int jb) {
     if constexpr (kKeys) {
       const int row = lane() & 15;
@@ -148,7 +148,7 @@ struct Consumer {
       a[n][3] = mul2<T>(f[1], high2_here(xs[1][n]));
     }
   }
-  // t[4 n ..] holds T for i = 8 ib + n and this lane()'s two j: dx_j += T_ij x_i, side_i += T_ij x_j.
+  // t[4 n ..] holds T for i = 8 ib + n and this lane's two j: dx_j += T_ij x_i, side_i += T_ij x_j.
   __device__ __forceinline__ void contract(const float (&t)[32], const uint32_t (&xs)[2][4],
                                            const uint32_t (&f)[2], float (&side)[2][8], int jb) {
 #pragma unroll
@@ -167,7 +167,7 @@ struct Consumer {
       }
     }
   }
-  // Sums side over the quad; lane() c keeps i = 8 ib + 2c, 2c + 1, the columns of its accumulators.
+  // Sums side over the quad; lane c keeps i = 8 ib + 2c, 2c + 1, the columns of its accumulators.
   __device__ __forceinline__ void reduce_side(float (&side)[2][8], int ib) {
     const bool high = (lane() & 2) != 0, odd = (lane() & 1) != 0;
 #pragma unroll
@@ -428,7 +428,7 @@ struct Consumer {
     }
   }
 
-  // x . dx of this lane()'s two rows before rounding, for the gate gradient.
+  // x . dx of this lane's two rows before rounding, for the gate gradient.
   __device__ __forceinline__ void row_dots(float (&dot)[2]) {
     dot[0] = dot[1] = 0.f;
 #pragma unroll
