@@ -312,9 +312,9 @@ struct Run {
   Device<float> s0, z0, sT, zT, dsT, dzT, ds0, dz0;
   Device<uint16_t> S, dS, Zt, dZt;
   Device<float> Zl, end;
-  Device<k80::Range> ranges;  // float16: of the direction that ran last
-  Device<k80::Units> units, dunits;
-  Device<k80::Bounds> peaks;
+  Device<pa::cuda::Range> ranges;  // float16: of the direction that ran last
+  Device<pa::cuda::Units> units, dunits;
+  Device<pa::cuda::Bounds> peaks;
   Device<char> tables;
   Device<int64_t> cu;
   int64_t slots = 0;
