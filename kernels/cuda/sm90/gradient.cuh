@@ -51,6 +51,22 @@ __device__ __forceinline__ void state_factors(float (&x)[2], float (&v)[2], cons
   }
 }
 
+// What the state gave to a consumer's sums, to what they hold.
+template <typename T, int kDegree, bool kKeys, typename Consumer>
+__device__ __forceinline__ void leave_state(Consumer &c, const volatile GradientUnit &unit) {
+  const float inverse = 1.f / kDegree;
+  if constexpr (!kCounted<T>) {
+    const float f = unit.state_factor;
+    c.scale(f * inverse, f * inverse, f, f);
+  } else {
+    float x[2], v[2];
+    state_factors<kKeys>(x, v, unit, c.local());
+    const float f = unit.state_factor * unit.units.s;
+    c.scale(f, f);  // one after the other: the product could leave the range of float32
+    c.scale(x[0] * inverse, x[1] * inverse, v[0], v[1]);
+  }
+}
+
 // m := s^{p-1} f (m - delta), t := s^p f from t = s; on the diagonal f = r 2^(gate difference), and only
 // visible pairs. This lane holds rows `row` and row + 8 and columns `col`, col + 1 of every 8. In place, so
 // that the fragments of the block before may still be read by products in flight.

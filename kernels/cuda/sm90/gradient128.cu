@@ -84,14 +84,10 @@ struct Consumer {
         const float f = 1.f / unit.r[group() * 64 + row];
         power = pack2<T>(f, f);
       } else {
-        uint32_t most = most_bits(0, v);
-#pragma unroll
-        for (int other = 1; other < 16; other *= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, other));
-        power = row_power(most);
+        power = row_power(v);
         if (piece == 0) unit.r[group() * 64 + row] = value_of(power);
       }
-      store_u4(at,
-               make_uint4(mul2<T>(v.x, power), mul2<T>(v.y, power), mul2<T>(v.z, power), mul2<T>(v.w, power)));
+      store_u4(at, times(v, power));
     }
     // For the products of the whole warpgroup.
     fence_async_proxy();
@@ -228,21 +224,6 @@ struct Consumer {
       row_scalars(xs, ib);
       state_row<0>(ib, xs, side, odd);
       reduce_side(side, ib);
-    }
-  }
-
-  // What the state gave, to what the accumulators hold.
-  __device__ __forceinline__ void leave_state(const volatile GradientUnit &unit) {
-    const float inverse = 1.f / kDegree;
-    if constexpr (!kCounted<T>) {
-      const float f = unit.state_factor;
-      scale(f * inverse, f * inverse, f, f);
-    } else {
-      float x[2], v[2];
-      state_factors<kKeys>(x, v, unit, local());
-      const float f = unit.state_factor * unit.units.s;
-      scale(f, f);  // one after the other: the product could leave the range of float32
-      scale(x[0] * inverse, x[1] * inverse, v[0], v[1]);
     }
   }
 
@@ -410,7 +391,7 @@ __global__ void __launch_bounds__(384, 1)
           if (a.norm) c.norm_phase(d0, d1, kCounted<T> ? unit.units.z / unit.units.s : 1.f);
           c.state_phase_2();
           if constexpr (kKeys && kCounted<T>) c.template scale_x<true>(unit);
-          c.leave_state(unit);
+          leave_state<T, kDegree, kKeys>(c, unit);
         }
       }
       if constexpr (kCounted<T> && !kKeys) {

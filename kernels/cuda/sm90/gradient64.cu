@@ -298,21 +298,6 @@ struct Consumer {
     for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dx, e[ks], desc_at(tile_desc(tile), ks * 2048));
   }
 
-  // What the state gave, to what the accumulators hold.
-  __device__ __forceinline__ void leave_state(const volatile GradientUnit &unit) {
-    const float inverse = 1.f / kDegree;
-    if constexpr (!kCounted<T>) {
-      const float f = unit.state_factor;
-      scale(f * inverse, f * inverse, f, f);
-    } else {
-      float x[2], v[2];
-      state_factors<kKeys>(x, v, unit, local());
-      const float f = unit.state_factor * unit.units.s;
-      scale(f, f);  // one after the other: the product could leave the range of float32
-      scale(x[0] * inverse, x[1] * inverse, v[0], v[1]);
-    }
-  }
-
   template <Block kBlock>
   __device__ __forceinline__ void weigh(float (&t)[32], float (&m)[32], const volatile GradientUnit &unit,
                                         float d0, float d1) {
@@ -332,6 +317,22 @@ struct Consumer {
     }
   }
 
+  // Scores of the stage, and what it adds once it is weighed; nothing else is in flight.
+  __device__ __forceinline__ void score_block(float (&t)[32], float (&m)[32]) {
+    wgmma_fence();
+    scores(t, m);
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+  __device__ __forceinline__ void add_block(const float (&t)[32], const float (&m)[32], uint32_t (&e)[4][4],
+                                            uint32_t (&w)[4][4]) {
+    pack_gradient<T, kKeys>(t, m, e, w);
+    wgmma_fence();
+    accumulate(e, w, stage());
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+
   // `leads`: this warpgroup's diagonal is the first of the tile's own blocks; the other one sees that block
   // whole.
   __device__ __forceinline__ void column_phase(const volatile GradientUnit &unit, bool leads, float d0,
@@ -340,28 +341,18 @@ struct Consumer {
     uint32_t e[4][4], w[4][4];
     const int main = unit.main, first = unit.first, own = first + unit.second;
     acquire();
-    wgmma_fence();
-    scores(t, m);
-    wgmma_commit();
-    wgmma_wait<0>();
+    score_block(t, m);
     // While the block before is accumulated, this one is weighed: only the packing waits for those products,
     // which read e and w. Nothing is in flight across the loop's edge (the compiler would serialise).
     if constexpr (kDots && kKeys) {  // no registers for that
 #pragma unroll 1
       for (int n = 0; n < main; ++n) {
         weigh<Block::kFar>(t, m, unit, d0, d1);
-        pack_gradient<T, kKeys>(t, m, e, w);
-        wgmma_fence();
-        accumulate(e, w, stage());
-        wgmma_commit();
-        wgmma_wait<0>();
+        add_block(t, m, e, w);
         release(ring.stage);
         ring.next();
         acquire();
-        wgmma_fence();
-        scores(t, m);
-        wgmma_commit();
-        wgmma_wait<0>();
+        score_block(t, m);
       }
     } else if (main > 0) {
       weigh<Block::kFar>(t, m, unit, d0, d1);
@@ -401,10 +392,7 @@ struct Consumer {
       const bool diagonal = leads ? n < first : n >= first;
       if (diagonal || n < first) {
         if (n > 0) {
-          wgmma_fence();
-          scores(t, m);
-          wgmma_commit();
-          wgmma_wait<0>();
+          score_block(t, m);
         }
         if (diagonal) {
           if (!kCounted<T> && n == (leads ? 0 : first))
@@ -417,11 +405,7 @@ struct Consumer {
           }
           weigh<Block::kNear>(t, m, unit, d0, d1);
         }
-        pack_gradient<T, kKeys>(t, m, e, w);
-        wgmma_fence();
-        accumulate(e, w, stage());
-        wgmma_commit();
-        wgmma_wait<0>();
+        add_block(t, m, e, w);
       }
       release(ring.stage);
       ring.next();
@@ -521,13 +505,13 @@ __global__ void __launch_bounds__(384, 1)
       if (unit.states) {
         if constexpr (kDegree == 1) {
           c.state_phase_1();
-          c.leave_state(unit);
+          leave_state<T, kDegree, kKeys>(c, unit);
         } else if constexpr (kDegree == 2) {
           if constexpr (kKeys && kCounted<T>) c.scale_x(unit);
           if (a.norm) c.norm_phase(d0, d1, kCounted<T> ? unit.units.z / unit.units.s : 1.f);
           if constexpr (kKeys) c.put_x();
           c.state_phase_2();
-          c.leave_state(unit);
+          leave_state<T, kDegree, kKeys>(c, unit);
           if constexpr (kKeys) c.take_x();
           if constexpr (kKeys && kCounted<T>) c.unscale_x(unit);
         }

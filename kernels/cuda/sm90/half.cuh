@@ -56,6 +56,17 @@ __device__ __forceinline__ uint32_t scale_row(uint32_t (&x)[kN][4], int h) {
   }
   return power;
 }
+// The same of a row of 128 elements, of which sixteen lanes have eight each.
+__device__ __forceinline__ uint32_t row_power(uint4 v) {
+  uint32_t most = most_bits(0, v);
+#pragma unroll
+  for (int other = 1; other < 16; other *= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, other));
+  return row_power(most);
+}
+__device__ __forceinline__ uint4 times(uint4 v, uint32_t power) {
+  using T = __half;
+  return make_uint4(mul2<T>(v.x, power), mul2<T>(v.y, power), mul2<T>(v.z, power), mul2<T>(v.w, power));
+}
 // What a row's weights are multiples of for the power stored at `at`: its kDegree-th power.
 template <typename T, int kDegree>
 __device__ __forceinline__ float weight_power(uint32_t at) {
@@ -138,16 +149,6 @@ __device__ __forceinline__ Lifts lifts_of(const Shape &p, const int32_t *limits,
     x.ratio = 0.125f * inverse_power(unit_of(bound)) / x.weight;
   }
   return x;
-}
-
-// ---- Sums of a chunk --------------------------------------------------------------------------------------
-
-// The power of two that the weights of a sum into S (Z: norm) are multiplied by, and what undoes it; sums into
-// the tiles of S are counted in a unit, those that leave the call (end) and Z are not.
-__device__ __forceinline__ float lift_of(const Range &r, bool norm) { return norm ? r.weigh_z : r.weigh_s; }
-__device__ __forceinline__ float sum_factor(const Range &r, bool norm, bool end) {
-  const float lowered = inverse_power(lift_of(r, norm));
-  return norm || end ? lowered : lowered * inverse_power(unit_of(r.bound_s));
 }
 
 }  // namespace powerattn::cuda::sm90

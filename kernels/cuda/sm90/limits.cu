@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// float16, backward: the largest lengths |.| of rows of a sequence and key head, from which lifts_of (half.cuh)
+// float16, backward: the largest lengths |.| of rows of a chunk and key head, from which lifts_of (half.cuh)
 // gets the powers of two that its weights and their gradients are counted in. With c = scale^p and (19):
 //   normalised    max |v_j|, 0,         max (c r_i)^(1/p) |dy_i|, max (c r_i)^(1/p) |delta_i|
 //   unnormalised  max |v_j|, max |k_j|, max |q_i|,                max |dy_i|

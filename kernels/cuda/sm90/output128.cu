@@ -53,12 +53,8 @@ struct Consumer {
       const int row = warp() * 16 + i;
       const uint32_t at = q(m) + (piece >> 3) * kHalf + row * 128 + (((piece & 7) ^ (row & 7)) << 4);
       const uint4 v = load_u4(at);
-      uint32_t most = most_bits(0, v);
-#pragma unroll
-      for (int other = 1; other < 16; other *= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, other));
-      const uint32_t power = row_power(most);
-      store_u4(at,
-               make_uint4(mul2<T>(v.x, power), mul2<T>(v.y, power), mul2<T>(v.z, power), mul2<T>(v.w, power)));
+      const uint32_t power = row_power(v);
+      store_u4(at, times(v, power));
       if (piece == 0) store_i1(powers() + (m * 16 + i) * 4, static_cast<int>(power));
     }
   }

@@ -7,9 +7,7 @@
 // consumer warpgroup (3 x 64 accumulators); the last slice has four. The 23 slices of a chunk are handed out
 // one after another, so that they read its keys and values from L2. A tile is named by addresses in registers,
 // so one loop serves all.
-#include "half.cuh"
-#include "kernels/cuda/ptx/wgmma.cuh"
-#include "units.cuh"
+#include "update.cuh"
 
 namespace powerattn::cuda::sm90 {
 namespace {
@@ -48,13 +46,6 @@ struct Smem {
     ticket = unit_empty + 8;
     unit = ticket + 8;
   }
-};
-struct UnitMeta {
-  int32_t slice;   // < 0: no more units; kSlices: Z
-  int32_t stages;  // of 64 tokens, over all heads of the group
-  int32_t slot;    // chunk * heads_kv + head
-  int32_t end;     // of UpdateArgs::end, or < 0
-  float factor;    // float16: what undoes the lifted weights and counts the sum in its unit
 };
 
 // ---- Producer -----------------------------------------------------------------------------------------------
@@ -309,25 +300,16 @@ __device__ __forceinline__ void sum_norm(const UpdateArgs &args, Pipe<kExact> &p
   float acc[64];
 #pragma unroll
   for (int k = 0; k < 64; ++k) acc[k] = 0.f;
-  const int c = pipe.lane & 3, token = pipe.lane & 15, block = 2 * pipe.warp + (pipe.lane >> 4);
+  const int c = pipe.lane & 3;
 #pragma unroll 1
   for (int it = 0; it < stages; ++it) {
     pipe.acquire();
     const uint32_t keys = pipe.stage(), weights = pipe.s.weights + pipe.ring.stage * 256 + c * 8;
     uint32_t high[4][4], low[4][4];
 #pragma unroll
-    for (int ks = 0; ks < 4; ++ks) {
-      uint32_t x[4];  // features g, then g + 8; of each: tokens 2c, then 2c + 8
-      ldmatrix4_trans(x, keys + kGroup * kHalf + (ks * 16 + token) * 128 + ((block ^ (token & 7)) << 4));
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const float2 w = load_f2(weights + ks * 64 + (r >> 1) * 32), v = unpack2<T>(x[(r & 1) * 2 + (r >> 1)]);
-        const float v0 = v.x * w.x, v1 = v.y * w.y;
-        high[ks][r] = pack2<T>(v0, v1);
-        const float2 top = unpack2<T>(high[ks][r]);
-        low[ks][r] = pack2<T>(v0 - top.x, v1 - top.y);
-      }
-    }
+    for (int ks = 0; ks < 4; ++ks)
+      weighed_keys<T>(high[ks], low[ks], keys + kGroup * kHalf, ks * 16, weights + ks * 64, pipe.warp,
+                      pipe.lane);
     const uint64_t b = tile_desc(keys, kHalf);
     wgmma_fence();
 #pragma unroll

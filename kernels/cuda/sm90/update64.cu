@@ -8,9 +8,7 @@
 // stay in registers over the chunk's tokens. The A operand phi(k)^T is a K^T fragment times scalars w_t k_ti;
 // the producer warpgroup makes these scalars once per stage, transposed and rounded once, so that a consumer
 // fetches the four it needs for a pair of rows i with one 16-byte load.
-#include "half.cuh"
-#include "kernels/cuda/ptx/wgmma.cuh"
-#include "units.cuh"
+#include "update.cuh"
 
 namespace powerattn::cuda::sm90 {
 namespace {
@@ -45,13 +43,6 @@ struct Smem {
     ticket = unit_empty + 8;
     unit = ticket + 8;
   }
-};
-struct UnitMeta {
-  int32_t slice;   // < 0: no more units; kSlices: Z (degree 2) or S (degree 1)
-  int32_t stages;  // of 64 tokens, over all heads of the group
-  int32_t slot;    // chunk * heads_kv + head
-  int32_t end;     // of UpdateArgs::end, or < 0
-  float factor;    // float16: what undoes the lifted weights and counts the sum in its unit
 };
 
 // The six tiles of each of the six warpgroup parts: few distinct blocks, so few loads per 16 tokens. `pair` of
@@ -335,18 +326,8 @@ __device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe<kExact> 
 #pragma unroll
     for (int ks = 0; ks < 4; ++ks) {
       if constexpr (kCounted<T>) {
-        const int token = ks * 16 + (pipe.lane & 15), block = 2 * pipe.warp + (pipe.lane >> 4);
-        const uint32_t weights = pipe.s.weights + pipe.ring.stage * 256 + ks * 64 + c * 8;
-        uint32_t x[4];  // features g, then g + 8; of each: tokens 2c, then 2c + 8
-        ldmatrix4_trans(x, stage + token * 128 + ((block ^ (token & 7)) << 4));
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const float2 w = load_f2(weights + (r >> 1) * 32), v = unpack2<T>(x[(r & 1) * 2 + (r >> 1)]);
-          const float v0 = v.x * w.x, v1 = v.y * w.y;
-          f[ks][r] = pack2<T>(v0, v1);
-          const float2 high = unpack2<T>(f[ks][r]);
-          f[ks + 4][r] = pack2<T>(v0 - high.x, v1 - high.y);
-        }
+        weighed_keys<T>(f[ks], f[ks + 4], stage, ks * 16,
+                        pipe.s.weights + pipe.ring.stage * 256 + ks * 64 + c * 8, pipe.warp, pipe.lane);
       } else {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
