@@ -43,10 +43,18 @@ if [ $# -eq 0 ] && [ -z "${POWERATTN_CUDA_IMPLEMENTATION:-}" ]; then
       --csv "$results/gpu.csv" --append
   done
 fi
+# The same after half a second of load, when the device is at its power cap.
+if [ $# -eq 0 ]; then
+  part "sustained" 40 "$program" targets --warm 500 --label sustained --csv "$results/gpu.csv" --append
+fi
 if python3 -c 'import torch' 2>/dev/null; then
   # shellcheck disable=SC2086
-  part peers "$(left)" python3 bench/gpu/peers.py --csv "$results/gpu-peers.csv" --seconds $(($(left) - 10)) \
+  part peers "$(left)" python3 bench/gpu/peers.py --csv "$results/gpu-peers.csv" --seconds $(($(left) - 40)) \
     ${GPU_PEERS_ARGS:-}
+  if [ $# -eq 0 ]; then
+    part "peers, sustained" 30 python3 bench/gpu/peers.py --csv "$results/gpu-peers.csv" --append --quick --only cudnn \
+      --warm 500
+  fi
 else
   echo "peers: PyTorch is not installed here; only the library was measured"
 fi

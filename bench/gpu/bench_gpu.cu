@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Times the library on one CUDA device beside the device's own ceilings, measured in the same run:
 //   bench_gpu [SECTION...] [--csv FILE] [--append] [--only TEXT] [--label TEXT] [--seconds N] [--tokens N]
-//   [--quick]
+//   [--quick] [--warm MS]
 // Sections (default: all): targets  the shapes that have a target
 //                          kernels  the same by kernel, each in its place in the sequence
 //                          sweep    both forms and the planner's choice, from tokens / 64 to 4 tokens per
@@ -293,7 +293,7 @@ int usage(const char *argument) {
       "bench_gpu: cannot use '%s'\n"
       "usage: bench_gpu [targets] [kernels] [sweep] [sweep-f16] [other] [step] [--csv FILE] [--append] [--only "
       "TEXT]\n"
-      "                 [--label TEXT] [--seconds N] [--tokens N] [--quick]\n",
+      "                 [--label TEXT] [--seconds N] [--tokens N] [--quick] [--warm MS]\n",
       argument);
   return 2;
 }
@@ -322,6 +322,8 @@ int main(int argc, char **argv) {
           std::string(" ") + argv[++i];  // behind the name of every case, for a run that is not the default one
     } else if (a == "--seconds" && more && std::atof(argv[i + 1]) > 0) {
       deadline = seconds() + std::atof(argv[++i]);
+    } else if (a == "--warm" && more && std::atof(argv[i + 1]) > 0) {
+      warm_ms = std::atof(argv[++i]);
     } else if (a == "--tokens" && more && std::atoll(argv[i + 1]) >= 64) {
       all_tokens = std::atoll(argv[++i]);
     } else {
@@ -366,6 +368,7 @@ int main(int argc, char **argv) {
   }
   if (section("kernels")) {
     for (const Config &c : targets) run(c, kKernels);
+    for (int64_t b : {64, 32, 8}) run({bf16, b, n / b, 8, 8, 128, 2, automatic, ""}, kKernels);
     for (int64_t d : {64, 128}) run({f16, 1, n, 8, 8, d, 2, automatic, ""}, kKernels);
   }
   for (const auto &[name, type] : {std::pair{"sweep", bf16}, std::pair{"sweep-f16", f16}}) {

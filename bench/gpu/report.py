@@ -156,6 +156,21 @@ def crossovers(lines):
     return result
 
 
+SUSTAINED = re.compile(r"bf16 p2 d(\d+) b(\d+) t(\d+) h8 gated sustained")
+
+
+def sustained(rows, peers):
+    """(what, d, b, t, ours, cuDNN softmax or None) after half a second of the same work: at the device's power cap."""
+    softmax = {(x["what"], x["config"]): number(x, "ms") for x in peers if x["name"] == "cudnn softmax sustained"}
+    result = []
+    for row in rows:
+        if match := SUSTAINED.fullmatch(row["config"]):
+            d, b, t = map(int, match.groups())
+            peer = softmax.get((row["what"], f"bf16 d{d} b{b} t{t} h8"))
+            result.append((row["what"], d, b, t, number(row, "ms"), peer))
+    return result
+
+
 def text(value, form="{:.3f}"):
     return form.format(value) if value != "" and value is not None else "-"
 
@@ -207,7 +222,7 @@ def main():
     table = {(row["what"], row["config"]): row for row in reversed(rows)}
     shown = []
     for row in peers:
-        if (match := PEER.fullmatch(row["config"])) and not row["name"].endswith("softmax"):
+        if (match := PEER.fullmatch(row["config"])) and "softmax" not in row["name"]:
             degree = 1 if " p1" in row["name"] else 2
             config = f"bf16 p{degree} d{match[1]} b{match[2]} t{match[3]} h8 gated"
             ours = table.get((row["what"], config))
@@ -218,6 +233,12 @@ def main():
                 + tuple(text(number(x, "memory_bytes") / 1e6 if x else None, "{:.0f}") for x in (row, ours))
             )
     print_table("other peers", ["peer", "what", "shape", "peer ms", "ours ms", "x", "peer MB", "ours MB"], shown)
+
+    shown = [
+        (what, d, b, t, text(ours), text(cudnn), text(cudnn / ours if cudnn else None, "{:.2f}"))
+        for what, d, b, t, ours, cudnn in sustained(rows, peers)
+    ]
+    print_table("under sustained load, ms", "what d b t ours cudnn x_cudnn".split(), shown)
 
     targets = judge_targets(rows)
     shown = [

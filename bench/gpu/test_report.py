@@ -42,6 +42,16 @@ def peer(t, ms, name="cudnn softmax", d=64, what="fwd+bwd"):
     }
 
 
+class Sustained(unittest.TestCase):
+    def test_beside_the_peer(self):
+        name = "bf16 p2 d64 b16 t4096 h8 gated"
+        rows = [row("fwd+bwd", name, 2.0), row("fwd+bwd", f"{name} sustained", 2.5)]
+        rows.append(row("forward", f"{name} sustained", 0.5))
+        peers = [peer(4096, 2.0), peer(4096, 3.0, "cudnn softmax sustained")]
+        lines = report.sustained(rows, peers)
+        self.assertEqual(lines, [("fwd+bwd", 64, 16, 4096, 2.5, 3.0), ("forward", 64, 16, 4096, 0.5, None)])
+
+
 class Targets(unittest.TestCase):
     def judge(self, rows, label):
         return next(t for t in report.judge_targets(rows) if t[0] == label)

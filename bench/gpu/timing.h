@@ -11,6 +11,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <thread>
 #include <vector>
 #if defined(__CUDACC__)
 #include <cuda.h>
@@ -112,12 +113,25 @@ void replay(const Executable &exec, cudaStream_t stream, double budget_ms, Measu
   }
 }
 
+// What a device is allowed to draw it is allowed over tens of milliseconds, so that a measurement can lend its
+// clock from the one before. Each therefore begins after a rest, or (`warm_ms`) after as much of the same work:
+// the clock that a long run gets.
+inline double warm_ms = 0;
+inline void settle(const Executable &exec, cudaStream_t stream) {
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  for (const double start = seconds(); (seconds() - start) * 1e3 < warm_ms;) {
+    exec.launch(stream);
+    device_must(cudaStreamSynchronize(stream), "kernels");
+  }
+}
+
 // Median milliseconds of a piece of work.
 inline double median_ms(const std::function<void(cudaStream_t)> &work, double budget_ms) {
   const Captured captured(work);
   const Executable exec(captured.graph());
   const Event a, b;
   std::vector<float> times;
+  settle(exec, captured.stream());
   replay(exec, captured.stream(), budget_ms, [&] {
     device_must(cudaEventRecord(a.get(), captured.stream()), "event");
     exec.launch(captured.stream());
@@ -137,12 +151,14 @@ struct NodeTime {
 
 #if defined(__CUDACC__)
 
-// The graph calls whose form CUDA 13 changed.
-inline cudaError_t dependencies(cudaGraphNode_t node, cudaGraphNode_t *from, size_t *count) {
+// The graph calls whose form CUDA 13 changed. An edge to a kernel that is launched early says so in its data,
+// without which it can neither be read nor be removed.
+inline cudaError_t dependencies(cudaGraphNode_t node, cudaGraphNode_t *from, cudaGraphEdgeData *edge,
+                                size_t *count) {
 #if CUDART_VERSION >= 13000
-  return cudaGraphNodeGetDependencies(node, from, nullptr, count);
+  return cudaGraphNodeGetDependencies(node, from, edge, count);
 #else
-  return cudaGraphNodeGetDependencies(node, from, count);
+  return cudaGraphNodeGetDependencies_v2(node, from, edge, count);
 #endif
 }
 inline cudaError_t join(cudaGraph_t graph, cudaGraphNode_t from, cudaGraphNode_t to) {
@@ -152,11 +168,12 @@ inline cudaError_t join(cudaGraph_t graph, cudaGraphNode_t from, cudaGraphNode_t
   return cudaGraphAddDependencies(graph, &from, &to, 1);
 #endif
 }
-inline cudaError_t part(cudaGraph_t graph, cudaGraphNode_t from, cudaGraphNode_t to) {
+inline cudaError_t part(cudaGraph_t graph, cudaGraphNode_t from, cudaGraphNode_t to,
+                        const cudaGraphEdgeData &edge) {
 #if CUDART_VERSION >= 13000
-  return cudaGraphRemoveDependencies(graph, &from, &to, nullptr, 1);
+  return cudaGraphRemoveDependencies(graph, &from, &to, &edge, 1);
 #else
-  return cudaGraphRemoveDependencies(graph, &from, &to, 1);
+  return cudaGraphRemoveDependencies_v2(graph, &from, &to, &edge, 1);
 #endif
 }
 
@@ -213,12 +230,13 @@ inline std::vector<NodeTime> node_times(const std::function<void(cudaStream_t)> 
   std::vector<cudaGraphNode_t> nodes(count), order;
   device_must(cudaGraphGetNodes(graph, nodes.data(), &count), "graph");
   std::map<cudaGraphNode_t, cudaGraphNode_t> after;
+  std::map<cudaGraphNode_t, cudaGraphEdgeData> edges;  // to each node
   for (const cudaGraphNode_t node : nodes) {
     size_t n = 0;
-    device_must(dependencies(node, nullptr, &n), "graph");
+    device_must(dependencies(node, nullptr, nullptr, &n), "graph");
     if (n > 1) throw std::runtime_error("the calls of this plan are no chain");
     cudaGraphNode_t from = nullptr;
-    if (n == 1) device_must(dependencies(node, &from, &n), "graph");
+    if (n == 1) device_must(dependencies(node, &from, &edges[node], &n), "graph");
     after[from] = node;
   }
   for (auto at = after.find(nullptr); at != after.end() && order.size() < count; at = after.find(order.back()))
@@ -229,12 +247,13 @@ inline std::vector<NodeTime> node_times(const std::function<void(cudaStream_t)> 
   cudaGraphNode_t mark = nullptr;
   for (size_t i = 0; i <= count; ++i) {
     const cudaGraphNode_t *const before = i > 0 ? &order[i - 1] : nullptr;
-    if (i > 0 && i < count) device_must(part(graph, order[i - 1], order[i]), "graph");
+    if (i > 0 && i < count) device_must(part(graph, order[i - 1], order[i], edges[order[i]]), "graph");
     device_must(cudaGraphAddEventRecordNode(&mark, graph, before, i > 0 ? 1 : 0, events[i].get()), "graph");
     if (i < count) device_must(join(graph, mark, order[i]), "graph");
   }
   const Executable exec(graph);
   std::vector<std::vector<float>> times(count);
+  settle(exec, captured.stream());
   replay(exec, captured.stream(), budget_ms, [&] {
     exec.launch(captured.stream());
     device_must(cudaStreamSynchronize(captured.stream()), "kernels");
