@@ -34,7 +34,8 @@ struct Piece {
 struct BulkStore {
   void *dst;
   uint32_t src, bytes;
-  bool add;  // floats
+  bool add;                   // floats
+  std::vector<Piece> pieces;  // of a tensor copy, in order of their shared addresses; dst: of none
 };
 
 // What a sleeping thread waits for: an instruction and its operands.
@@ -203,6 +204,7 @@ void leave_clock(Mbarrier &b, const std::vector<uint32_t> &clock);
 void take_clock(const Mbarrier &b, Thread &t);
 
 void begin_load(Block::Load load, const char *what);
+void begin_store(BulkStore store, const char *what);
 void arrive(Block &block, uint32_t address, int count, int64_t bytes_expected, int64_t bytes_done);
 // Completes one copy that is under way somewhere; false when there is none.
 bool complete_one();

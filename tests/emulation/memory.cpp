@@ -148,6 +148,11 @@ void perform(Thread &t, const BulkStore &s) {
   check_proxy(*t.owner, t, s.src, s.bytes, "cp.async.bulk");
   note_access(*t.owner, uint32_t(t.index), now(t), s.src, s.bytes, false);
   const unsigned char *from = shared_pointer(*t.owner, s.src, s.bytes, "cp.async.bulk");
+  for (const Piece &piece : s.pieces) {
+    if (piece.bytes > 0) std::memcpy(const_cast<void *>(piece.src), from, piece.bytes);
+    from += 16;
+  }
+  if (s.dst == nullptr) return;
   if (!s.add) {
     std::memcpy(s.dst, from, s.bytes);
     return;
@@ -179,20 +184,23 @@ void begin_load(Block::Load load, const char *what) {
   if (machine.timing == Timing::kEarly) perform(block, block.loads.size() - 1);
 }
 
+void begin_store(BulkStore store, const char *what) {
+  shared_pointer(*self->owner, store.src, store.bytes, what);
+  check_race(*self->owner, *self, store.src, store.bytes, false, what);
+  self->stores.push_back(std::move(store));
+  if (machine.timing == Timing::kEarly) bulk_store_wait(0);
+}
 namespace {
-void begin_store(void *dst, uint32_t src, uint32_t bytes, bool add) {
+void begin_bytes(void *dst, uint32_t src, uint32_t bytes, bool add) {
   if (bytes == 0 || bytes % 16 || src % 16 || reinterpret_cast<uintptr_t>(dst) % 16)
     fail("cp.async.bulk of %u bytes from 0x%x to %p: multiples of 16", bytes, src, dst);
   if (!is_global(dst, bytes))
     fail("cp.async.bulk writes %u bytes at %p, which no allocation holds", bytes, dst);
-  shared_pointer(*self->owner, src, bytes, "cp.async.bulk");
-  check_race(*self->owner, *self, src, bytes, false, "cp.async.bulk");
-  self->stores.push_back({dst, src, bytes, add});
-  if (machine.timing == Timing::kEarly) bulk_store_wait(0);
+  begin_store({dst, src, bytes, add, {}}, "cp.async.bulk");
 }
 }  // namespace
-void bulk_store(void *dst, uint32_t src, uint32_t bytes) { begin_store(dst, src, bytes, false); }
-void bulk_add(float *dst, uint32_t src, uint32_t bytes) { begin_store(dst, src, bytes, true); }
+void bulk_store(void *dst, uint32_t src, uint32_t bytes) { begin_bytes(dst, src, bytes, false); }
+void bulk_add(float *dst, uint32_t src, uint32_t bytes) { begin_bytes(dst, src, bytes, true); }
 void bulk_store_wait(int pending) {
   auto &stores = self->stores;
   while (stores.size() > size_t(pending)) {

@@ -46,42 +46,57 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
 }
 
 namespace emulation {
+namespace {
 
-void tensor_load(uint32_t dst, const void *map, const int32_t (&at)[4], uint32_t barrier) {
-  if (reinterpret_cast<uintptr_t>(map) % 64)
-    fail("cp.async.bulk.tensor: a map at %p, not a multiple of 64", map);
+// The box at `at` in pieces of 16 bytes, in order of their addresses from `shared` on.
+std::vector<Piece> box_pieces(uint32_t shared, const void *map, const int32_t (&at)[4], const char *what) {
+  if (reinterpret_cast<uintptr_t>(map) % 64) fail("%s: a map at %p, not a multiple of 64", what, map);
   Map m;
   std::memcpy(&m, map, sizeof(m));
-  if (m.magic != kMagic) fail("cp.async.bulk.tensor: there is no tensor map at %p", map);
-  if (dst % 128) fail("cp.async.bulk.tensor to 0x%x, not a multiple of 128", dst);
-  const uint32_t row_bytes = m.box[0] * kElement, rows = m.box[1] * m.box[2] * m.box[3],
-                 bytes = rows * row_bytes;
-  std::vector<Piece> pieces(bytes / 16);
+  if (m.magic != kMagic) fail("%s: there is no tensor map at %p", what, map);
+  if (shared % 128) fail("%s: shared address 0x%x, not a multiple of 128", what, shared);
+  const uint32_t row_bytes = m.box[0] * kElement, rows = m.box[1] * m.box[2] * m.box[3];
+  std::vector<Piece> pieces(rows * row_bytes / 16);
   for (uint32_t row = 0; row < rows; ++row) {
     const int64_t inside[4] = {0, int64_t(row % m.box[1]), int64_t(row / m.box[1] % m.box[2]),
                                int64_t(row / m.box[1] / m.box[2])};
-    const char *from = m.address;
+    const char *global = m.address;
     bool valid = true;
     for (int i = 1; i < 4; ++i) {
       const int64_t x = at[i] + inside[i];
       valid = valid && x >= 0 && uint64_t(x) < m.extents[i];
-      from += valid ? x * int64_t(m.strides[i - 1]) : 0;
+      global += valid ? x * int64_t(m.strides[i - 1]) : 0;
     }
     for (uint32_t column = 0; column < row_bytes; column += 16) {
       const int64_t first = int64_t(at[0]) + column / kElement;
-      if (first < 0 && first > -8) fail("cp.async.bulk.tensor from column %d: not modelled", at[0]);
+      if (first < 0 && first > -8) fail("%s at column %d: not modelled", what, at[0]);
       const int64_t left = valid && first >= 0 ? int64_t(m.extents[0]) - first : 0;
       // Address bits 4 to 6 XOR bits 7 to 9.
-      const uint32_t plain = dst + row * row_bytes + column,
-                     to = m.swizzled ? plain ^ ((plain >> 7 & 7) << 4) : plain;
-      Piece &piece = pieces[(to - dst) / 16];
+      const uint32_t plain = shared + row * row_bytes + column,
+                     place = m.swizzled ? plain ^ ((plain >> 7 & 7) << 4) : plain;
+      Piece &piece = pieces[(place - shared) / 16];
       piece.bytes = left <= 0 ? 0 : uint32_t(left < 8 ? left * kElement : 16);
-      piece.src = from + first * kElement;
+      piece.src = global + first * kElement;
       if (piece.bytes > 0 && !is_global(piece.src, piece.bytes))
-        fail("cp.async.bulk.tensor reads %u bytes at %p, which no allocation holds", piece.bytes, piece.src);
+        fail("%s touches %u bytes at %p, which no allocation holds", what, piece.bytes, piece.src);
     }
   }
-  begin_load({self, {dst, bytes, barrier, nullptr, {}}, std::move(pieces)}, "cp.async.bulk.tensor");
+  return pieces;
+}
+
+}  // namespace
+
+void tensor_load(uint32_t dst, const void *map, const int32_t (&at)[4], uint32_t barrier) {
+  const char *const what = "cp.async.bulk.tensor to shared memory";
+  std::vector<Piece> pieces = box_pieces(dst, map, at, what);
+  const auto bytes = uint32_t(pieces.size() * 16);
+  begin_load({self, {dst, bytes, barrier, nullptr, {}}, std::move(pieces)}, what);
+}
+void tensor_store(const void *map, uint32_t src, const int32_t (&at)[4]) {
+  const char *const what = "cp.async.bulk.tensor from shared memory";
+  std::vector<Piece> pieces = box_pieces(src, map, at, what);
+  const auto bytes = uint32_t(pieces.size() * 16);
+  begin_store({nullptr, src, bytes, false, std::move(pieces)}, what);
 }
 
 }  // namespace emulation

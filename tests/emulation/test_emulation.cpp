@@ -103,6 +103,46 @@ void load_box(const CUtensorMap *map, uint16_t *to, int column, int token, int h
   }
 }
 
+// The same box back, from numbers 1, 2, .. in the order of its rows.
+void store_box(const CUtensorMap *map, int column, int token, int head, int batch, bool fence, bool wait) {
+  const uint32_t data = shared_address(dynamic_shared<char>());
+  for (uint32_t i = threadIdx.x; i < 32; i += 32) {  // pieces of 16 bytes: row i / 8
+    const uint32_t at = data + 16 * i, first = 8 * i + 1;
+    const auto two = [&](uint32_t n) { return (first + n) | (first + n + 1) << 16; };
+    store_u4(at ^ ((at >> 7 & 7) << 4), make_uint4(two(0), two(2), two(4), two(6)));
+  }
+  if (fence) fence_async_proxy();
+  __syncwarp();
+  if (threadIdx.x == 0) {
+    tensor_store(map, data, column, token, head, batch);
+    if (wait) bulk_store_wait_read<0>();
+  }
+}
+
+TEST_CASE("a tensor copy writes a swizzled box, and nothing outside of the tensor") {
+  Memory<uint16_t> to(2 * 5 * 3 * 128);
+  const cuuint64_t extents[4] = {128, 5, 3, 2}, strides[3] = {768, 256, 3840};
+  const cuuint32_t box[4] = {64, 4, 1, 1}, steps[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  REQUIRE(cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, to.p, extents, strides, box, steps,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS);
+  const auto kernel = [&](int token, bool fence, bool wait) {
+    return runs(32, [&, token, fence, wait] { store_box(&map, 64, token, 1, 1, fence, wait); });
+  };
+  for (size_t i = 0; i < 2 * 5 * 3 * 128; ++i) to[i] = 0;
+  CHECK(kernel(2, true, true));  // tokens 2, 3, 4; token 5 is none
+  for (size_t row = 0; row < 10; ++row)
+    for (size_t head = 0; head < 3; ++head)
+      for (size_t i = 0; i < 128; ++i) {
+        const bool inside = row >= 7 && head == 1 && i >= 64;
+        CHECK(to[(row * 3 + head) * 128 + i] == (inside ? (row - 7) * 64 + i - 64 + 1 : 0));
+      }
+  CHECK_FALSE(kernel(2, false, true));  // ordinary stores without a fence
+  CHECK_FALSE(kernel(2, true, false));  // returns while the copy reads
+}
+
 TEST_CASE("a tensor copy takes a swizzled box, with zeros outside of the tensor") {
   Memory<uint16_t> from(2 * 5 * 3 * 128), to(4 * 64);
   for (size_t i = 0; i < 2 * 5 * 3 * 128; ++i) from[i] = uint16_t(i + 1);

@@ -91,6 +91,14 @@ __device__ __forceinline__ void bulk_store(void *dst, uint32_t src, uint32_t byt
       "r"(src), "r"(bytes)
       : "memory");
 }
+// A box of shared memory to where tensor_load would take it from; what lies outside of the tensor is left out.
+__device__ __forceinline__ void tensor_store(const void *map, uint32_t src, int x0, int x1, int x2, int x3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], "
+      "[%1];\ncp.async.bulk.commit_group;" ::"l"(map),
+      "r"(src), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+      : "memory");
+}
 // Adds floats of shared memory to those at dst, each sum rounded once. A group of its own.
 __device__ __forceinline__ void bulk_add(float *dst, uint32_t src, uint32_t bytes) {
   asm volatile(

@@ -45,8 +45,9 @@ void copy_commit();
 void copy_wait(int pending);
 void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t barrier);
 void tensor_load(uint32_t dst, const void *map, const int32_t (&at)[4], uint32_t barrier);
-void bulk_store(void *dst, uint32_t src, uint32_t bytes);  // and commits it as a group
-void bulk_add(float *dst, uint32_t src, uint32_t bytes);   // the same
+void tensor_store(const void *map, uint32_t src, const int32_t (&at)[4]);  // likewise a group
+void bulk_store(void *dst, uint32_t src, uint32_t bytes);                  // and commits it as a group
+void bulk_add(float *dst, uint32_t src, uint32_t bytes);                   // the same
 void bulk_store_wait(int pending);
 void wait_for_kernel_before();
 bool has_waited();

@@ -37,6 +37,9 @@ inline void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t ba
 inline void tensor_load(uint32_t dst, const void *map, int x0, int x1, int x2, int x3, uint32_t bar) {
   emulation::tensor_load(dst, map, {x0, x1, x2, x3}, bar);
 }
+inline void tensor_store(const void *map, uint32_t src, int x0, int x1, int x2, int x3) {
+  emulation::tensor_store(map, src, {x0, x1, x2, x3});
+}
 inline void bulk_store(void *dst, uint32_t src, uint32_t bytes) { emulation::bulk_store(dst, src, bytes); }
 inline void bulk_add(float *dst, uint32_t src, uint32_t bytes) { emulation::bulk_add(dst, src, bytes); }
 template <int kPending = 0>
