@@ -14,42 +14,72 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// The rows of one tile and head. kLanes = head_dim / 8 lanes share a row, 16 bytes of y and dy each.
+// This lane's part of y . dy of a row.
+template <typename T>
+struct RowPart {
+  uint4 y, dy;
+  __device__ __forceinline__ float dot() const {
+    const uint32_t us[4] = {y.x, y.y, y.z, y.w}, vs[4] = {dy.x, dy.y, dy.z, dy.w};
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 f = unpack2<T>(us[i]), g = unpack2<T>(vs[i]);
+      sum += f.x * g.x + f.y * g.y;
+    }
+    return sum;
+  }
+};
+
+// The rows of one tile and head. kLanes = head_dim / 8 lanes share a row, 16 bytes of y and dy each; a lane
+// asks for kTogether of its rows at a time.
 template <typename T, int kLanes>
 __device__ __forceinline__ void tile_rows(const RowsArgs &a, const Tile &tile, int head) {
+  constexpr int kStep = kThreads / kLanes, kTogether = 4;
   const Shape &p = a.p;
   const int lane = threadIdx.x % kLanes;
   const int batch = static_cast<int>(batch_of(p.packed, tile.sequence));
-  for (int row = threadIdx.x / kLanes; row < tile.length; row += kThreads / kLanes) {
-    const int64_t token = tile.start + row, at = token_row(p, batch, p.heads_q, head, token);
-    float delta = 0.f, r = 1.f;
+  for (int base = 0; base < tile.length; base += kTogether * kStep) {
+    const int first = base + static_cast<int>(threadIdx.x) / kLanes;
+    float delta[kTogether], norm[kTogether];
     if (a.row_norm.data) {
-      const T *y = row_pointer<T>(a.y, batch, head, token) + lane * 8;
-      const T *dy = row_pointer<T>(a.dy, batch, head, token) + lane * 8;
-      if (a.y.vector && a.dy.vector) {
-        const uint4 u = *reinterpret_cast<const uint4 *>(y), v = *reinterpret_cast<const uint4 *>(dy);
-        const uint32_t us[4] = {u.x, u.y, u.z, u.w}, vs[4] = {v.x, v.y, v.z, v.w};
+      RowPart<T> part[kTogether];
+      const bool vector = a.y.vector && a.dy.vector;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 f = unpack2<T>(us[i]), g = unpack2<T>(vs[i]);
-          delta += f.x * g.x + f.y * g.y;
+      for (int i = 0; i < kTogether; ++i) {
+        const int row = first + i * kStep;
+        part[i] = {};
+        norm[i] = delta[i] = 0.f;
+        if (row >= tile.length) continue;
+        const T *y = row_pointer<T>(a.y, batch, head, tile.start + row) + lane * 8;
+        const T *dy = row_pointer<T>(a.dy, batch, head, tile.start + row) + lane * 8;
+        norm[i] = *row_pointer<float>(a.row_norm, batch, head, tile.start + row);
+        if (vector) {
+          part[i] = {*reinterpret_cast<const uint4 *>(y), *reinterpret_cast<const uint4 *>(dy)};
+        } else {
+          for (int n = 0; n < 8; ++n) delta[i] += static_cast<float>(y[n]) * static_cast<float>(dy[n]);
         }
-      } else {
-        for (int i = 0; i < 8; ++i) delta += static_cast<float>(y[i]) * static_cast<float>(dy[i]);
       }
 #pragma unroll
-      for (int d = kLanes / 2; d > 0; d /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, d, kLanes);
-      const float norm = *row_pointer<float>(a.row_norm, batch, head, token);
-      r = norm != 0.f ? 1.f / norm : 0.f;
+      for (int i = 0; i < kTogether; ++i) {
+        if (vector) delta[i] = part[i].dot();
+#pragma unroll
+        for (int d = kLanes / 2; d > 0; d /= 2) delta[i] += __shfl_xor_sync(0xffffffffu, delta[i], d, kLanes);
+      }
     }
-    if (lane == 0) {
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int row = first + i * kStep;
+      if (lane != 0 || row >= tile.length) continue;
+      const int64_t token = tile.start + row, at = token_row(p, batch, p.heads_q, head, token);
+      const float r = a.row_norm.data == nullptr ? 1.f : norm[i] != 0.f ? 1.f / norm[i] : 0.f;
+      const float d = a.row_norm.data == nullptr ? 0.f : delta[i];
       if (a.r) a.r[at] = r;
-      if (a.delta) a.delta[at] = delta;
+      if (a.delta) a.delta[at] = d;
       if (a.weight) {
         const double g = a.gate ? a.gate[token_row(p, batch, p.heads_kv, head / p.group, token)] : 0.0;
         const float w = p.scale_p * r * exp2f(static_cast<float>(g) * kLog2e);
         a.weight[at] = w;
-        if (a.norm_weight) a.norm_weight[at] = -delta * w;
+        if (a.norm_weight) a.norm_weight[at] = -d * w;
       }
     }
   }
