@@ -69,13 +69,15 @@ struct Smem {
 };
 
 struct Maps {
-  TileMap q, k, v, dy;
+  TileMap q, k, v, dy, dk, dv;
 };
 inline cudaError_t maps_of(const JointArgs &a, Maps *maps) {
   cudaError_t error = tile_map(a.q, a.p, a.p.heads_q, &maps->q);
   if (error == cudaSuccess) error = tile_map(a.k, a.p, a.p.heads_kv, &maps->k);
   if (error == cudaSuccess) error = tile_map(a.v, a.p, a.p.heads_kv, &maps->v);
   if (error == cudaSuccess) error = tile_map(a.dy, a.p, a.p.heads_q, &maps->dy);
+  if (error == cudaSuccess) error = result_map(a.dk, a.p, a.p.heads_kv, &maps->dk);
+  if (error == cudaSuccess) error = result_map(a.dv, a.p, a.p.heads_kv, &maps->dv);
   return error;
 }
 
@@ -187,11 +189,22 @@ __device__ __forceinline__ void store_dots(const JointArgs &a, const volatile Un
   }
 }
 
-// The warp's 16 rows of dk or dv, from `local` of the unit on.
+// The warp's 16 rows of dk or dv, from `local` of the unit on. Staging: 4 KB, halves of 64 columns in turn.
 template <typename T, bool kFloats, int kDim>
 __device__ __forceinline__ void store_gradient(const float (&x)[kDim / 2], float factor, uint32_t staging,
-                                               const Tensor &o, const volatile Unit &u, int local, int lane) {
+                                               const Tensor &o, const TileMap &map, const volatile Unit &u,
+                                               int local, int lane) {
   const int row = u.row + local;
+  if (can_send(map, row, u.length)) {
+#pragma unroll
+    for (int c = 0; c < kDim / 64; ++c) {
+      await_sent<kDim / 64 - 1>(lane);
+      send_rows<T>(x + 32 * c, factor, factor, staging + 2048 * c, map, 64 * c, static_cast<int>(u.token) + row,
+                   u.head, u.batch, lane);
+    }
+    return;
+  }
+  await_sent(lane);
   T *const to =
       static_cast<T *>(o.data) + u.batch * o.stride_b + u.head * o.stride_h + (u.token + row) * o.stride_t;
 #pragma unroll

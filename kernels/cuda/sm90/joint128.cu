@@ -2,6 +2,8 @@
 // dq, dk and dv of the attention form in one pass, head_dim = value_dim = 128: the equations of joint64.cu. dk
 // and dv take 128 registers, so that the products of one warpgroup do not overlap its own weights; the other
 // warpgroup's do. dq of 64 queries is a warpgroup's 64 columns, and a step late: then both have written e.
+// Addresses of keys go through here(): their descriptors, kept over the steps, would fill the uniform
+// registers.
 #include <cstddef>
 
 #include "joint_producer.cuh"
@@ -47,7 +49,7 @@ struct Consumer {
 
   // s = k q^T, m = v dy^T
   __device__ __forceinline__ void scores(float (&t)[32], float (&m)[32]) {
-    const uint64_t k = tile_desc(s.keys + group * kTile), q = tile_desc(stage());
+    const uint64_t k = tile_desc(here(s.keys + group * kTile)), q = tile_desc(stage());
     wgmma_fence();
     wgmma<T, false, false>(t, k, q);
 #pragma unroll
@@ -70,7 +72,7 @@ struct Consumer {
   }
   // dq of step `n`: this warpgroup's columns of the sum over all 128 keys.
   __device__ __forceinline__ void queries(float (&dq)[32], uint32_t n) {
-    const uint64_t a = tile_desc(ds_at(n)), k = tile_desc(s.keys + group * kColumns);
+    const uint64_t a = tile_desc(ds_at(n)), k = tile_desc(here(s.keys + group * kColumns));
     wgmma_fence();
     wgmma<T, false, true>(dq, a, k);
 #pragma unroll
@@ -100,22 +102,34 @@ struct Consumer {
     weigh<T, kDegree, kDiagonal>(t, m, s.meta + turn % kStages * kQueryMeta, row() + lane() / 4, query,
                                  (lane() & 3) * 2, keys, power_of<T>(unit_at(), offsetof(Unit, ratio)));
     pack_gradient<T, true>(t, m, e, w);
+    // dq of the step before comes first: it is handed over while dk and dv are added to. On the diagonal, whose
+    // weights take more registers, it comes last.
+    const auto start_queries = [&] {
+      barrier_wait(s.ds_full, (turn & 1) ^ 1);
+      queries(t, turn - 1);
+    };
+    const auto release = [&] { arrive(s.empty + turn % kStages * 8); };
+    if constexpr (!kDiagonal) start_queries();
     add();
     // dq two steps ago (the first time: of the step before, finish()) has read what lay here.
     barrier_wait(s.ds_free, kFirst ? (turn & 1) ^ 1 : turn & 1);
     store_ds(ds_at(turn) + group * 8192, e, warp(), lane());
     fence_async_proxy();
-    if constexpr (!kFirst) barrier_wait(s.ds_full, (turn & 1) ^ 1);  // of the step before
+    if constexpr (kDiagonal && !kFirst) start_queries();
     arrive(s.ds_full);
     if constexpr (kFirst) {
       wgmma_wait<0>();
-      arrive(s.empty + turn % kStages * 8);
-    } else {
-      queries(t, turn - 1);
+      release();
+    } else if constexpr (kDiagonal) {
       wgmma_wait<1>();
-      arrive(s.empty + turn % kStages * 8);
+      release();
       wgmma_wait<0>();
       hand_over(t, turn - 1);
+    } else {
+      wgmma_wait<1>();
+      hand_over(t, turn - 1);
+      wgmma_wait<0>();
+      release();
     }
     ++turn;
   }
@@ -128,15 +142,17 @@ struct Consumer {
     hand_over(dq, turn - 1);
   }
 
-  __device__ __forceinline__ void epilogue(const JointArgs &a, const volatile Unit &u) {
+  __device__ __forceinline__ void epilogue(const JointArgs &a, const Maps &maps, const volatile Unit &u) {
     const float lift = power_of<T>(unit_at(), offsetof(Unit, lift)),
                 factor = static_cast<float>(kDegree) / (lift * power_of<T>(unit_at(), offsetof(Unit, ratio)));
     if (a.dot) store_dots<T, 128>(a, u, dk, factor, s.keys + group * kTile, row(), warp(), lane());
     arrive(s.keys_empty);
     barrier_wait(s.sums_empty + 8 * group, (turn & 1) ^ 1);  // this warp's part serves as staging
-    store_gradient<T, true, 128>(dk, factor, s.sums + group * kPart + warp() * 4096, a.dk, u, row(), lane());
-    store_gradient<T, false, 128>(dv, 1.f / lift, s.sums + group * kPart + warp() * 4096, a.dv, u, row(),
-                                  lane());
+    store_gradient<T, true, 128>(dk, factor, s.sums + group * kPart + warp() * 4096, a.dk, maps.dk, u, row(),
+                                 lane());
+    store_gradient<T, false, 128>(dv, 1.f / lift, s.sums + group * kPart + warp() * 4096, a.dv, maps.dv, u,
+                                  row(), lane());
+    await_sent(lane());  // the staging is the sums' again
     arrive(s.unit_empty + unit % kUnits * 8);
   }
 };
@@ -167,12 +183,12 @@ __global__ void __launch_bounds__(384, 1)
       for (int head = 0; head < a.p.group; ++head) {
         c.template step<true, true>(0);
         c.template step<true, false>(64);
-        const int steps = __shfl_sync(0xffffffffu, 2 * unit.pairs, 0);
 #pragma unroll 1
-        for (int n = 2; n < steps; ++n) c.template step<false, false>(0);
+        for (int left = __shfl_sync(0xffffffffu, 2 * unit.pairs - 2, 0); left > 0; --left)
+          c.template step<false, false>(0);
         c.finish();
       }
-      c.epilogue(a, unit);
+      c.epilogue(a, maps, unit);
     }
   }
 }

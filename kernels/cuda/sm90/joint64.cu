@@ -178,15 +178,16 @@ struct Consumer {
     hand_over(dq);
   }
 
-  __device__ __forceinline__ void epilogue(const JointArgs &a, const volatile Unit &u) {
+  __device__ __forceinline__ void epilogue(const JointArgs &a, const Maps &maps, const volatile Unit &u) {
     const float lift = power_of<T>(unit_at(), offsetof(Unit, lift)),
                 factor = static_cast<float>(kDegree) / (lift * power_of<T>(unit_at(), offsetof(Unit, ratio)));
     if (a.dot) store_dots<T, 64>(a, u, dk, factor, keys(unit) + group * kTile, row(), warp, lane);
     barrier_wait(s.sums_empty + 8 * group, pair_phase() ^ 1);  // this warp's part serves as staging
-    store_gradient<T, true, 64>(dk, factor, s.sums + group * kPart + warp * 4096, a.dk, u, row(),
+    store_gradient<T, true, 64>(dk, factor, s.sums + group * kPart + warp * 4096, a.dk, maps.dk, u, row(),
                                 thread_here() & 31);
-    store_gradient<T, false, 64>(dv, 1.f / lift, s.sums + group * kPart + warp * 4096, a.dv, u, row(),
+    store_gradient<T, false, 64>(dv, 1.f / lift, s.sums + group * kPart + warp * 4096, a.dv, maps.dv, u, row(),
                                  thread_here() & 31);
+    await_sent(thread_here() & 31);  // the staging is the sums' again
     arrive(s.unit_empty + unit % kUnits * 8);
   }
 };
@@ -221,7 +222,7 @@ __global__ void __launch_bounds__(384, 1)
         for (int n = 1; n < pairs; ++n) c.template two_halves<false>();
         c.finish();
       }
-      c.epilogue(a, unit);
+      c.epilogue(a, maps, unit);
     }
     if (c.turn > 0) c.finish_queries();
   }

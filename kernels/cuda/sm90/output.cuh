@@ -148,20 +148,46 @@ __device__ __forceinline__ void decay_rows(float (&o)[kN], float (&l)[2], RowUni
   scale_rows(o, l, g0, g1);
 }
 
+// 16 rows x 64 columns held as 32 accumulators (already final), row by row and swizzled into 2 KB.
+template <typename T>
+__device__ __forceinline__ void stage_rows(const float *o, float f0, float f1, uint32_t staging, int lane) {
+#pragma unroll
+  for (int n = 0; n < 8; n += 2) {  // matrices: (row half 0, n), (half 1, n), (half 0, n + 1), (half 1, n + 1)
+    const int row = (lane & 7) + ((lane >> 3) & 1) * 8, chunk = n + (lane >> 4);
+    stmatrix4(staging + row * 128 + ((chunk ^ (row & 7)) << 4), pack2<T>(o[4 * n] * f0, o[4 * n + 1] * f0),
+              pack2<T>(o[4 * n + 2] * f1, o[4 * n + 3] * f1), pack2<T>(o[4 * n + 4] * f0, o[4 * n + 5] * f0),
+              pack2<T>(o[4 * n + 6] * f1, o[4 * n + 7] * f1));
+  }
+}
+// Sends them, all of them rows of the result, by the copy engine: stores of the warp's own would hold up what
+// it does next until memory has taken them. The staging is free after await_sent().
+template <typename T>
+__device__ __forceinline__ void send_rows(const float *o, float f0, float f1, uint32_t staging,
+                                          const TileMap &y, int column, int token, int head, int batch,
+                                          int lane) {
+  stage_rows<T>(o, f0, f1, staging, lane);
+  fence_async_proxy();
+  __syncwarp();
+  if (lane == 0) tensor_store(&y.map, staging, column, token, head * y.step_head, batch * y.step_batch);
+}
+// Whether 16 rows from `row` on are. Known to be the same for the warp: what is in uniform registers would
+// leave them otherwise.
+__device__ __forceinline__ bool can_send(const TileMap &y, int row, int length) {
+  return __shfl_sync(0xffffffffu, y.tiled && row + 16 <= length, 0);
+}
+template <int kPending = 0>
+__device__ __forceinline__ void await_sent(int lane) {
+  if (lane == 0) bulk_store_wait_read<kPending>();
+  __syncwarp();
+}
+
 // Writes 16 rows x 64 columns held as 32 accumulators (already final) through 2 KB of this warp's shared
 // memory. kFloats: y may be float32.
 template <typename T, bool kFloats = false>
 __device__ __forceinline__ void store_rows(const float *o, float f0, float f1, uint32_t staging,
                                            const Tensor &y, T *base, int valid, int lane) {
   if (y.vector) {
-#pragma unroll
-    for (int n = 0; n < 8;
-         n += 2) {  // matrices: (row half 0, n), (half 1, n), (half 0, n + 1), (half 1, n + 1)
-      const int row = (lane & 7) + ((lane >> 3) & 1) * 8, chunk = n + (lane >> 4);
-      stmatrix4(staging + row * 128 + ((chunk ^ (row & 7)) << 4), pack2<T>(o[4 * n] * f0, o[4 * n + 1] * f0),
-                pack2<T>(o[4 * n + 2] * f1, o[4 * n + 3] * f1), pack2<T>(o[4 * n + 4] * f0, o[4 * n + 5] * f0),
-                pack2<T>(o[4 * n + 6] * f1, o[4 * n + 7] * f1));
-    }
+    stage_rows<T>(o, f0, f1, staging, lane);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

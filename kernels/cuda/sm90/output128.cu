@@ -26,8 +26,9 @@ struct Consumer {
   // Derived anew at every use: addresses kept over the loops would cost registers that 128 sums do not leave.
   __device__ __forceinline__ int lane() const { return thread_here() & 31; }
   __device__ __forceinline__ int warp() const { return thread_here() >> 5 & 3; }
+  __device__ __forceinline__ int group() const { return thread_here() >> 7; }
   // Row tile m of the warpgroup: {0, 3} and {1, 2} of the unit, so that both have as many causal blocks.
-  __device__ __forceinline__ int row_tile(int m) const { return (thread_here() >> 7) ^ (m ? 3 : 0); }
+  __device__ __forceinline__ int row_tile(int m) const { return group() ^ (m ? 3 : 0); }
   __device__ __forceinline__ uint32_t q(int m) const { return s.q + row_tile(m) * kTile; }
   // Row that this lane's fragments begin with (and row + 8), and row of the matrices that it gives addresses
   // for.
@@ -144,7 +145,7 @@ struct Consumer {
     ++turn;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-      float(&t)[64] = o[m];
+      float t[64];
       const uint64_t a = tile_desc(q(m));
       const uint64_t z[2] = {tile_desc(s.ring + high * kStage, kHalf), tile_desc(s.ring + low * kStage, kHalf)};
       wgmma_fence();
@@ -202,9 +203,8 @@ struct Consumer {
   }
 
   // S_m = Q_m K^T and O_m += P V, without fence and commit.
-  template <int m>
-  __device__ __forceinline__ void scores(float (&t)[32], uint32_t keys) {
-    const uint64_t x = tile_desc(q(m)), k = tile_desc(keys);
+  __device__ __forceinline__ void scores(int m, float (&t)[32]) {
+    const uint64_t x = tile_desc(q(m)), k = tile_desc(stage());
 #pragma unroll
     for (int ks = 0; ks < 8; ++ks) {
       const uint32_t at = ks / 4 * kHalf + ks % 4 * 32;
@@ -220,18 +220,10 @@ struct Consumer {
 #pragma unroll
     for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(o[m], w[ks], desc_at(b, ks * 2048));
   }
+  // Weights of block r of the tile's own four: at its own row it is the diagonal; later rows advance their
+  // reference gate to the start of block r + 1 first.
   template <int m>
-  __device__ __forceinline__ void own_scores(float (&t)[32]) {
-    wgmma_fence();
-    scores<m>(t, stage());
-    wgmma_commit();
-    wgmma_wait<0>();
-  }
-  // Block r of the tile's own four against a row tile: at its own row it is the diagonal; later rows advance
-  // their reference gate to the start of block r + 1 first.
-  template <int m>
-  __device__ __forceinline__ void own_block(float (&t)[32], bool diagonal) {
-    uint32_t w[4][4];
+  __device__ __forceinline__ void weigh_own(float (&t)[32], uint32_t (&w)[4][4], bool diagonal) {
     if (diagonal) {
       const int row = this->row();
       decay_rows(o[m], l[m], units[m], exp2_fast(load_f1(meta() + 256 + row * 4)),
@@ -242,54 +234,89 @@ struct Consumer {
       decay_rows(o[m], l[m], units[m], f, f);
       weigh<T, kDegree, false>(t, w, o[m], l[m], units[m], meta(), lane(), warp());
     }
-    wgmma_fence();
-    values<m>(w, stage() + kTile);
-    wgmma_commit();
-    wgmma_wait<0>();
   }
-
+  // O_m += P V of the block at `v`, and the next scores, of row tile n with the keys of this stage.
   template <int m>
-  __device__ __forceinline__ void far_block(float (&t)[32]) {
-    uint32_t w[4][4];
-    weigh<T, kDegree, false>(t, w, o[m], l[m], units[m], meta(), lane(), warp());
+  __device__ __forceinline__ void values_and_scores(const uint32_t (&w)[4][4], uint32_t v, int n,
+                                                    float (&t)[32]) {
     wgmma_fence();
-    values<m>(w, stage() + kTile);
+    values<m>(w, v);
+    scores(n, t);
     wgmma_commit();
     wgmma_wait<0>();
   }
 
   // A block is 2048 cycles of the tensor cores and its weights a few hundred of the warps: the two warpgroups
-  // overlap each other, so neither keeps a second set of scores.
+  // overlap each other, so neither keeps a second set of scores. Each product with v goes with the next scores;
+  // that of row tile 0 also with the weights of row tile 1. Nothing is in flight across the loop's edge.
   __device__ __forceinline__ void attention_phase(const volatile UnitMeta &u) {
     float t[32];
+    uint32_t w[4][4];
+    acquire();
+    wgmma_fence();
+    scores(0, t);
+    wgmma_commit();
+    wgmma_wait<0>();
 #pragma unroll 1
-    for (int j = 0; j < u.row / kKeys; ++j) {  // keys before the tile: every row sees them all
-      acquire();
-      own_scores<0>(t);
-      far_block<0>(t);
-      own_scores<1>(t);
-      far_block<1>(t);
-      release(index());
+    for (int left = u.row / kKeys; left > 0; --left) {  // keys before the tile: every row sees them all
+      weigh<T, kDegree, false>(t, w, o[0], l[0], units[0], meta(), lane(), warp());
+      uint32_t w1[4][4];
+      wgmma_fence();
+      scores(1, t);
+      wgmma_commit();
+      wgmma_fence();
+      values<0>(w, stage() + kTile);
+      wgmma_commit();
+      wgmma_wait<1>();
+      weigh<T, kDegree, false>(t, w1, o[1], l[1], units[1], meta(), lane(), warp());
       ++turn;
-    }
-#pragma unroll 1
-    for (int r = 0; u.row / kKeys + r < u.blocks; ++r) {  // the tile's own blocks
       acquire();
+      wgmma_fence();
+      scores(0, t);
+      values<1>(w1, s.ring + ((turn - 1) & (kStages - 1)) * kStage + kTile);
+      wgmma_commit();
+      wgmma_wait<0>();
+      release((turn - 1) & (kStages - 1));
+    }
+    // The tile's own blocks, as many as there are; row tile m of the warpgroup ends at its own row.
+    int r = 0;
+#pragma unroll 1
+    for (;; ++r) {
       if (r <= row_tile(0)) {
-        own_scores<0>(t);
-        own_block<0>(t, r == row_tile(0));
+        weigh_own<0>(t, w, r == row_tile(0));
+        values_and_scores<0>(w, stage() + kTile, 1, t);
       }
-      if (r <= row_tile(1)) {
-        own_scores<1>(t);
-        own_block<1>(t, r == row_tile(1));
-      }
+      weigh_own<1>(t, w, r == row_tile(1));
+      if (r == row_tile(1) || u.row / kKeys + r + 1 >= u.blocks) break;
+      const uint32_t v = stage() + kTile;
+      ++turn;
+      acquire();
+      values_and_scores<1>(w, v, r < row_tile(0) ? 0 : 1, t);
+      release((turn - 1) & (kStages - 1));
+    }
+    wgmma_fence();
+    values<1>(w, stage() + kTile);
+    wgmma_commit();
+    wgmma_wait<0>();
+    release(index());
+    ++turn;
+#pragma unroll 1
+    for (++r; u.row / kKeys + r < u.blocks; ++r) {  // the other warpgroup's
+      acquire();
       release(index());
       ++turn;
     }
   }
 
+  // Where the unit's rows are, for when the producers may write `u` anew.
+  struct Rows {
+    int32_t batch, head, row, length;
+    int64_t token;
+    __device__ __forceinline__ explicit Rows(const volatile UnitMeta &u)
+        : batch(u.batch), head(u.head), row(u.row), length(u.length), token(u.token) {}
+  };
   template <int m>
-  __device__ __forceinline__ void epilogue(const OutputArgs &a, const volatile UnitMeta &u) {
+  __device__ __forceinline__ void epilogue(const OutputArgs &a, const TileMap &map, const Rows &u) {
     const uint32_t staging = s.staging + (thread_here() >> 5) * 2048;
     float norm[2], f[2];
 #pragma unroll
@@ -299,11 +326,21 @@ struct Consumer {
       f[h] = output_factor(a.p, quad_sum(l[m][h]), unit, &norm[h]);
     }
     const int lane = this->lane(), row = u.row + row_tile(m) * 64 + warp() * 16;
-    T *y = static_cast<T *>(a.y.data) + u.batch * a.y.stride_b + u.head * a.y.stride_h +
-           (u.token + row) * a.y.stride_t;
+    if (map.tiled && row + 16 <= u.length) {  // can_send() spills here
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      store_rows<T>(o[m] + 32 * half, f[0], f[1], staging, a.y, y + 64 * half, u.length - row, lane);
+      for (int half = 0; half < 2; ++half) {
+        await_sent(lane);
+        send_rows<T>(o[m] + 32 * half, f[0], f[1], staging, map, 64 * half, static_cast<int>(u.token) + row,
+                     u.head, u.batch, lane);
+      }
+    } else {
+      T *y = static_cast<T *>(a.y.data) + u.batch * a.y.stride_b + u.head * a.y.stride_h +
+             (u.token + row) * a.y.stride_t;
+      await_sent(lane);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        store_rows<T>(o[m] + 32 * half, f[0], f[1], staging, a.y, y + 64 * half, u.length - row, lane);
+    }
     if (a.row_norm.data && (lane & 3) == 0) {
       float *r = static_cast<float *>(a.row_norm.data) + u.batch * a.row_norm.stride_b +
                  u.head * a.row_norm.stride_h + (u.token + row + lane / 4) * a.row_norm.stride_t;
@@ -325,8 +362,10 @@ __global__ void __launch_bounds__(384, 1)
       barrier_init(s.full + 8 * i, 1);
       barrier_init(s.empty + 8 * i, kConsumerWarps);
     }
-    barrier_init(s.q_full, 1);
-    barrier_init(s.q_empty, kConsumerWarps);
+    for (int i = 0; i < Layout::kQueryParts; ++i) {
+      barrier_init(s.q_full + 8 * i, 1);
+      barrier_init(s.q_empty + 8 * i, kConsumerWarps / Layout::kQueryParts);
+    }
     fence_barrier_init();
   }
   __syncthreads();
@@ -338,17 +377,19 @@ __global__ void __launch_bounds__(384, 1)
     registers_inc<kConsumerRegisters>();
     Consumer<T, kDegree> c{s};
     for (;; c.turn ^= 1u << 31) {
-      barrier_wait(s.q_full, c.turn >> 31);
+      barrier_wait(s.q_full + 8 * c.group(), c.turn >> 31);
       const volatile UnitMeta &u = slots[c.turn >> 31];  // stays until q is given back
       if (u.head < 0) break;
       if constexpr (kCounted<T>) c.scale_queries();
       c.begin(a, u);
       c.attention_phase(u);
-      c.template epilogue<0>(a, u);
-      c.template epilogue<1>(a, u);
+      const typename Consumer<T, kDegree>::Rows rows(u);
       __syncwarp();
-      if (c.lane() == 0) barrier_arrive(s.q_empty);  // q was read to the end, and `u` too
+      if (c.lane() == 0) barrier_arrive(s.q_empty + 8 * c.group());
+      c.template epilogue<0>(a, maps.y, rows);
+      c.template epilogue<1>(a, maps.y, rows);
     }
+    await_sent(c.lane());
   }
 }
 

@@ -41,35 +41,46 @@ __device__ __forceinline__ void row_scalars(uint32_t (&x)[2][4], const uint32_t 
 template <typename T, int kDegree>
 struct Consumer {
   const Smem &s;
-  const int lane, warp;  // warp of the warpgroup
-  Ring<kStages> ring;
+  const int lane;
+  // Turns of the ring (8 stages), and the parity of the unit in the top bit: one register.
+  uint32_t turn = 0;
   float o[2][32];
   float l[2][2];
   static constexpr bool kStates = kDegree == 2 || !kCounted<T>;
   RowUnits<T> units[2];
   uint32_t q[2][4][4];
 
-  __device__ __forceinline__ void acquire() { barrier_wait(s.full + 8 * ring.stage, ring.phase); }
+  __device__ __forceinline__ int index() const { return turn & (kStages - 1); }
+  __device__ __forceinline__ int index_before() const { return (turn - 1) & (kStages - 1); }
+  __device__ __forceinline__ void acquire() { barrier_wait(s.full + 8 * index(), turn / kStages & 1); }
   __device__ __forceinline__ void release(int stage) {
     __syncwarp();
     if (lane == 0) barrier_arrive(s.empty + 8 * stage);
   }
-  __device__ __forceinline__ uint32_t stage() const { return s.ring + ring.stage * kStage; }
-  __device__ __forceinline__ uint32_t meta() const { return s.meta + ring.stage * kMetaBytes; }
+  __device__ __forceinline__ uint32_t stage() const { return s.ring + index() * kStage; }
+  __device__ __forceinline__ uint32_t meta() const { return s.meta + index() * kMetaBytes; }
+
+  // Row tile m of the warpgroup, this warp of it, and its shared memory: derived anew at every use, for want of
+  // registers.
+  __device__ __forceinline__ int warp() const { return thread_here() >> 5 & 3; }
+  __device__ __forceinline__ int row_tile(int m) const { return (thread_here() >> 7) ^ (m ? 3 : 0); }
+  __device__ __forceinline__ uint32_t staging() const { return s.staging + (thread_here() >> 5) * 2048; }
+  __device__ __forceinline__ uint32_t powers() const { return s.powers + (thread_here() >> 5) * 128; }
 
   template <int m>
-  __device__ __forceinline__ void load_queries(uint32_t tile) {
-    const int row = warp * 16 + (lane & 15), half = lane >> 4;
+  __device__ __forceinline__ void load_queries() {
+    const uint32_t tile = s.q + row_tile(m) * kTile;
+    const int row = warp() * 16 + (lane & 15), half = lane >> 4;
 #pragma unroll
     for (int ks = 0; ks < 4; ++ks) ldmatrix4(q[m][ks], tile + row * 128 + (((2 * ks + half) ^ (row & 7)) << 4));
   }
   // float16: q times a power of two for each row, which shared memory keeps.
   template <int m>
-  __device__ __forceinline__ void scale_queries(uint32_t powers) {
+  __device__ __forceinline__ void scale_queries() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint32_t power = scale_row(q[m], h);
-      if ((lane & 3) == 0) store_i1(powers + (m * 16 + lane / 4 + 8 * h) * 4, static_cast<int>(power));
+      if ((lane & 3) == 0) store_i1(powers() + (m * 16 + lane / 4 + 8 * h) * 4, static_cast<int>(power));
     }
   }
 
@@ -102,8 +113,8 @@ struct Consumer {
         wgmma_wait<1>();
         if (tile % 2 == 0 && tile > 0) release(previous);
         if (tile % 2 == 1) {
-          previous = ring.stage;
-          ring.next();
+          previous = index();
+          ++turn;
         }
         if (tile < 35) {
           const int ni = jb == 7 ? ib + 1 : ib, nj = jb == 7 ? ib + 1 : jb + 1;
@@ -137,8 +148,8 @@ struct Consumer {
       }
     wgmma_commit();
     wgmma_wait<0>();
-    release(ring.stage);
-    ring.next();
+    release(index());
+    ++turn;
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -165,8 +176,8 @@ struct Consumer {
       }
     wgmma_commit();
     wgmma_wait<0>();
-    release(ring.stage);
-    ring.next();
+    release(index());
+    ++turn;
   }
 
   // S_m = Q_m K^T and O_m += P V, without fence and commit.
@@ -181,25 +192,20 @@ struct Consumer {
 #pragma unroll
     for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(o[m], w[ks], desc_at(tile_desc(v), ks * 2048));
   }
-  // Block r of the tile's own four against row tile `mt`: rows at r are the diagonal, later ones advance their
-  // reference gate to the start of block r + 1 first.
+  // Weights of block r of the tile's own four: rows at r are the diagonal, later ones advance their reference
+  // gate to the start of block r + 1 first.
   template <int m>
-  __device__ __forceinline__ void own_block(float (&t)[32], bool diagonal) {
-    uint32_t w[4][4];
+  __device__ __forceinline__ void weigh_own(float (&t)[32], uint32_t (&w)[4][4], uint32_t md, bool diagonal) {
     if (diagonal) {
-      const int row = warp * 16 + lane / 4;
-      decay_rows(o[m], l[m], units[m], exp2_fast(load_f1(meta() + 256 + row * 4)),
-                 exp2_fast(load_f1(meta() + 288 + row * 4)));
-      weigh<T, kDegree, true>(t, w, o[m], l[m], units[m], meta(), lane, warp);
+      const int row = warp() * 16 + lane / 4;
+      decay_rows(o[m], l[m], units[m], exp2_fast(load_f1(md + 256 + row * 4)),
+                 exp2_fast(load_f1(md + 288 + row * 4)));
+      weigh<T, kDegree, true>(t, w, o[m], l[m], units[m], md, lane, warp());
     } else {
-      const float f = load_f1(meta() + 512);
+      const float f = load_f1(md + 512);
       decay_rows(o[m], l[m], units[m], f, f);
-      weigh<T, kDegree, false>(t, w, o[m], l[m], units[m], meta(), lane, warp);
+      weigh<T, kDegree, false>(t, w, o[m], l[m], units[m], md, lane, warp());
     }
-    wgmma_fence();
-    values<m>(w, stage() + kTile);
-    wgmma_commit();
-    wgmma_wait<0>();
   }
   template <int m>
   __device__ __forceinline__ void own_scores(float (&t)[32]) {
@@ -209,8 +215,9 @@ struct Consumer {
     wgmma_wait<0>();
   }
 
-  __device__ __forceinline__ void attention_phase(int first, int blocks, int m0, int m1, float (&t0)[32],
+  __device__ __forceinline__ void attention_phase(const volatile UnitMeta &u, float (&t0)[32],
                                                   float (&t1)[32]) {
+    const int first = u.row / kKeys;
     // Keys before the tile: every row sees them all. While one row tile is weighed, the tensor cores do the
     // values and the next scores of the other. Nothing is in flight across the loop's edge (the compiler would
     // serialise).
@@ -227,17 +234,17 @@ struct Consumer {
       values<1>(w1, v);
       scores<1>(t1, keys);
       wgmma_commit();
-      weigh<T, kDegree, false>(t0, w0, o[0], l[0], units[0], md, lane, warp);
+      weigh<T, kDegree, false>(t0, w0, o[0], l[0], units[0], md, lane, warp());
       wgmma_wait<0>();
-      if (j > 0) release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
-      ring.next();
+      if (j > 0) release(index_before());
+      ++turn;
       acquire();
       v = keys + kTile;
       wgmma_fence();
       values<0>(w0, v);
       scores<0>(t0, stage());
       wgmma_commit();
-      weigh<T, kDegree, false>(t1, w1, o[1], l[1], units[1], md, lane, warp);
+      weigh<T, kDegree, false>(t1, w1, o[1], l[1], units[1], md, lane, warp());
       wgmma_wait<0>();
     }
     if (first > 0) {
@@ -245,43 +252,90 @@ struct Consumer {
       values<1>(w1, v);
       wgmma_commit();
       wgmma_wait<0>();
-      release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
+      release(index_before());
     }
-    // The tile's own blocks; t0 of the first is there.
-    own_block<0>(t0, m0 == 0);
-    own_scores<1>(t1);
-    own_block<1>(t1, false);
-    release(ring.stage);
-    ring.next();
+    // The tile's own blocks, as many as there are; t0 of the first is there. Row tile m ends at its own row.
+    // While both are at work, as before.
+    const int own = u.blocks - first;
+    const int m0 = __shfl_sync(0xffffffffu, row_tile(0), 0);  // known to be the same for all: C7520 otherwise
+    wgmma_fence();
+    scores<1>(t1, stage());
+    wgmma_commit();
+    weigh_own<0>(t0, w0, meta(), m0 == 0);
+    wgmma_wait<0>();
+    int r = 0;
 #pragma unroll 1
-    for (int r = 1; first + r < blocks; ++r) {
+    for (; r < m0 && r + 1 < own; ++r) {
+      const uint32_t md = meta();
+      v = stage() + kTile;
+      ++turn;
       acquire();
-      if (r == m0) {
-        own_scores<0>(t0);
-        own_block<0>(t0, true);
-      }
-      if (r <= m1) {
-        own_scores<1>(t1);
-        own_block<1>(t1, r == m1);
-      }
-      release(ring.stage);
-      ring.next();
+      wgmma_fence();
+      values<0>(w0, v);
+      scores<0>(t0, stage());
+      wgmma_commit();
+      weigh_own<1>(t1, w1, md, false);
+      wgmma_wait<0>();
+      wgmma_fence();
+      values<1>(w1, v);
+      scores<1>(t1, stage());
+      wgmma_commit();
+      weigh_own<0>(t0, w0, meta(), r + 1 == m0);
+      wgmma_wait<0>();
+      release(index_before());
+    }
+    v = stage() + kTile;
+    wgmma_fence();
+    values<0>(w0, v);
+    wgmma_commit();
+    weigh_own<1>(t1, w1, meta(), r == (3 - m0));
+    wgmma_wait<0>();
+#pragma unroll 1
+    for (; r < (3 - m0) && r + 1 < own; ++r) {
+      v = stage() + kTile;
+      ++turn;
+      acquire();
+      wgmma_fence();
+      values<1>(w1, v);
+      scores<1>(t1, stage());
+      wgmma_commit();
+      wgmma_wait<0>();
+      release(index_before());
+      weigh_own<1>(t1, w1, meta(), r + 1 == (3 - m0));
+    }
+    wgmma_fence();
+    values<1>(w1, stage() + kTile);
+    wgmma_commit();
+    wgmma_wait<0>();
+    release(index());
+    ++turn;
+#pragma unroll 1
+    for (++r; r < own; ++r) {  // the other warpgroup's
+      acquire();
+      release(index());
+      ++turn;
     }
   }
 
   template <int m>
-  __device__ __forceinline__ void epilogue(const OutputArgs &a, const volatile UnitMeta &u, int row_tile,
-                                           uint32_t staging, uint32_t powers) {
+  __device__ __forceinline__ void epilogue(const OutputArgs &a, const TileMap &map,
+                                           const volatile UnitMeta &u) {
+    const int lane = thread_here() & 31;
     float norm[2], f[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float unit = units[m][h] * weight_power<T, kDegree>(powers + (m * 16 + lane / 4 + 8 * h) * 4);
+      const float unit = units[m][h] * weight_power<T, kDegree>(powers() + (m * 16 + lane / 4 + 8 * h) * 4);
       f[h] = output_factor(a.p, quad_sum(l[m][h]), unit, &norm[h]);
     }
-    const int row = u.row + row_tile * 64 + warp * 16;
-    T *y = static_cast<T *>(a.y.data) + u.batch * a.y.stride_b + u.head * a.y.stride_h +
-           (u.token + row) * a.y.stride_t;
-    store_rows<T>(o[m], f[0], f[1], staging, a.y, y, u.length - row, lane);
+    const int row = u.row + row_tile(m) * 64 + warp() * 16;
+    await_sent(lane);
+    if (can_send(map, row, u.length))
+      send_rows<T>(o[m], f[0], f[1], staging(), map, 0, static_cast<int>(u.token) + row, u.head, u.batch, lane);
+    else
+      store_rows<T>(o[m], f[0], f[1], staging(), a.y,
+                    static_cast<T *>(a.y.data) + u.batch * a.y.stride_b + u.head * a.y.stride_h +
+                        (u.token + row) * a.y.stride_t,
+                    u.length - row, lane);
     if (a.row_norm.data && (lane & 3) == 0) {
       float *r = static_cast<float *>(a.row_norm.data) + u.batch * a.row_norm.stride_b +
                  u.head * a.row_norm.stride_h + (u.token + row + lane / 4) * a.row_norm.stride_t;
@@ -314,23 +368,19 @@ __global__ void __launch_bounds__(384, 1)
     produce_output<T, kDegree, 64>(a, maps, s, slots);
   } else {
     registers_inc<kConsumerRegisters>();
-    Consumer<T, kDegree> c{s, tid % 32, (tid % 128) / 32};
-    const int m0 = group == 0 ? 0 : 1, m1 = 3 - m0;
-    uint32_t q_phase = 0;
-    for (;;) {
-      barrier_wait(s.q_full, q_phase);
-      const volatile UnitMeta &u = slots[q_phase];  // stays until the producer has this unit's successor taken
-      q_phase ^= 1;
+    Consumer<T, kDegree> c{s, tid % 32};
+    for (;; c.turn ^= 1u << 31) {
+      barrier_wait(s.q_full, c.turn >> 31);
+      const volatile UnitMeta &u = slots[c.turn >> 31];  // stays until this unit's successor is taken
       if (u.head < 0) break;
-      c.template load_queries<0>(s.q + m0 * kTile);
-      c.template load_queries<1>(s.q + m1 * kTile);
+      c.template load_queries<0>();
+      c.template load_queries<1>();
       __syncwarp();
       if (c.lane == 0) barrier_arrive(s.q_empty);
 
-      const uint32_t staging = s.staging + (tid / 32) * 2048, powers = s.powers + (tid / 32) * 128;
       if constexpr (kCounted<T>) {
-        c.template scale_queries<0>(powers);
-        c.template scale_queries<1>(powers);
+        c.template scale_queries<0>();
+        c.template scale_queries<1>();
       }
 
       float t0[32], t1[32];
@@ -356,10 +406,11 @@ __global__ void __launch_bounds__(384, 1)
           begin_rows(c.o[1], c.l[1], c.units[1], u);
         }
       }
-      c.attention_phase(u.row / kKeys, u.blocks, m0, m1, t0, t1);
-      c.template epilogue<0>(a, u, m0, staging, powers);
-      c.template epilogue<1>(a, u, m1, staging, powers);
+      c.attention_phase(u, t0, t1);
+      c.template epilogue<0>(a, maps.y, u);
+      c.template epilogue<1>(a, maps.y, u);
     }
+    await_sent(c.lane);
   }
 }
 

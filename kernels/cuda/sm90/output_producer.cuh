@@ -14,14 +14,15 @@ constexpr int kProducers = 4;  // warps of the third warpgroup: each has every f
 // forever.
 constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 
-// Tensor maps of what the kernels read.
+// Tensor maps of what the kernels read, and of y.
 struct OutputMaps {
-  TileMap q, k, v;
+  TileMap q, k, v, y;
 };
 inline cudaError_t output_maps(const OutputArgs &a, OutputMaps *maps) {
   cudaError_t error = tile_map(a.q, a.p, a.p.heads_q, &maps->q);
   if (error == cudaSuccess) error = tile_map(a.k, a.p, a.p.heads_kv, &maps->k);
   if (error == cudaSuccess) error = tile_map(a.v, a.p, a.p.heads_kv, &maps->v);
+  if (error == cudaSuccess) error = result_map(a.y, a.p, a.p.heads_q, &maps->y);
   return error;
 }
 
@@ -32,6 +33,9 @@ struct OutputLayout {
   static constexpr int kStages = kDim == 64 ? 8 : 4;
   static constexpr int kNormStages = 4 * kDim * kDim / kStage;  // Z in two parts
   static constexpr bool kNormFirst = kDim == 128;
+  // d = 128 keeps q in shared memory, and each warpgroup gives its half back by itself: one begins with the
+  // next unit while the other ends this one.
+  static constexpr int kQueryParts = kDim == 64 ? 1 : 2;
   // Shared memory, d = 64 (128): 1024 (alignment) + q 4 x 8 KB (16) + ring 8 x 16 KB (4 x 32) + y staging 8
   // warps x 2 KB + powers of rows 8 x 128 + ring meta 8 (4) x 768 + barriers and unit: 182 KB (214) of 227 KB.
   static constexpr int kSmem =
@@ -51,8 +55,8 @@ struct OutputSmem {
     full = meta + L::kStages * kMetaBytes;
     empty = full + 8 * L::kStages;
     q_full = empty + 8 * L::kStages;
-    q_empty = q_full + 8;
-    unit = q_empty + 8;
+    q_empty = q_full + 8 * L::kQueryParts;
+    unit = q_empty + 8 * L::kQueryParts;
   }
 };
 
@@ -142,26 +146,32 @@ __device__ __forceinline__ void produce_output(const OutputArgs &a, const Output
     const volatile UnitMeta &u = slots[2 + at.unit()];
     // It also tells the consumers, as soon as they have read the q before, and loads q.
     if (warp() == 0) {
-      barrier_wait(s.q_empty, at.unit() ^ 1);
-      copy_words(slots + at.unit(), &u, sizeof(UnitMeta) / 4, lane());
-      if (maps.q.tiled || u.head < 0) {
-        // Rows behind the chunk's end are nobody's: each row of the products is its own.
-        if (u.head >= 0 && lane() == 0) {
-          barrier_expect_only(s.q_full, kRowTiles * kTile);
+#pragma unroll 1
+      for (int part = L::kQueryParts - 1; part >= 0; --part) {
+        const uint32_t full = s.q_full + 8 * part;
+        barrier_wait(s.q_empty + 8 * part, at.unit() ^ 1);
+        if (part == L::kQueryParts - 1) copy_words(slots + at.unit(), &u, sizeof(UnitMeta) / 4, lane());
+        const auto each_tile = [&](auto load) {
 #pragma unroll 1
           for (int m = 0; m < kRowTiles; ++m)
-            fetch_tile<kDim>(s.q + m * kTile, maps.q, u.batch, u.head,
-                             static_cast<int>(u.token) + u.row + m * 64, s.q_full);
+            if (L::kQueryParts == 1 || (m == 0 || m == 3) == (part == 0)) load(m, u.row + m * 64);
+        };
+        if (maps.q.tiled || u.head < 0) {
+          // Rows behind the chunk's end are nobody's: each row of the products is its own.
+          if (u.head >= 0 && lane() == 0) {
+            barrier_expect_only(full, kRowTiles / L::kQueryParts * kTile);
+            each_tile([&](int m, int row) {
+              fetch_tile<kDim>(s.q + m * kTile, maps.q, u.batch, u.head, static_cast<int>(u.token) + row, full);
+            });
+          }
+          hand_over(full);
+        } else {
+          each_tile([&](int m, int row) {
+            load_tile<T, kDim, 32>(s.q + m * kTile, a.q, row_pointer<T>(a.q, u.batch, u.head, u.token + row),
+                                   u.length - row, lane());
+          });
+          hand_over_copies(full);
         }
-        hand_over(s.q_full);
-      } else {
-#pragma unroll 1
-        for (int m = 0; m < kRowTiles; ++m) {
-          const int row = u.row + m * 64;
-          load_tile<T, kDim, 32>(s.q + m * kTile, a.q, row_pointer<T>(a.q, u.batch, u.head, u.token + row),
-                                 u.length - row, lane());
-        }
-        hand_over_copies(s.q_full);
       }
     }
     if (u.head < 0) break;

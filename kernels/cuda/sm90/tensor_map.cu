@@ -26,7 +26,7 @@ Encode encoder() {
 
 }  // namespace
 
-cudaError_t tile_map(const Tensor &x, const Shape &p, int heads, TileMap *map) {
+cudaError_t tile_map(const Tensor &x, const Shape &p, int heads, TileMap *map, uint32_t rows) {
   *map = TileMap{};
   const int64_t batch = p.packed ? 1 : p.table.num_sequences;
   const cuuint64_t row = static_cast<cuuint64_t>(p.head_dim) * 2;
@@ -46,7 +46,7 @@ cudaError_t tile_map(const Tensor &x, const Shape &p, int heads, TileMap *map) {
   if (!good) return cudaSuccess;
   const Encode encode = encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint32_t box[4] = {64, 64, 1, 1}, every[4] = {1, 1, 1, 1};
+  const cuuint32_t box[4] = {64, rows, 1, 1}, every[4] = {1, 1, 1, 1};
   if (encode(&map->map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, x.data, shown, strides, box, every,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
@@ -55,6 +55,11 @@ cudaError_t tile_map(const Tensor &x, const Shape &p, int heads, TileMap *map) {
   map->step_batch = shown[3] > 1;
   map->tiled = 1;
   return cudaSuccess;
+}
+
+cudaError_t result_map(const Tensor &x, const Shape &p, int heads, TileMap *map) {
+  *map = TileMap{};
+  return x.data == nullptr || x.floats ? cudaSuccess : tile_map(x, p, heads, map, 16);
 }
 
 }  // namespace powerattn::cuda::sm90

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tensors for the copy engine: one thread asks for a tile of 64 rows x 64 columns, which arrives swizzled, with
-// zeros where it leaves the tensor, and reports to a barrier.
+// zeros where it leaves the tensor, and reports to a barrier; or sends one of 16 rows.
 #pragma once
 
 #include <cuda.h>
@@ -17,6 +17,8 @@ struct TileMap {
 };
 
 // Encodes the map on the host. An error only where the driver has no maps or refuses one.
-cudaError_t tile_map(const Tensor &x, const Shape &p, int heads, TileMap *map);
+cudaError_t tile_map(const Tensor &x, const Shape &p, int heads, TileMap *map, uint32_t rows = 64);
+// For results: of 16 rows, those of a warp. None for float32.
+cudaError_t result_map(const Tensor &x, const Shape &p, int heads, TileMap *map);
 
 }  // namespace powerattn::cuda::sm90
