@@ -85,7 +85,7 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
   if (device == nullptr || device->major < 8) return no("needs compute capability 8.0 or newer");
   const size_t shared = k80::shared_bytes(p.head_dim);
   if (device->shared_per_block < shared) {
-    char text[96];
+    char text[128];
     std::snprintf(text, sizeof(text),
                   "head_dim %d needs %zu bytes of shared memory per block, the device has %zu",
                   static_cast<int>(p.head_dim), shared, device->shared_per_block);
