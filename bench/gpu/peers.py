@@ -38,12 +38,9 @@ def calls(work, device, count=1):
     return begin.elapsed_time(end) / count
 
 
-PEER_SHAPE = "bf16 d"  # how configs of peers begin; the ceilings' do not
-WARM_MS = 0.0  # --warm: of the same work before a measurement, for the clock that a long run gets
-
-
-def measure(work, device, budget_ms=60.0):
-    """Median milliseconds, and the peak of the memory that a call takes beside what was there before."""
+def measure(work, device, warm_ms=0.0, budget_ms=60.0):
+    """Median milliseconds, and the peak of the memory that a call takes beside what was there before. `warm_ms` of the
+    same work first give the clock of a long run."""
     work()  # compiles, tunes, builds plans
     sync(device)
     peak = 0
@@ -58,7 +55,7 @@ def measure(work, device, budget_ms=60.0):
         calls(work, device, row)
     time.sleep(0.1 if device == "cuda" else 0)  # as in bench_gpu: none may lend its clock from the one before
     begin = time.monotonic()
-    while (time.monotonic() - begin) * 1e3 < WARM_MS:
+    while (time.monotonic() - begin) * 1e3 < warm_ms:
         calls(work, device, row)
     times = []
     while len(times) < (5 if first < 200 else 3) or (sum(times) * row < budget_ms and len(times) < 200):
@@ -203,7 +200,6 @@ class Table:
             self.file.flush()  # a time limit must not cost what was measured
 
     def note(self, what, config, name, ms, memory=0, more=""):
-        name += " sustained" if WARM_MS and PEER_SHAPE in config else ""
         self.write(what, config, name, f"{ms:.6f}", memory)
         size = f"{memory * 1e-6:9.0f} MB" if memory else ""
         print(f"{what:9} {config:46} {name:18} {ms:10.4f} ms {size}{more}", flush=True)
@@ -221,14 +217,15 @@ def ceilings(table, device):
     table.note("copy", f"{2 * count} bytes", "torch", ms, more=f" {4 * count / ms * 1e-6:.0f} GB/s")
 
 
-def time_peer(table, name, make, shape, device):
+def time_peer(table, name, make, shape, device, warm_ms):
+    name += " sustained" if warm_ms else ""
     config = "bf16 d{3} b{0} t{1} h{2}".format(*shape)
     forward, inputs = make(*shape, device)
     with torch.no_grad():
-        ms, memory = measure(forward, device)
+        ms, memory = measure(forward, device, warm_ms)
     table.note("forward", config, name, ms, memory)
     gradient = torch.randn_like(forward())
-    ms, memory = measure(lambda: torch.autograd.grad(forward(), inputs, gradient), device)
+    ms, memory = measure(lambda: torch.autograd.grad(forward(), inputs, gradient), device, warm_ms)
     table.note("fwd+bwd", config, name, ms, memory)
 
 
@@ -288,7 +285,7 @@ def run(args):
                 continue
             print(f"{peer} d{shape[3]}: compiled in {time.monotonic() - begin:.0f} s by {args.jobs} processes")
         config = "bf16 d{3} b{0} t{1} h{2}".format(*shape)
-        attempt(peer, f" {config}", lambda m=make, p=peer, s=shape: time_peer(table, p, m, s, args.device))
+        attempt(peer, f" {config}", lambda m=make, p=peer, s=shape: time_peer(table, p, m, s, args.device, args.warm))
         if args.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -311,7 +308,6 @@ def main():
     parser.add_argument("--shape", help=argparse.SUPPRESS)
     parser.add_argument("--share", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    globals()["WARM_MS"] = args.warm
     if args.compile:
         share, of = map(int, args.share.split("/"))
         compile_share(args.compile, tuple(map(int, args.shape.split(","))), share, of)
