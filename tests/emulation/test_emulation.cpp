@@ -84,7 +84,16 @@ TEST_CASE("a bulk copy is handed over through mbarriers") {
   CHECK_FALSE(kernel(true, false));  // one lane lets go for the others without asking them
 }
 
-// A box of 4 rows x 64 columns of a tensor [batch 2][token 5][head 3][128], from token `token` on.
+// Boxes of 4 rows x 64 columns of a tensor [batch 2][token 5][head 3][128]; strides in bytes.
+CUresult encode_boxes(CUtensorMap *map, void *address, cuuint64_t token, cuuint64_t head, cuuint64_t batch) {
+  const cuuint64_t extents[4] = {128, 5, 3, 2}, strides[3] = {token, head, batch};
+  const cuuint32_t box[4] = {64, 4, 1, 1}, steps[4] = {1, 1, 1, 1};
+  return cuTensorMapEncodeTiled(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, address, extents, strides, box, steps,
+                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+// One of them, from token `token` on.
 void load_box(const CUtensorMap *map, uint16_t *to, int column, int token, int head, int batch, bool wait) {
   const uint32_t data = shared_address(dynamic_shared<char>()), full = data + 4096;
   if (threadIdx.x == 0) barrier_init(full, 1);
@@ -106,11 +115,9 @@ void load_box(const CUtensorMap *map, uint16_t *to, int column, int token, int h
 // The same box back, from numbers 1, 2, .. in the order of its rows.
 void store_box(const CUtensorMap *map, int column, int token, int head, int batch, bool fence, bool wait) {
   const uint32_t data = shared_address(dynamic_shared<char>());
-  for (uint32_t i = threadIdx.x; i < 32; i += 32) {  // pieces of 16 bytes: row i / 8
-    const uint32_t at = data + 16 * i, first = 8 * i + 1;
-    const auto two = [&](uint32_t n) { return (first + n) | (first + n + 1) << 16; };
-    store_u4(at ^ ((at >> 7 & 7) << 4), make_uint4(two(0), two(2), two(4), two(6)));
-  }
+  const uint32_t at = data + 16 * threadIdx.x, first = 8 * threadIdx.x + 1;  // of 16 bytes: row threadIdx.x / 8
+  const auto two = [&](uint32_t n) { return (first + n) | (first + n + 1) << 16; };
+  store_u4(at ^ ((at >> 7 & 7) << 4), make_uint4(two(0), two(2), two(4), two(6)));
   if (fence) fence_async_proxy();
   __syncwarp();
   if (threadIdx.x == 0) {
@@ -121,13 +128,8 @@ void store_box(const CUtensorMap *map, int column, int token, int head, int batc
 
 TEST_CASE("a tensor copy writes a swizzled box, and nothing outside of the tensor") {
   Memory<uint16_t> to(2 * 5 * 3 * 128);
-  const cuuint64_t extents[4] = {128, 5, 3, 2}, strides[3] = {768, 256, 3840};
-  const cuuint32_t box[4] = {64, 4, 1, 1}, steps[4] = {1, 1, 1, 1};
   CUtensorMap map;
-  REQUIRE(cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, to.p, extents, strides, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS);
+  REQUIRE(encode_boxes(&map, to.p, 768, 256, 3840) == CUDA_SUCCESS);
   const auto kernel = [&](int token, bool fence, bool wait) {
     return runs(32, [&, token, fence, wait] { store_box(&map, 64, token, 1, 1, fence, wait); });
   };
@@ -146,14 +148,9 @@ TEST_CASE("a tensor copy writes a swizzled box, and nothing outside of the tenso
 TEST_CASE("a tensor copy takes a swizzled box, with zeros outside of the tensor") {
   Memory<uint16_t> from(2 * 5 * 3 * 128), to(4 * 64);
   for (size_t i = 0; i < 2 * 5 * 3 * 128; ++i) from[i] = uint16_t(i + 1);
-  const cuuint64_t extents[4] = {128, 5, 3, 2};
-  const cuuint32_t box[4] = {64, 4, 1, 1}, steps[4] = {1, 1, 1, 1};
   CUtensorMap map;
   const auto encode = [&](void *address, cuuint64_t token, cuuint64_t head, cuuint64_t batch) {
-    const cuuint64_t strides[3] = {token, head, batch};
-    return cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, address, extents, strides, box,
-                                  steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                  CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return encode_boxes(&map, address, token, head, batch);
   };
   CHECK(encode(from.p + 1, 768, 256, 3840) == CUDA_ERROR_INVALID_VALUE);
   CHECK(encode(from.p, 768, 250, 3840) == CUDA_ERROR_INVALID_VALUE);
