@@ -170,10 +170,13 @@ __device__ __forceinline__ void send_rows(const float *o, float f0, float f1, ui
   __syncwarp();
   if (lane == 0) tensor_store(&y.map, staging, column, token, head * y.step_head, batch * y.step_batch);
 }
-// Whether 16 rows from `row` on are. Known to be the same for the warp: what is in uniform registers would
-// leave them otherwise.
+// Whether the rows from `row` on all are; can_send: known to be the same for the warp, since what is in uniform
+// registers would leave them otherwise.
+__device__ __forceinline__ bool are_whole(const TileMap &y, int row, int length) {
+  return y.tiled && row + kResultRows <= length;
+}
 __device__ __forceinline__ bool can_send(const TileMap &y, int row, int length) {
-  return __shfl_sync(0xffffffffu, y.tiled && row + 16 <= length, 0);
+  return __shfl_sync(0xffffffffu, are_whole(y, row, length), 0);
 }
 template <int kPending = 0>
 __device__ __forceinline__ void await_sent(int lane) {

@@ -35,6 +35,7 @@ struct Consumer {
   __device__ __forceinline__ int row() const { return warp() * 16 + lane() / 4; }
   __device__ __forceinline__ int matrix_row() const { return warp() * 16 + (lane() & 15); }
   __device__ __forceinline__ int index() const { return turn & (kStages - 1); }
+  __device__ __forceinline__ int index_before() const { return (turn - 1) & (kStages - 1); }
   __device__ __forceinline__ void acquire() { barrier_wait(s.full + 8 * index(), turn / kStages & 1); }
   __device__ __forceinline__ void release(int stage) {
     __syncwarp();
@@ -273,10 +274,10 @@ struct Consumer {
       acquire();
       wgmma_fence();
       scores(0, t);
-      values<1>(w1, s.ring + ((turn - 1) & (kStages - 1)) * kStage + kTile);
+      values<1>(w1, s.ring + index_before() * kStage + kTile);
       wgmma_commit();
       wgmma_wait<0>();
-      release((turn - 1) & (kStages - 1));
+      release(index_before());
     }
     // The tile's own blocks, as many as there are; row tile m of the warpgroup ends at its own row.
     int r = 0;
@@ -292,7 +293,7 @@ struct Consumer {
       ++turn;
       acquire();
       values_and_scores<1>(w, v, r < row_tile(0) ? 0 : 1, t);
-      release((turn - 1) & (kStages - 1));
+      release(index_before());
     }
     wgmma_fence();
     values<1>(w, stage() + kTile);
@@ -326,7 +327,7 @@ struct Consumer {
       f[h] = output_factor(a.p, quad_sum(l[m][h]), unit, &norm[h]);
     }
     const int lane = this->lane(), row = u.row + row_tile(m) * 64 + warp() * 16;
-    if (map.tiled && row + 16 <= u.length) {  // can_send() spills here
+    if (are_whole(map, row, u.length)) {  // can_send() spills here
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         await_sent(lane);

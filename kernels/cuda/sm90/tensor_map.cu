@@ -59,7 +59,7 @@ cudaError_t tile_map(const Tensor &x, const Shape &p, int heads, TileMap *map, u
 
 cudaError_t result_map(const Tensor &x, const Shape &p, int heads, TileMap *map) {
   *map = TileMap{};
-  return x.data == nullptr || x.floats ? cudaSuccess : tile_map(x, p, heads, map, 16);
+  return x.data == nullptr || x.floats ? cudaSuccess : tile_map(x, p, heads, map, kResultRows);
 }
 
 }  // namespace powerattn::cuda::sm90

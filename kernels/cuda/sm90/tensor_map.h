@@ -18,7 +18,8 @@ struct TileMap {
 
 // Encodes the map on the host. An error only where the driver has no maps or refuses one.
 cudaError_t tile_map(const Tensor &x, const Shape &p, int heads, TileMap *map, uint32_t rows = 64);
-// For results: of 16 rows, those of a warp. None for float32.
+// For results: of the rows that a warp holds. None for float32.
+constexpr int kResultRows = 16;
 cudaError_t result_map(const Tensor &x, const Shape &p, int heads, TileMap *map);
 
 }  // namespace powerattn::cuda::sm90
