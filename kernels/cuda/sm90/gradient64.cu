@@ -539,11 +539,12 @@ __global__ void __launch_bounds__(384, 1)
 }
 
 template <typename T, int kDegree, bool kKeys, bool kCorrect = false>
-cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream) {
+cudaError_t launch(GradientArgs a, int sms, cudaStream_t stream) {
   constexpr int kSmem = Layout::kSmem;
   GradientMaps maps;
   const cudaError_t error = gradient_maps(a, &maps);
   if (error != cudaSuccess) return error;
+  a.together = rows_together(a.p, kKeys);
   return launch_early(gradient64_kernel<T, kDegree, kKeys, kCorrect>, sms, 384, kSmem, stream, a, maps);
 }
 template <typename T, int kDegree>

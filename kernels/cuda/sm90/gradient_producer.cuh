@@ -139,7 +139,7 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
           if (lane() == 0) next.head = -1;
           break;
         }
-        RowTile t = row_tile_at(p, static_cast<uint32_t>(ticket) >> 1, heads);
+        RowTile t = row_tile_at(p, static_cast<uint32_t>(ticket) >> 1, heads, a.together);
         t.row += kKeys ? (ticket & 1) * kUnitRows : (~ticket & 1) * kUnitRows;
         if (t.row >= t.chunk.length) continue;
         if (lane() == 0) {

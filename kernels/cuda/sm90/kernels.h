@@ -106,6 +106,7 @@ struct OutputArgs {
   const Units *units = nullptr;  // of state and norm, float16
   int32_t first_has_state = 0;   // the first chunk of a sequence starts from a state
   int32_t *ticket = nullptr;     // zero on entry
+  uint32_t together = 1;         // set at launch: as in row_tile_at
 };
 cudaError_t output64(const OutputArgs &args, int sms, cudaStream_t stream);
 cudaError_t output128(const OutputArgs &args, int sms, cudaStream_t stream);  // states of degree 2 only
@@ -164,6 +165,7 @@ struct GradientArgs {
   float *delta_out = nullptr, *norm_weight = nullptr;
   const float *weight = nullptr;
   int32_t *ticket = nullptr;  // zero on entry
+  uint32_t together = 1;      // set at launch: as in row_tile_at
 };
 cudaError_t gradient64(const GradientArgs &args, int sms, cudaStream_t stream);
 cudaError_t gradient128(const GradientArgs &args, int sms, cudaStream_t stream);  // states of degree 2 only

@@ -395,11 +395,12 @@ __global__ void __launch_bounds__(384, 1)
 }
 
 template <typename T, int kDegree>
-cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
+cudaError_t launch(OutputArgs a, int sms, cudaStream_t stream) {
   constexpr int kSmem = Layout::kSmem;
   OutputMaps maps;
   const cudaError_t error = output_maps(a, &maps);
   if (error != cudaSuccess) return error;
+  a.together = rows_together(a.p, false);
   return launch_early(output128_kernel<T, kDegree>, sms, 384, kSmem, stream, a, maps);
 }
 

@@ -112,7 +112,7 @@ __device__ __forceinline__ void produce_output(const OutputArgs &a, const Output
           if (lane() == 0) next.head = -1;
           break;
         }
-        const RowTile t = row_tile_at(p, ticket, p.heads_q);
+        const RowTile t = row_tile_at(p, ticket, p.heads_q, a.together);
         if (t.row >= t.chunk.length) continue;
         if (lane() == 0) {
           const int blocks = min(t.row / kKeys + kRowTiles, (t.chunk.length + kKeys - 1) / kKeys);

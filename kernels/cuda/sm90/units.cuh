@@ -2,6 +2,8 @@
 // Work units: where a chunk lies, and the order in which row tiles are handed out.
 #pragma once
 
+#include <algorithm>
+
 #include "device.cuh"
 #include "kernels/cuda/tiles.h"
 
@@ -16,18 +18,20 @@ struct RowTile {
   int32_t row;  // first row, relative to the chunk
 };
 
-// Unit `u` of tiles * heads. Late tiles see the most keys: in the attention form (one chunk per sequence) the
-// heaviest come first; otherwise chunk by chunk, so that the tiles that read one state run together. Tickets
-// have 32 bits, and so has what is counted here.
-__device__ __forceinline__ RowTile row_tile_at(const Shape &p, uint32_t u, uint32_t heads) {
+// Unit `u` of tiles * heads. In the attention form (one chunk per sequence) `together` sequences and heads are
+// in work at a time, whose columns stay in the L2 cache; of these the tiles that see the most come first.
+// Otherwise chunk by chunk, so that the tiles that read one state run together. Tickets have 32 bits, and so
+// has what is counted here.
+__device__ __forceinline__ RowTile row_tile_at(const Shape &p, uint32_t u, uint32_t heads, uint32_t together) {
   RowTile t;
   const uint32_t tiles = static_cast<uint32_t>(p.table.num_tiles);
   uint32_t n;
   if (!p.packed && p.table.num_chunks == p.table.num_sequences) {
     const uint32_t chunks = static_cast<uint32_t>(p.table.num_chunks), pairs = chunks * heads,
-                   per = tiles / chunks;
-    n = (u % pairs) / heads * per + per - 1 - u / pairs;
-    t.head = static_cast<int32_t>(u % heads);
+                   per = tiles / chunks, span = together * per, first = u / span * together,
+                   lanes = min(together, pairs - first), rest = u % span, pair = first + rest % lanes;
+    n = pair / heads * per + per - 1 - rest / lanes;
+    t.head = static_cast<int32_t>(pair % heads);
   } else {  // per: tiles of a chunk
     const uint32_t per = p.table.chunk > p.table.tile
                              ? static_cast<uint32_t>(p.table.chunk) / static_cast<uint32_t>(p.table.tile)
@@ -43,6 +47,14 @@ __device__ __forceinline__ RowTile row_tile_at(const Shape &p, uint32_t u, uint3
   t.row = x.offset;
   if (x.length == 0) t.chunk.length = 0;  // unused
   return t;
+}
+
+// How many sequences and heads of rows `row_tile_at` has in work at a time: 16 MB of columns, two tensors,
+// which the heads of a group share (rows of keys: which each has of every head of its group).
+inline uint32_t rows_together(const Shape &p, bool keys) {
+  const double sharing = keys ? 1. / p.group : p.group,
+               bytes = 4. * static_cast<double>(p.tokens) * p.head_dim / sharing;
+  return static_cast<uint32_t>(std::max(1., std::min(16777216. / std::max(bytes, 1.), 65536.)));
 }
 
 // Which of the sums kept apart in UpdateArgs::end chunk `c` is; < 0: none.
