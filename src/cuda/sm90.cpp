@@ -70,9 +70,10 @@ struct Rates {
   double gradient;        // dq, dk and dv inside a chunk: seven products
   double gradient_state;  // their parts of the state
 };
-// Measured on an H200 with 132 multiprocessors (docs/performance-log.md).
-constexpr Rates kRates64 = {560e12, 620e12, 450e12, 460e12, 480e12, 430e12};
-constexpr Rates kRates128 = {540e12, 640e12, 550e12, 550e12, 550e12, 500e12};
+// Measured on an H100 and an H200 with 132 multiprocessors, at the lengths where forms cross
+// (docs/performance-log.md).
+constexpr Rates kRates64 = {600e12, 620e12, 450e12, 470e12, 480e12, 430e12};
+constexpr Rates kRates128 = {680e12, 640e12, 550e12, 580e12, 550e12, 500e12};
 constexpr double kBandwidth = 3.2e12;
 constexpr double kLaunch = 3e-6;
 
@@ -99,8 +100,8 @@ Cost cost(const Problem &p, int64_t chunk, int sms) {
   const double io = 4 * d * (q + kv) / (kBandwidth * speed);  // q, k, v, y once
   Cost c;
   c.forward = std::max(q * (span + 64) * 4 * d / (rate.intra * speed), io) + 4 * kLaunch;
-  if (in_one_pass(p, chunk > 0))  // and the sums of dq, written and read
-    c.backward = q * (span + 64) * 10 * d / (rate.joint * speed) + io + q * 8 * d / (kBandwidth * speed);
+  if (in_one_pass(p, chunk > 0))
+    c.backward = q * (span + 64) * 10 * d / (rate.joint * speed) + io;
   else  // three products for dq, four for dk and dv
     c.backward = q * (span + 64) * 14 * d / (rate.gradient * speed) + io;
   c.backward += 8 * kLaunch;
@@ -331,8 +332,8 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
             "      stages x 32 KB + 16 KB y + meta = 213 KB\n"
           : "      A in registers; 32 KB q + 8 stages x 16 KB + 16 KB y + meta = 181 KB\n");
   if (in_one_pass(p, chunked(t)))
-    text->append(wide ? "    dq, dk and dv in one pass: 128 keys (2 x m64), 64 queries a stage; 199 KB\n"
-                      : "    dq, dk and dv in one pass: 128 keys (2 x m64), 64 queries a stage; 216 KB\n");
+    text->append(wide ? "    dq, dk and dv in one pass: 128 keys (2 x m64), 64 queries a stage; 216 KB\n"
+                      : "    dq, dk and dv in one pass: 128 keys (2 x m64), 64 queries a stage; 225 KB\n");
   else
     text->append(wide ? "    dq, dk and dv: 128 rows (2 x m64), x and u in shared memory; 224 KB\n"
                       : "    dq, dk and dv: 128 rows (2 x m64: two score tiles and the gradients fill 240 "
@@ -459,10 +460,14 @@ struct Call {
     if (log_g.data != nullptr) gate = common.gate;
   }
 
-  // What every kernel after reads: tables, gate sums, zeros in tickets and turns, and `rows`, if any.
+  struct Zeros {  // 4 bytes each
+    void *at = nullptr;
+    int64_t count = 0;
+  };
+  // What every kernel after reads: tables, gate sums, zeros, and `rows`, if any.
   void begin(const int64_t *cu_seqlens, const powerattn_tensor &log_g, const k90::RowsArgs *rows,
-             int32_t *turns, int64_t turn_count) {
-    const int64_t ticket_count = counters_of(p, t);
+             const Zeros &turns, const Zeros &dots) {
+    const Zeros zeros[] = {{common.tickets, counters_of(p, t)}, turns, dots};
     const bool alone = rows != nullptr && (p.packed || rows->weight != nullptr);  // its weights need the gates
     if (!p.packed) {
       k90::BeginArgs a;
@@ -470,15 +475,15 @@ struct Call {
       a.log_g = log_g;
       a.gate = common.gate;
       a.g = common.g;
-      a.zeros[0] = common.tickets;
-      a.zero_count[0] = ticket_count;
-      a.zeros[1] = turns;
-      a.zero_count[1] = turn_count;
+      for (int i = 0; i < 3; ++i) {
+        a.zeros[i] = zeros[i].at;
+        a.zero_count[i] = zeros[i].count;
+      }
       a.rows = alone ? nullptr : rows;
       run([&] { return k90::begin(a, stream); });
     } else {
-      zero(common.tickets, ticket_count);
-      if (turn_count > 0) zero(turns, turn_count);
+      for (const Zeros &z : zeros)
+        if (z.count > 0) zero(z);
       run([&] {
         return cuda::build_chunks(p, chunk_of(p, t), k90::kOutputRows, cu_seqlens, common.tables, &shape.table,
                                   stream);
@@ -488,8 +493,8 @@ struct Call {
     }
     if (alone) run([&] { return k90::rows(*rows, stream); });
   }
-  void zero(int32_t *counters, int64_t count) {
-    run([&] { return cudaMemsetAsync(counters, 0, sizeof(int32_t) * static_cast<size_t>(count), stream); });
+  void zero(const Zeros &z) {
+    run([&] { return cudaMemsetAsync(z.at, 0, sizeof(int32_t) * static_cast<size_t>(z.count), stream); });
   }
 
   // The tensor that the kernels read: x itself, or its rotated copy.
@@ -586,7 +591,7 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   const Common common = carve_common(p, plan.tiling, &workspace);
   const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
   call.place(common, args.log_g);
-  call.begin(args.cu_seqlens, args.log_g, nullptr, nullptr, 0);
+  call.begin(args.cu_seqlens, args.log_g, nullptr, {}, {});
   const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
   const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
   if (chunked(plan.tiling)) call.states(tk, args.v, args.initial_state, args.final_state, states);
@@ -631,7 +636,10 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   rows.delta = own.delta;
   rows.weight = own.weight;
   rows.norm_weight = own.z_weight;
-  call.begin(args.cu_seqlens, args.log_g, &rows, own.turns, one_pass ? turns_of(p, plan.tiling) : 0);
+  // The two halves of head_dim 128 each add to q . dq.
+  const bool adds_dots = one_pass && p.head_dim == 128 && args.d_log_g.data != nullptr;
+  call.begin(args.cu_seqlens, args.log_g, &rows, {own.turns, one_pass ? turns_of(p, plan.tiling) : 0},
+             {own.q_dot, adds_dots ? p.batch * p.heads_q * p.seq_len : 0});
   const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
   const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
   const bool ends = args.d_final_state.s != nullptr || args.d_final_state.z != nullptr;
@@ -681,19 +689,13 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     j.r = own.r;
     j.delta = own.delta;
     j.dot = args.d_log_g.data != nullptr ? own.k_dot : nullptr;
-    j.dq = own.sums;
+    j.dq = call.gradient_of(args.d_q, own.d_q, p.heads_q);
+    j.q_dot = args.d_log_g.data != nullptr ? own.q_dot : nullptr;
+    j.sums = own.sums;
     j.turns = own.turns;
     j.ticket = call.tickets();
     j.limits = limits();
     call.run([&] { return joint(j, call.sms, call.stream); });
-    k90::JointQueriesArgs finish;
-    finish.p = call.shape;
-    finish.q = j.q;
-    finish.dq = call.gradient_of(args.d_q, own.d_q, p.heads_q);
-    finish.sums = own.sums;
-    finish.limits = j.limits;
-    finish.dot = args.d_log_g.data != nullptr ? own.q_dot : nullptr;
-    call.run([&] { return k90::joint_queries(finish, call.stream); });
   };
   const auto one_by_one = [&] {  // dq, then dk and dv, with the states' parts
     k90::GradientArgs q;

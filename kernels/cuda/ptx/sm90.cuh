@@ -15,6 +15,10 @@ namespace powerattn::cuda::ptx {
 // launch allowed it to begin early.
 __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// The kernel after in the stream, if its launch allows it, may take its place as soon as every block has said
+// so.
+__device__ __forceinline__ void let_kernel_after_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+
 // ---- Barriers ---------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint32_t bar, int arrivals) {

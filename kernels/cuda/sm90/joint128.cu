@@ -13,20 +13,26 @@ namespace joint {
 namespace {
 
 using L = Layout<128>;
-constexpr int kTile = L::kTile, kStage = L::kStage, kStages = L::kStages, kColumns = 8192;  // of 64 columns
+constexpr int kTile = L::kTile, kStages = L::kStages, kColumns = 8192;  // of 64 columns
 
 template <typename T, int kDegree>
 struct Consumer {
   const Smem<128> &s;
   const int group;
   uint32_t turn = 0;  // steps of 64 queries so far
+  uint32_t slot = 0;  // turn % kQueries: where q is
   uint32_t unit = 0;  // its number
   float dk[64], dv[64];
   uint32_t e[4][4], w[4][4];
 
   __device__ __forceinline__ int lane() const { return thread_here() & 31; }
   __device__ __forceinline__ int warp() const { return thread_here() >> 5 & 3; }
-  __device__ __forceinline__ uint32_t stage() const { return s.ring + turn % kStages * kStage; }
+  __device__ __forceinline__ uint32_t q() const { return s.q + slot * kTile; }
+  __device__ __forceinline__ uint32_t q_before() const {
+    const uint32_t n = here(slot);
+    return s.q + (n == 0 ? L::kQueries - 1 : n - 1) * kTile;
+  }
+  __device__ __forceinline__ uint32_t dy() const { return s.dy + turn % kStages * kTile; }
   __device__ __forceinline__ void arrive(uint32_t bar) {
     __syncwarp();
     if (lane() == 0) barrier_arrive(bar);
@@ -49,23 +55,24 @@ struct Consumer {
 
   // s = k q^T, m = v dy^T
   __device__ __forceinline__ void scores(float (&t)[32], float (&m)[32]) {
-    const uint64_t k = tile_desc(here(s.keys + group * kTile)), q = tile_desc(stage());
+    const uint64_t k = tile_desc(here(s.keys + group * kTile)), q = tile_desc(this->q()),
+                   dy = tile_desc(this->dy());
     wgmma_fence();
     wgmma<T, false, false>(t, k, q);
 #pragma unroll
     for (int ks = 1; ks < 8; ++ks) wgmma<T, true, false>(t, desc_at(k, columns(ks)), desc_at(q, columns(ks)));
-    wgmma<T, false, false>(m, desc_at(k, 2 * kTile), desc_at(q, kTile));
+    wgmma<T, false, false>(m, desc_at(k, 2 * kTile), dy);
 #pragma unroll
     for (int ks = 1; ks < 8; ++ks)
-      wgmma<T, true, false>(m, desc_at(k, 2 * kTile + columns(ks)), desc_at(q, kTile + columns(ks)));
+      wgmma<T, true, false>(m, desc_at(k, 2 * kTile + columns(ks)), desc_at(dy, columns(ks)));
     wgmma_commit();
   }
   // dv += w dy, dk += e q
   __device__ __forceinline__ void add() {
-    const uint64_t q = tile_desc(stage(), kColumns);
+    const uint64_t q = tile_desc(this->q(), kColumns), dy = tile_desc(this->dy(), kColumns);
     wgmma_fence();
 #pragma unroll
-    for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dv, w[ks], desc_at(q, kTile + ks * 2048));
+    for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dv, w[ks], desc_at(dy, ks * 2048));
 #pragma unroll
     for (int ks = 0; ks < 4; ++ks) wgmma<T, true, true>(dk, e[ks], desc_at(q, ks * 2048));
     wgmma_commit();
@@ -81,18 +88,30 @@ struct Consumer {
                            desc_at(k, ks / 4 * kTile + ks % 4 * 2048));
     wgmma_commit();
   }
-  // Hands dq of step `n` to the warps that add it up; its operands in dS are free.
-  __device__ __forceinline__ void hand_over(const float (&dq)[32], uint32_t n) {
+  // Hands dq of step `n` to the warps that add it up, or finishes it; its operands in dS are free.
+  __device__ __forceinline__ void hand_over(float (&dq)[32], uint32_t n, const Maps &maps) {
     arrive(s.ds_free);
-    barrier_wait(s.sums_empty + 8 * group, (n & 1) ^ 1);
-    store_part(s.sums + group * kPart + warp() * 4096, dq, lane());
-    fence_async_proxy();
-    arrive(s.sums_full + 16 * group + 8 * (n / 2 & 1));
+    const uint32_t part = here(s.sums) + group * kPart + warp() * 4096,
+                   pair = here(s.pair) + n / 2 % kPairs * static_cast<uint32_t>(sizeof(Pair)),
+                   full = s.sums_full + 16 * group + 8 * (n / 2 & 1);
+    barrier_wait(s.sums_ready + 8 * group, n & 1);
+    const int mode = pair_choice(pair, offsetof(Pair, mode));
+    if (mode == kPartOnly) {
+      store_part(part, dq, lane());
+      fence_async_proxy();
+      arrive(full);
+      return;
+    }
+    if (mode == kFinish) add_sum(dq, part, lane());
+    arrive(full);
+    barrier_wait(s.empty + n % kStages * 8, n / kStages & 1);  // the other's dk has been computed from its q
+    finish_rows<T, 2>(dq, pair, q_before() + group * kColumns, static_cast<int>(n & 1) * 64, group * 64,
+                      maps.dq, lane());
   }
 
   // 64 queries, from `query` of the unit's own on (kDiagonal). kFirst: no step of the unit came before.
   template <bool kDiagonal, bool kFirst>
-  __device__ __forceinline__ void step(int query) {
+  __device__ __forceinline__ void step(int query, const Maps &maps) {
     float t[32], m[32];
     barrier_wait(s.full + turn % kStages * 8, turn / kStages & 1);
     scores(t, m);
@@ -106,7 +125,7 @@ struct Consumer {
     // weights take more registers, it comes last.
     const auto start_queries = [&] {
       barrier_wait(s.ds_full, (turn & 1) ^ 1);
-      queries(t, turn - 1);
+      queries(m, turn - 1);
     };
     const auto release = [&] { arrive(s.empty + turn % kStages * 8); };
     if constexpr (!kDiagonal) start_queries();
@@ -117,29 +136,23 @@ struct Consumer {
     fence_async_proxy();
     if constexpr (kDiagonal && !kFirst) start_queries();
     arrive(s.ds_full);
-    if constexpr (kFirst) {
-      wgmma_wait<0>();
-      release();
-    } else if constexpr (kDiagonal) {
-      wgmma_wait<1>();
-      release();
-      wgmma_wait<0>();
-      hand_over(t, turn - 1);
-    } else {
-      wgmma_wait<1>();
-      hand_over(t, turn - 1);
-      wgmma_wait<0>();
-      release();
+    if constexpr (!kFirst) {
+      wgmma_wait<kDiagonal ? 0 : 1>();
+      hand_over(m, turn - 1, maps);
     }
+    wgmma_wait<0>();
+    await_sent(lane());  // out of q of the step before, which is given back with this one
+    release();
     ++turn;
+    slot = slot + 1 == L::kQueries ? 0 : slot + 1;
   }
   // dq of a head's last step.
-  __device__ __forceinline__ void finish() {
+  __device__ __forceinline__ void finish(const Maps &maps) {
     float dq[32];
     barrier_wait(s.ds_full, (turn & 1) ^ 1);
     queries(dq, turn - 1);
     wgmma_wait<0>();
-    hand_over(dq, turn - 1);
+    hand_over(dq, turn - 1, maps);
   }
 
   __device__ __forceinline__ void epilogue(const JointArgs &a, const Maps &maps, const volatile Unit &u) {
@@ -147,7 +160,8 @@ struct Consumer {
                 factor = static_cast<float>(kDegree) / (lift * power_of<T>(unit_at(), offsetof(Unit, ratio)));
     if (a.dot) store_dots<T, 128>(a, u, dk, factor, s.keys + group * kTile, row(), warp(), lane());
     arrive(s.keys_empty);
-    barrier_wait(s.sums_empty + 8 * group, (turn & 1) ^ 1);  // this warp's part serves as staging
+    // This warp's part serves as staging, when the last pair has left it.
+    barrier_wait(s.sums_taken + 8 * ((turn / 2 & 1) ^ 1), ((turn / 2 - 1) >> 1) & 1);
     store_gradient<T, true, 128>(dk, factor, s.sums + group * kPart + warp() * 4096, a.dk, maps.dk, u, row(),
                                  lane());
     store_gradient<T, false, 128>(dv, 1.f / lift, s.sums + group * kPart + warp() * 4096, a.dv, maps.dv, u,
@@ -181,15 +195,16 @@ __global__ void __launch_bounds__(384, 1)
       for (int i = 0; i < 64; ++i) c.dk[i] = c.dv[i] = 0.f;
 #pragma unroll 1
       for (int head = 0; head < a.p.group; ++head) {
-        c.template step<true, true>(0);
-        c.template step<true, false>(64);
+        c.template step<true, true>(0, maps);
+        c.template step<true, false>(64, maps);
 #pragma unroll 1
         for (int left = __shfl_sync(0xffffffffu, 2 * unit.pairs - 2, 0); left > 0; --left)
-          c.template step<false, false>(0);
-        c.finish();
+          c.template step<false, false>(0, maps);
+        c.finish(maps);
       }
       c.epilogue(a, maps, unit);
     }
+    await_sent(c.lane());
   }
 }
 

@@ -11,12 +11,16 @@ namespace powerattn::cuda::sm90 {
 
 namespace joint {
 
-// As many sequences and heads at a time as leave their sums in the L2 cache: 16 MB of it.
-inline JointArgs in_groups(JointArgs a) {
+// As many sequences and heads at a time as leave their sums in the L2 cache, which they share with the queries
+// of the same: 8 MB of it. With long sequences one or two more, for there have to be units for all
+// multiprocessors (measured from 4 to 24 MB: docs/performance-log.md).
+inline JointArgs in_groups(JointArgs a, int sms) {
   a.blocks = static_cast<uint32_t>(a.p.table.num_tiles * (kOutputRows / kJointRows) /
                                    (a.p.packed ? 1 : a.p.table.num_sequences));
-  const int64_t bytes = int64_t(a.blocks) * kJointRows * a.p.head_dim * 4 * a.p.group;
-  a.together = static_cast<uint32_t>(std::max<int64_t>(1, std::min<int64_t>(kSumsInCache / bytes, 1024)));
+  const int64_t blocks = std::max<int64_t>(a.blocks, 1),
+                bytes = blocks * kJointRows * a.p.head_dim * 4 * a.p.group,
+                enough = (sms + sms / 4 + blocks - 1) / blocks;
+  a.together = static_cast<uint32_t>(std::max(enough, std::min<int64_t>(kSumsInCache / bytes, 1024)));
   return a;
 }
 
@@ -82,15 +86,15 @@ __device__ __forceinline__ QueryFactors load_factors(const JointArgs &a, const v
   }
   return x;
 }
-__device__ __forceinline__ void write_factors(uint32_t meta, const QueryFactors &x, float scale, float ratio,
-                                              bool own, int lane) {
+__device__ __forceinline__ void write_factors(uint32_t meta, const QueryFactors &x, float scale, bool own,
+                                              int lane) {
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     const uint32_t at = meta + (lane + 32 * k) * 4;
     const float gate = x.gate[k] * kLog2e;
     store_f1(at, scale * x.factor[k] * (own ? 1.f : exp2_fast(gate)));
     store_f1(at + kQueryGate, gate);
-    store_f1(at + kQueryDelta, x.delta[k] * ratio);
+    store_f1(at + kQueryDelta, x.delta[k]);
   }
 }
 
@@ -176,7 +180,7 @@ template <typename T, int kDim>
 __device__ __forceinline__ void produce(const JointArgs &a, const Maps &maps, const Smem<kDim> &s, Unit *units,
                                         uint32_t warp) {
   using L = Layout<kDim>;
-  constexpr int kTile = L::kTile, kStage = L::kStage, kStages = L::kStages;
+  constexpr int kTile = L::kTile, kStages = L::kStages;
   const auto lane = [] { return thread_here() & 31; };
   uint32_t turn = 0;   // stages of the units before
   uint32_t index = 0;  // of the next unit
@@ -200,28 +204,29 @@ __device__ __forceinline__ void produce(const JointArgs &a, const Maps &maps, co
       const volatile Unit &u = units[(index - 1) % kUnits];
       const int span = 2 * u.pairs, part = n / span, rest = n - part * span;
       const auto stage = [&] { return (turn + static_cast<uint32_t>(n)) % kStages; };
+      const auto to = [&](bool dy) {
+        return dy ? s.dy + stage() * kTile : s.q + (turn + static_cast<uint32_t>(n)) % L::kQueries * kTile;
+      };
       const auto block = [&] { return u.row / 64 + rest; };
       const auto head = [&] { return u.head * a.p.group + part; };
       const QueryFactors x = load_factors(a, u, block(), head(), lane());
       barrier_wait(s.empty + 8 * stage(), ((turn + static_cast<uint32_t>(n)) / kStages & 1) ^ 1);
       if (block() < u.mapped && lane() == 0) {
         const int token = static_cast<int>(u.token) + block() * 64, batch = u.batch;
-        const uint32_t to = s.ring + stage() * kStage, bar = s.full + 8 * stage();
-        barrier_expect_only(bar, kStage);
-        fetch_tile<kDim>(to, maps.q, batch, head(), token, bar);
-        fetch_tile<kDim>(to + kTile, maps.dy, batch, head(), token, bar);
+        const uint32_t bar = s.full + 8 * stage();
+        barrier_expect_only(bar, 2 * kTile);
+        fetch_tile<kDim>(to(false), maps.q, batch, head(), token, bar);
+        fetch_tile<kDim>(to(true), maps.dy, batch, head(), token, bar);
       }
-      const bool lifted = kCounted<T>;
-      write_factors(s.meta + stage() * kQueryMeta, x, lifted ? a.p.scale_p * u.lift : a.p.scale_p,
-                    lifted ? u.ratio : 1.f, rest < 2, lane());
+      write_factors(s.meta + stage() * kQueryMeta, x, kCounted<T> ? a.p.scale_p * u.lift : a.p.scale_p,
+                    rest < 2, lane());
       if (block() < u.mapped) {
         hand_over(s.full + 8 * stage());
       } else {
 #pragma unroll 1
         for (int m = 0; m < 2; ++m) {
           const Tensor &z = m ? a.dy : a.q;
-          load_tile<T, kDim, 32>(s.ring + stage() * kStage + m * kTile, z,
-                                 row_pointer<T>(z, u.batch, head(), u.token + block() * 64),
+          load_tile<T, kDim, 32>(to(m), z, row_pointer<T>(z, u.batch, head(), u.token + block() * 64),
                                  u.length - block() * 64, lane());
         }
         hand_over_copies(s.full + 8 * stage());
@@ -243,11 +248,80 @@ __device__ __forceinline__ void produce(const JointArgs &a, const Maps &maps, co
 // of 128 queries follow one another in the two buffers: 64 queries each, or (head_dim 128) 64 columns of them.
 // Every second pair of 128 queries is this warp's: while one pair's copies are under way, and the turn is
 // passed on, the other warp has the next.
+// Key block 0 is the last: there the buffers bring the sum before to the consumers, who finish it.
+template <int kDim>
+struct Adder {
+  static constexpr uint32_t kParts = 2 * kDim / 64, kSteps = kParts / 2;  // of a pair; in each buffer
+  const Smem<kDim> &s;
+  Pair *const pairs;
+  const uint32_t warp;
+  uint32_t count = 0;  // pairs so far, of both warps
+
+  __device__ __forceinline__ volatile Pair &pair() const { return pairs[count % kPairs]; }
+  __device__ __forceinline__ uint32_t buffer(uint32_t part) const { return s.sums + (part & 1) * kPart; }
+
+  // Gives the consumers the buffer of a part, with the sum that they finish.
+  __device__ __forceinline__ void offer(uint32_t part) const {
+    const uint32_t bar = s.sums_ready + 8 * (part & 1);
+    if (pair().mode == kFinish) {
+      barrier_expect(bar, kPart);
+      bulk_load(buffer(part), pair().sum + part * (kPart / 4), kPart, bar);
+    } else {
+      barrier_arrive(bar);
+    }
+  }
+  __device__ __forceinline__ void add(uint32_t part) const {
+    if (pair().before == 0)
+      bulk_store(pair().sum + part * (kPart / 4), buffer(part), kPart);
+    else
+      bulk_add(pair().sum + part * (kPart / 4), buffer(part), kPart);
+    bulk_store_wait_read<0>();
+  }
+  __device__ __forceinline__ void take() const {
+    if (pair().mode == kFinish) await_turn(pair().turn, pair().before);
+    if (count > 0) barrier_wait(s.sums_taken + 8 * (warp ^ 1), (count - 1) >> 1 & 1);  // the pair before
+    offer(0);
+    offer(1);
+    if (pair().mode == kPartOnly) await_turn(pair().turn, pair().before);
+#pragma unroll 1
+    for (uint32_t i = 0; i < kParts; ++i) {
+      barrier_wait(s.sums_full + 16 * (i & 1) + 8 * warp, ((count >> 1) * kSteps + (i >> 1)) & 1);
+      if (pair().mode == kPartOnly) add(i);
+      if (i + 2 < kParts) offer(i + 2);
+    }
+    barrier_arrive(s.sums_taken + 8 * warp);
+    if (pair().mode != kPartOnly) return;
+    bulk_store_wait<0>();
+    pass_turn(pair().turn, pair().before + 1);
+  }
+  // Pair `n` of the unit's queries and a query head of the group.
+  __device__ __forceinline__ void describe(const JointArgs &a, const volatile Unit &u, int head, int n) const {
+    volatile Pair &p = pair();
+    const int64_t at = u.slot + int64_t(n) * a.p.heads_q + head;
+    p.sum = a.sums + at * (kJointRows * kDim);
+    p.turn = a.turns + at;
+    p.before = n;
+    p.mode = u.row > 0 ? kPartOnly : n > 0 ? kFinish : kFinishAlone;
+    if (u.row > 0) return;
+    p.rows = u.length - n * kJointRows;
+    p.factor = static_cast<float>(a.p.degree) / (u.lift * u.ratio);
+    p.vector = a.dq.vector;
+    p.floats = a.dq.floats;
+    p.stride = a.dq.stride_t;
+    p.batch = u.batch;
+    p.head = u.head * a.p.group + head;
+    const int64_t token = u.token + n * kJointRows;
+    p.token = static_cast<int32_t>(token);
+    p.dq = const_cast<uint16_t *>(row_pointer<uint16_t>(a.dq, p.batch, p.head, token));
+    p.with_dot = a.q_dot != nullptr;
+    p.dot = a.q_dot + token_row(a.p, p.batch, a.p.heads_q, p.head, token);
+  }
+};
+
 template <int kDim>
 __device__ __forceinline__ void add_queries(const JointArgs &a, const Smem<kDim> &s, Unit *units, uint32_t warp,
                                             int lane) {
-  constexpr uint32_t kParts = 2 * kDim / 64;
-  uint32_t pair = 0;
+  Adder<kDim> adder{s, reinterpret_cast<Pair *>(units + kUnits), warp};
   for (uint32_t index = 0;; ++index) {
     const uint32_t slot = index % kUnits;
     barrier_wait(s.posted + 8 * slot, index / kUnits & 1);
@@ -257,24 +331,10 @@ __device__ __forceinline__ void add_queries(const JointArgs &a, const Smem<kDim>
 #pragma unroll 1
       for (int head = 0; head < a.p.group; ++head) {
 #pragma unroll 1
-        for (int n = 0; n < u.pairs; ++n, ++pair) {
-          if ((pair & 1) != warp) continue;
-          const int64_t at = u.slot + int64_t(n) * a.p.heads_q + head;
-          float *to = a.dq + at * (kJointRows * kDim);
-          await_turn(a.turns + at, n);
-#pragma unroll 1
-          for (uint32_t i = 0; i < kParts; ++i, to += kPart / 4) {
-            const uint32_t buffer = i & 1, from = s.sums + buffer * kPart;
-            barrier_wait(s.sums_full + 16 * buffer + 8 * warp, ((pair >> 1) * (kParts / 2) + (i >> 1)) & 1);
-            if (n == 0)
-              bulk_store(to, from, kPart);
-            else
-              bulk_add(to, from, kPart);
-            bulk_store_wait_read<0>();
-            barrier_arrive(s.sums_empty + 8 * buffer);
-          }
-          bulk_store_wait<0>();
-          pass_turn(a.turns + at, n + 1);
+        for (int n = 0; n < u.pairs; ++n, ++adder.count) {
+          if ((adder.count & 1) != warp) continue;
+          adder.describe(a, u, head, n);
+          adder.take();
         }
       }
       barrier_arrive(s.unit_empty + 8 * slot);
@@ -300,7 +360,7 @@ cudaError_t launch(void (*kernel)(JointArgs, Maps), const JointArgs &a, int sms,
   Maps maps;
   const cudaError_t error = maps_of(a, &maps);
   if (error != cudaSuccess) return error;
-  return launch_early(kernel, sms, 384, Layout<kDim>::kBytes, stream, in_groups(a), maps);
+  return launch_early(kernel, sms, 384, Layout<kDim>::kBytes, stream, in_groups(a, sms), maps);
 }
 
 }  // namespace joint

@@ -5,7 +5,7 @@
 // chunk)
 //           -> output.   Attention form: one chunk per sequence, output only.
 // Backward: preprocess (delta, 1/l, weights) -> update and scan with q, dy in reverse -> dq -> dkv -> gate
-// gradient.   Attention form: preprocess -> joint (dk, dv, sums of dq) -> joint_queries (dq) -> gate gradient.
+// gradient.   Attention form: preprocess -> joint (dq, dk, dv) -> gate gradient.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -127,9 +127,9 @@ struct BeginArgs {
   powerattn_tensor log_g = {};  // data null: no gates
   double *gate = nullptr;       // [b, heads_kv, t]
   float *g = nullptr;           // the same rounded; may be null
-  int32_t *zeros[2] = {nullptr, nullptr};
-  int64_t zero_count[2] = {0, 0};
-  const RowsArgs *rows = nullptr;  // weight and gate null
+  void *zeros[3] = {nullptr, nullptr, nullptr};
+  int64_t zero_count[3] = {0, 0, 0};  // of 4 bytes
+  const RowsArgs *rows = nullptr;     // weight and gate null
 };
 cudaError_t begin(const BeginArgs &args, cudaStream_t stream);
 
@@ -175,13 +175,14 @@ cudaError_t gradient128(const GradientArgs &args, int sms, cudaStream_t stream);
 // in an order that is always the same.
 struct JointArgs {
   Shape p;
-  Tensor q, k, v, dy, dk, dv;
+  Tensor q, k, v, dy, dq, dk, dv;
   const double *gate = nullptr;  // as in OutputArgs
   const float *r = nullptr;      // as in GradientArgs
   const float *delta = nullptr;
-  float *dot = nullptr;             // out: k . dk [b, heads_kv, t]; null: not wanted
-  float *dq = nullptr;              // out: joint_sums(..) sums, which joint_queries reads
-  int32_t *turns = nullptr;         // joint_turns(..), zero on entry
+  float *dot = nullptr;      // out: k . dk [b, heads_kv, t]; null: not wanted
+  float *q_dot = nullptr;    // out: q . dq [b, heads_q, t]; null: not wanted. head_dim 128: zero on entry
+  float *sums = nullptr;     // joint_sums(..), of dq
+  int32_t *turns = nullptr;  // joint_turns(..), zero on entry
   const int32_t *limits = nullptr;  // float16: as `limits` left them
   int32_t *ticket = nullptr;        // zero on entry
   // Set at launch: sequences and kv heads in work at a time, and blocks of keys of each.
@@ -196,15 +197,5 @@ constexpr int64_t joint_sums(int64_t tiles, int64_t heads_q, int64_t head_dim) {
 }
 cudaError_t joint64(const JointArgs &args, int sms, cudaStream_t stream);
 cudaError_t joint128(const JointArgs &args, int sms, cudaStream_t stream);
-
-// dq from the sums; q . dq for the gate gradient.
-struct JointQueriesArgs {
-  Shape p;
-  Tensor q, dq;
-  const float *sums = nullptr;
-  const int32_t *limits = nullptr;  // float16: as in JointArgs
-  float *dot = nullptr;             // out: q . dq [b, heads_q, t]; null: not wanted
-};
-cudaError_t joint_queries(const JointQueriesArgs &args, cudaStream_t stream);
 
 }  // namespace powerattn::cuda::sm90

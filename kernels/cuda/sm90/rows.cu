@@ -98,14 +98,15 @@ struct BeginWork {
   powerattn_tensor log_g;
   double *gate;
   float *g;
-  int32_t *zeros[2];
-  int64_t zero_count[2];
+  int32_t *zeros[3];
+  int64_t zero_count[3];
   uint32_t row_blocks, gate_blocks;
 };
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads)
     begin_kernel(const __grid_constant__ RowsArgs a, const __grid_constant__ BeginWork w) {
   wait_for_kernel_before();
+  let_kernel_after_begin();
   uint32_t block = blockIdx.x;
   if (block < w.row_blocks) {
     tile_rows<T, kLanes>(a, uniform_tile(w.tables, block / a.p.heads_q), static_cast<int>(block % a.p.heads_q));
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t id = (block - w.gate_blocks) * int64_t(kThreads) + threadIdx.x;
   fill_uniform_tables(w.tables, id);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < 3; ++i) {
     if (id < w.zero_count[i]) w.zeros[i][id] = 0;
   }
 }
@@ -154,8 +155,8 @@ cudaError_t begin(const BeginArgs &a, cudaStream_t stream) {
   w.gate = a.gate;
   w.g = a.g;
   int64_t entries = std::max({table.num_sequences, table.num_chunks, table.num_tiles});
-  for (int i = 0; i < 2; ++i) {
-    w.zeros[i] = a.zeros[i];
+  for (int i = 0; i < 3; ++i) {
+    w.zeros[i] = static_cast<int32_t *>(a.zeros[i]);
     w.zero_count[i] = a.zero_count[i];
     entries = std::max(entries, a.zero_count[i]);
   }

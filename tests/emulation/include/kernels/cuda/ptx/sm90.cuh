@@ -9,6 +9,7 @@
 namespace powerattn::cuda::ptx {
 
 inline void wait_for_kernel_before() { emulation::wait_for_kernel_before(); }
+inline void let_kernel_after_begin() {}
 inline void barrier_init(uint32_t bar, int arrivals) { emulation::barrier_init(bar, arrivals); }
 inline void barrier_wait(uint32_t bar, uint32_t parity) { emulation::barrier_wait(bar, parity); }
 inline void barrier_arrive(uint32_t bar) { emulation::barrier_arrive(bar, 1, 0); }
