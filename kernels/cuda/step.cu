@@ -6,7 +6,7 @@
 
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/numeric.cuh"
-#include "kernels/cuda/ptx/sm80.cuh"
+#include "kernels/cuda/ptx/sm90.cuh"
 #include "kernels/cuda/step.h"
 
 namespace powerattn::cuda {
@@ -112,11 +112,12 @@ struct alignas(sizeof(T) * V) Pack {
 
 // Shared memory, floats: q [kQ][d], k, v [tokens of a pass][d, e], phi_k [kQ][256], phi_q [kQ][256], gates
 // [kQ], sums [8][kQ][e], norms [8][kQ], partial: this block's share of what is added up,
-// [splits][ceil(kQ e / splits)] sums and [splits][kQ] norms (one split without a cluster).
+// [splits][ceil(kQ e / splits)] sums and [splits][kQ] norms (one split without a cluster), and the barrier that
+// says that they are there, at a multiple of 8 bytes.
 constexpr int kMostSplits = 16;
 __host__ __device__ inline int64_t step_shared_floats(int queries, int64_t d, int64_t e) {
   return queries * (2 * d + e + 2 * kRowBlock + 1) + 8 * queries * (e + 1) + queries * (e + kMostSplits) +
-         kMostSplits;
+         kMostSplits + 3;
 }
 
 // Block: one split of the rows of one (sequence, kv head). Thread (row group, column): rows row group, + row
@@ -128,9 +129,6 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
     step_kernel(const __grid_constant__ StepShape s, const __grid_constant__ powerattn_step_args a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if constexpr (kCluster) return;  // never launched
-#elif defined(__CUDA_ARCH__)
-  if constexpr (kCluster)
-    cooperative_groups::this_cluster().barrier_arrive();  // others may write to this block
 #endif
   float *memory = ptx::dynamic_shared<float>();
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
@@ -143,7 +141,25 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
   float *gates = phi_q + kQ * kRowBlock, *sums = gates + kQ, *norms = sums + 8 * kQ * s.e,
         *partial = norms + 8 * kQ;
 
-  constexpr bool kWhole = kAhead > 4;  // all rows of the split are in flight at once
+#if __CUDA_ARCH__ >= 900
+  [[maybe_unused]] const auto arrived = [&] {
+    return (ptx::shared_address(partial + kQ * (int(s.e) + kMostSplits) + kMostSplits) + 7) & ~7u;
+  };
+  [[maybe_unused]] uint32_t phase = 0;
+  if constexpr (kCluster) {
+    if (tid == 0) {
+      ptx::barrier_init(arrived(), 1);
+      ptx::fence_barrier_init();
+    }
+    cooperative_groups::this_cluster().barrier_arrive();  // others may write to this block
+  }
+  if constexpr (kCluster) {  // launched early: a step takes microseconds, of which its own launch would be one
+    ptx::let_kernel_after_begin();
+    ptx::wait_for_kernel_before();
+  }
+#endif
+  constexpr bool kWhole = kAhead > 4;                           // all rows of the split are in flight at once
+  [[maybe_unused]] constexpr int kSumsAtOnce = V == 4 ? 8 : 4;  // as many as spill nothing
   const int64_t slot = a.slots ? a.slots[b] : b, position0 = a.rope_offset ? a.rope_offset[b] : 0;
   const bool skipped = slot < 0 || slot >= s.num_slots;
   int64_t length = a.lengths ? min(max(a.lengths[b], int64_t(0)), s.seq_len) : s.seq_len;
@@ -337,43 +353,54 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
       float *const norm_share = partial + s.splits * share;
       const int64_t queries = s.seq_len * s.group,
                     first_query = t0 * s.group + h0;  // [t][h]: a pass is contiguous
-      for (int i = tid; i < pairs * width; i += kThreads) {
-        const int pair = i / width, c = i % width, to = pair * e + c;
+      const int elements = pairs * e, own = max(0, min(share, elements - split * share));
+      const auto norm_of = [&](int pair) {
         float sum = 0;
-        if (c == e) {
-          for (int w = 0; w < 8; ++w) sum += norms[w * kQ + pair];
-        } else {
-          for (int w = 0; w < warp_rows; ++w) sum += sums[(w * kQ + pair) * s.e + c];
+        for (int w = 0; w < 8; ++w) sum += norms[w * kQ + pair];
+        return sum;
+      };
+      const auto sum_of = [&](int pair, int c) {
+        float sum = 0;
+#pragma unroll(kSumsAtOnce)
+        for (int w = 0; w < (V == 4 ? 8 : warp_rows); ++w) {
+          if (V != 4 || w < warp_rows) sum += sums[(w * kQ + pair) * s.e + c];
         }
-        if constexpr (kCluster) {
-#if __CUDA_ARCH__ >= 900
-          const auto cluster = cooperative_groups::this_cluster();
-          if (c == e) {
-            for (int w = 0; w < s.splits; ++w)
-              cluster.map_shared_rank(norm_share, w)[split * pairs + pair] = sum;
-          } else {
-            cluster.map_shared_rank(partial, to / share)[split * share + to % share] = sum;
-          }
-#endif
-        } else if (s.splits > 1) {
-          s.partial[((int64_t(unit) * s.splits + split) * queries + first_query) * width + i] = sum;
-        } else {
-          (c == e ? norm_share[pair] : partial[to]) = sum;
-        }
-      }
+        return sum;
+      };
       if constexpr (kCluster) {
 #if __CUDA_ARCH__ >= 900
-        cooperative_groups::this_cluster().sync();
+        if (tid == 0) ptx::barrier_expect(arrived(), unsigned(s.splits * (own + pairs)) * 4);
+        for (int i = tid; i < elements + pairs * s.splits; i += kThreads) {
+          if (i < elements) {
+            const int to = i / share;
+            ptx::store_remote(ptx::shared_address(partial + split * share + (i - to * share)), to,
+                              sum_of(i / e, i % e), arrived());
+          } else {  // every block needs all norms
+            const int pair = (i - elements) % pairs, to = (i - elements) / pairs;
+            ptx::store_remote(ptx::shared_address(norm_share + split * pairs + pair), to, norm_of(pair),
+                              arrived());
+          }
+        }
+        ptx::barrier_wait(arrived(), phase);
+        phase ^= 1;
 #endif
       } else {
+        for (int i = tid; i < pairs * width; i += kThreads) {
+          const int pair = i / width, c = i % width;
+          const float sum = c == e ? norm_of(pair) : sum_of(pair, c);
+          if (s.splits > 1)
+            s.partial[((int64_t(unit) * s.splits + split) * queries + first_query) * width + i] = sum;
+          else
+            (c == e ? norm_share[pair] : partial[pair * e + c]) = sum;
+        }
         if (s.splits > 1) continue;
         __syncthreads();
       }
       const int first_element = split * share;
-      for (int i = tid; i < min(share, pairs * e - first_element); i += kThreads) {
+      for (int i = tid; i < own; i += kThreads) {
         const int pair = (first_element + i) / e, c = (first_element + i) % e;
         float y = 0, l = 0;
-#pragma unroll 4
+#pragma unroll(kSumsAtOnce)
         for (int w = 0; w < s.splits; ++w) {
           y += partial[w * share + i];
           l += norm_share[w * pairs + pair];
@@ -434,12 +461,14 @@ cudaError_t launch_step(const StepShape &s, const powerattn_step_args &a, int64_
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = unsigned(s.splits);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = kCluster ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = unsigned(s.splits);
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
+  config.numAttrs = kCluster ? 2 : 0;
   error = cudaLaunchKernelEx(&config, kernel, s, a);
   return error == cudaSuccess ? cudaGetLastError() : error;
 }

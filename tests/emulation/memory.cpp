@@ -278,6 +278,15 @@ void barrier_arrive(uint32_t address, int count, uint32_t expected_bytes) {
   arrive(*self->owner, address, count, expected_bytes, 0);
 }
 
+void store_remote(uint32_t to, int rank, float x, uint32_t barrier) {
+  if (to % 4) fail("st.async to shared address 0x%x", to);
+  void *const place = cluster_map(shared_pointer(*self->owner, to, 4, "st.async"), rank);
+  std::memcpy(place, &x, 4);
+  Block &block = *machine.blocks[size_t(rank)];
+  leave_clock(barrier_at(block, barrier), *self);
+  arrive(block, barrier, 0, 0, 4);
+}
+
 void barrier_expect(uint32_t address, uint32_t bytes) { arrive(*self->owner, address, 0, bytes, 0); }
 
 void barrier_wait(uint32_t address, uint32_t parity) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The emulated device itself: small kernels that keep the rules give the right numbers, and each of those that
 // break one is caught.
+#include <cooperative_groups.h>
 #include <cuda.h>
 #include <doctest/doctest.h>
 
@@ -18,7 +19,7 @@ namespace {
 constexpr int kShared = 8192;
 
 // True when the kernel ran to its end; every order and timing in turn, with the check for races.
-bool runs(int threads, std::function<void()> kernel) {
+bool runs(int threads, std::function<void()> kernel, int cluster = 1) {
   setenv("EMULATION_RACES", "1", 1);
   bool all = true;
   for (const char *order : {"forward", "reverse", "random"}) {
@@ -27,6 +28,8 @@ bool runs(int threads, std::function<void()> kernel) {
       setenv("EMULATION_TIMING", timing, 1);
       emulation::Launch l;
       l.block = dim3(unsigned(threads));
+      l.grid = dim3(unsigned(cluster));
+      l.cluster = cluster;
       l.shared = kShared;
       l.thread = kernel;
       all = emulation::run(l) && all;
@@ -234,6 +237,36 @@ TEST_CASE("wgmma: descriptor, fragments, fences, and when its results are there"
   CHECK_FALSE(kernel({false, false, false, true}));  // shared memory is overwritten before the wait
   CHECK(kernel({false, false, true, false}));        // no rule of its own,
   CHECK(std::isnan(c[0]));                           // but nothing is there
+}
+
+// Two blocks of a cluster swap a number. `met`: each has its barrier before the other sends; `bytes`: that it
+// waits for.
+void swap_numbers(float *to, bool met, uint32_t bytes) {
+  const uint32_t data = shared_address(dynamic_shared<char>()), bar = data + 64;
+  if (threadIdx.x == 0) barrier_init(bar, 1);
+  if (met) cooperative_groups::this_cluster().sync();
+  if (threadIdx.x == 0) {
+    barrier_expect(bar, bytes);
+    store_remote(data, 1 - int(blockIdx.x), float(blockIdx.x + 1), bar);
+  }
+  __syncthreads();
+  barrier_wait(bar, 0);
+  if (threadIdx.x == 0) to[blockIdx.x] = load_f1(data);
+}
+
+TEST_CASE("stores into another block of the cluster") {
+  Memory<float> to(2);
+  const auto kernel = [&](bool met, uint32_t bytes) {
+    return runs(
+        32, [&, met, bytes] { swap_numbers(to.p, met, bytes); }, 2);
+  };
+  CHECK(kernel(true, 4));
+  CHECK(to[0] == 2.f);
+  CHECK(to[1] == 1.f);
+  CHECK_FALSE(kernel(false, 4));
+  CHECK_FALSE(kernel(true, 8));
+  CHECK_FALSE(runs(
+      32, [&] { store_remote(shared_address(dynamic_shared<char>()), 2, 1.f, 0); }, 2));  // no such block
 }
 
 TEST_CASE("rules of barriers and addresses") {

@@ -49,6 +49,14 @@ __device__ __forceinline__ void barrier_expect_only(uint32_t bar, uint32_t bytes
 __device__ __forceinline__ void barrier_arrive_copies(uint32_t bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
+// x to the same place in block `rank` of the cluster, where it completes on the barrier as four bytes.
+__device__ __forceinline__ void store_remote(uint32_t to, int rank, float x, uint32_t bar) {
+  asm volatile(
+      "{\n.reg .b32 T, B;\nmapa.shared::cluster.u32 T, %0, %1;\nmapa.shared::cluster.u32 B, %3, %1;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [T], %2, [B];\n}" ::"r"(to),
+      "r"(rank), "r"(__float_as_uint(x)), "r"(bar)
+      : "memory");
+}
 template <int kId, int kThreads>
 __device__ __forceinline__ void named_barrier() {
   asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");

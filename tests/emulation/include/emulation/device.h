@@ -29,6 +29,7 @@ void named_barrier(int id, int threads);  // bar.sync id, threads
 void warp_barrier(uint32_t mask);         // __syncwarp
 uint64_t shuffle(uint32_t mask, uint64_t value, int source_lane);
 void cluster_barrier();
+void store_remote(uint32_t to, int rank, float x, uint32_t barrier);  // st.async; at once
 void *cluster_map(const void *shared, int rank);  // the same place in another block of the cluster
 
 // ---- Shared memory: addresses as the device has them, checked ---------------------------------------------

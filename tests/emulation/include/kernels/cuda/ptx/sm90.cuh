@@ -17,6 +17,9 @@ inline void barrier_arrive_n(uint32_t bar, int count) { emulation::barrier_arriv
 inline void barrier_expect(uint32_t bar, uint32_t bytes) { emulation::barrier_arrive(bar, 1, bytes); }
 inline void barrier_expect_only(uint32_t bar, uint32_t bytes) { emulation::barrier_expect(bar, bytes); }
 inline void barrier_arrive_copies(uint32_t bar) { emulation::barrier_arrive_copies(bar); }
+inline void store_remote(uint32_t to, int rank, float x, uint32_t bar) {
+  emulation::store_remote(to, rank, x, bar);
+}
 template <int kId, int kThreads>
 void named_barrier() {
   emulation::named_barrier(kId, kThreads);
