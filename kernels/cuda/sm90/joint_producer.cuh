@@ -326,7 +326,9 @@ __device__ __forceinline__ void add_queries(const JointArgs &a, const Smem<kDim>
     const uint32_t slot = index % kUnits;
     barrier_wait(s.posted + 8 * slot, index / kUnits & 1);
     const volatile Unit &u = units[slot];
-    if (u.head < 0) break;
+    const bool last = u.head < 0;
+    __syncwarp();  // all lanes have seen the unit before one of them gives it back
+    if (last) break;
     if (lane == 0) {
 #pragma unroll 1
       for (int head = 0; head < a.p.group; ++head) {
@@ -339,7 +341,6 @@ __device__ __forceinline__ void add_queries(const JointArgs &a, const Smem<kDim>
       }
       barrier_arrive(s.unit_empty + 8 * slot);
     }
-    __syncwarp();
   }
 }
 
