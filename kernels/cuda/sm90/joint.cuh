@@ -208,8 +208,7 @@ __device__ __forceinline__ void add_dots(float (&dot)[2], const float *g, uint32
   }
 }
 
-// The last block of keys to add to dq, the sequence's first, does not: it adds what the others left, which lies
-// where store_part would put its own,
+// Adds what other blocks of keys left of dq, which lies where store_part would put it.
 __device__ __forceinline__ void add_sum(float (&dq)[32], uint32_t from, int lane) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -220,7 +219,26 @@ __device__ __forceinline__ void add_sum(float (&dq)[32], uint32_t from, int lane
     dq[4 * i + 3] += __uint_as_float(v.w);
   }
 }
-// and has dq and q . dq, of the warp's 16 of the 64 rows from `row` of the pair on and 64 columns. q: the tile
+// Hands a warp's dq over to be added up, once its buffer is ready; `full` is told. But for the sequence's first
+// block of keys, the last to add: that takes the sum of the others, and finishes dq (true).
+__device__ __forceinline__ bool hand_part(float (&dq)[32], uint32_t part, uint32_t pair, uint32_t full) {
+  const auto lane = [] { return thread_here() & 31; };
+  const auto arrive = [&] {
+    __syncwarp();
+    if (lane() == 0) barrier_arrive(full);
+  };
+  const int mode = pair_choice(pair, offsetof(Pair, mode));
+  if (mode == kPartOnly) {
+    store_part(part, dq, lane());
+    fence_async_proxy();
+    arrive();
+    return false;
+  }
+  if (mode == kFinish) add_sum(dq, part, lane());
+  arrive();
+  return true;
+}
+// dq whole, and q . dq, of the warp's 16 of the 64 rows from `row` of the pair on and 64 columns. q: the tile
 // of these, which nobody else reads any more: its place is the staging of dq, until await_sent(). kParts: of 64
 // columns, in one row's q . dq, which is zero on entry if there are two: float32 0 + a + b is the same in
 // either order.

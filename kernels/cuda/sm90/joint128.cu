@@ -95,15 +95,7 @@ struct Consumer {
                    pair = here(s.pair) + n / 2 % kPairs * static_cast<uint32_t>(sizeof(Pair)),
                    full = s.sums_full + 16 * group + 8 * (n / 2 & 1);
     barrier_wait(s.sums_ready + 8 * group, n & 1);
-    const int mode = pair_choice(pair, offsetof(Pair, mode));
-    if (mode == kPartOnly) {
-      store_part(part, dq, lane());
-      fence_async_proxy();
-      arrive(full);
-      return;
-    }
-    if (mode == kFinish) add_sum(dq, part, lane());
-    arrive(full);
+    if (!hand_part(dq, part, pair, full)) return;
     barrier_wait(s.empty + n % kStages * 8, n / kStages & 1);  // the other's dk has been computed from its q
     finish_rows<T, 2>(dq, pair, q_before() + group * kColumns, static_cast<int>(n & 1) * 64, group * 64,
                       maps.dq, lane());

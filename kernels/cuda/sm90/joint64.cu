@@ -109,15 +109,7 @@ struct Consumer {
                    pair = s.pair + (turn / 2 - 1) % kPairs * static_cast<uint32_t>(sizeof(Pair)),
                    full = s.sums_full + 16 * group + 8 * pair_phase();
     barrier_wait(s.sums_ready + 8 * group, pair_phase());
-    const int mode = pair_choice(pair, offsetof(Pair, mode));
-    if (mode == kPartOnly) {
-      store_part(part, dq, lane());
-      fence_async_proxy();
-      arrive(full);
-      return;
-    }
-    if (mode == kFinish) add_sum(dq, part, lane());
-    arrive(full);
+    if (!hand_part(dq, part, pair, full)) return;
     // q makes room when no warp computes dk from it any more; of the first half, that was before e of the
     // second.
     if (group == 1) {

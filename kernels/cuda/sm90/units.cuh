@@ -49,12 +49,13 @@ __device__ __forceinline__ RowTile row_tile_at(const Shape &p, uint32_t u, uint3
   return t;
 }
 
-// How many sequences and heads of rows `row_tile_at` has in work at a time: 16 MB of columns, two tensors,
-// which the heads of a group share (rows of keys: which each has of every head of its group).
+// How many sequences and heads of rows `row_tile_at` has in work at a time: kColumnsInCache bytes of two
+// tensors, which the heads of a group share (rows of keys: which each has of every head of its group).
+constexpr double kColumnsInCache = 16 << 20;
 inline uint32_t rows_together(const Shape &p, bool keys) {
   const double sharing = keys ? 1. / p.group : p.group,
                bytes = 4. * static_cast<double>(p.tokens) * p.head_dim / sharing;
-  return static_cast<uint32_t>(std::max(1., std::min(16777216. / std::max(bytes, 1.), 65536.)));
+  return static_cast<uint32_t>(std::max(1., std::min(kColumnsInCache / std::max(bytes, 1.), 65536.)));
 }
 
 // Which of the sums kept apart in UpdateArgs::end chunk `c` is; < 0: none.
