@@ -152,8 +152,7 @@ __global__ void __launch_bounds__(kThreads, V *kQ >= 32 ? 1 : 2)
       ptx::fence_barrier_init();
     }
     cooperative_groups::this_cluster().barrier_arrive();  // others may write to this block
-  }
-  if constexpr (kCluster) {  // launched early: a step takes microseconds, of which its own launch would be one
+    // Launched early: a step takes microseconds, of which its own launch would be one.
     ptx::let_kernel_after_begin();
     ptx::wait_for_kernel_before();
   }

@@ -399,10 +399,8 @@ void cluster_barrier() {
 
 void *cluster_map(const void *shared, int rank) {
   const auto offset = static_cast<const unsigned char *>(shared) - self->owner->shared;
-  if (offset < 0 || size_t(offset) >= self->owner->shared_bytes)
-    fail("map_shared_rank of what is not shared memory");
-  if (rank < 0 || size_t(rank) >= machine.blocks.size())
-    fail("map_shared_rank: no block %d in the cluster", rank);
+  if (offset < 0 || size_t(offset) >= self->owner->shared_bytes) fail("mapa of what is not shared memory");
+  if (rank < 0 || size_t(rank) >= machine.blocks.size()) fail("mapa: no block %d in the cluster", rank);
   if (machine.blocks[size_t(rank)]->alive == 0) fail("block %d of the cluster has returned", rank);
   return machine.blocks[size_t(rank)]->shared + offset;
 }

@@ -11,10 +11,6 @@ struct cluster_group {
   // The emulator meets where a block waits.
   void barrier_arrive() const {}
   void barrier_wait() const { emulation::cluster_barrier(); }
-  template <class T>
-  T *map_shared_rank(T *p, int rank) const {
-    return static_cast<T *>(emulation::cluster_map(p, rank));
-  }
 };
 inline cluster_group this_cluster() { return {}; }
 
