@@ -138,9 +138,6 @@ bool choose(const Features &features, Op op, const Problem &p, const Pins &pins,
   if (op == Op::kStep || op == Op::kSummary) return no("forward and backward only");
   const bool half = p.dtype == Dtype::kFloat16;
   if (!half && p.dtype != Dtype::kBfloat16) return no("bfloat16 and float16 only");
-  if (half && op == Op::kBackward && (p.degree == 1 || (p.degree == 4 && !in_one_pass(p, false))))
-    return no(
-        "float16: the backward of degree 2, and of degree 4 in one pass (up to 24 MB of dq for a key head)");
   if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128))
     return no("head_dim = value_dim of 64 or 128 only");
   if (p.degree != 1 && p.degree != 2 && p.degree != 4) return no("degrees 1, 2 and 4 only");

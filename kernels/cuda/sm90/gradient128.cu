@@ -429,24 +429,26 @@ cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream, bool cor
   }
   return a.keys ? launch<T, kDegree, true>(a, sms, stream) : launch<T, kDegree, false>(a, sms, stream);
 }
+template <typename T>
+cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream, bool correct) {
+  switch (a.p.degree) {
+    case 1:
+      return launch<T, 1>(a, sms, stream);
+    case 2:
+      return launch<T, 2>(a, sms, stream, correct);
+    case 4:
+      return launch<T, 4>(a, sms, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
 
 }  // namespace
 
 cudaError_t gradient128(const GradientArgs &a, int sms, cudaStream_t stream) {
-  using B = __nv_bfloat16;
   const bool correct = a.delta_out != nullptr || a.state_dot != nullptr;
-  if ((correct || a.p.half || a.state != nullptr) && a.p.degree != 2) return cudaErrorInvalidValue;
-  switch (a.p.degree) {
-    case 1:
-      return launch<B, 1>(a, sms, stream);
-    case 2:
-      if (a.p.half) return launch<__half, 2>(a, sms, stream, correct);
-      return launch<B, 2>(a, sms, stream, correct);
-    case 4:
-      return launch<B, 4>(a, sms, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  if ((correct || a.state != nullptr) && a.p.degree != 2) return cudaErrorInvalidValue;
+  return a.p.half ? launch<__half>(a, sms, stream, correct) : launch<__nv_bfloat16>(a, sms, stream, correct);
 }
 
 }  // namespace powerattn::cuda::sm90
