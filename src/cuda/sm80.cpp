@@ -457,6 +457,18 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     r.r = own.r;
     r.delta = own.delta;
     if (call.ok()) call.run(k80::rows(r, call.stream));
+    k80::DeltaArgs d;
+    d.shape = call.shape;
+    d.q = tq;
+    d.k = tk;
+    d.v = args.v;
+    d.d_y = args.d_y;
+    d.row_norm = args.row_norm;
+    d.log_g = args.log_g;
+    d.scale = call.weight_scale();
+    d.eps = static_cast<float>(p.eps);
+    d.delta = own.delta;
+    if (call.ok()) call.run(k80::delta(d, call.stream));
   }
   const bool in_chunks = chunked(plan.tiling), z = in_chunks && with_z(p);
   if (in_chunks && args.saved == nullptr)

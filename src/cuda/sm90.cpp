@@ -639,6 +639,22 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
              {own.q_dot, adds_dots ? p.batch * p.heads_q * p.seq_len : 0});
   const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
   const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
+  if (p.normalize) {
+    k80::DeltaArgs d;
+    d.shape = call.shape80;
+    d.q = tq;
+    d.k = tk;
+    d.v = args.v;
+    d.d_y = args.d_y;
+    d.row_norm = args.row_norm;
+    d.log_g = args.log_g;
+    d.scale = call.weight_scale();
+    d.eps = static_cast<float>(p.eps);
+    d.delta = own.delta;
+    d.weight = own.weight;
+    d.norm_weight = own.z_weight;
+    call.run([&] { return k80::delta(d, call.stream); });
+  }
   const bool ends = args.d_final_state.s != nullptr || args.d_final_state.z != nullptr;
 
   if (in_chunks && args.saved == nullptr)

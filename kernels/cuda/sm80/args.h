@@ -154,6 +154,19 @@ struct RowsArgs {
 };
 cudaError_t rows(const RowsArgs &a, cudaStream_t stream);
 
+// delta of rows that see few keys, over what rows() left there, from float32 weights (delta.cu).
+struct DeltaArgs {
+  Shape shape;
+  powerattn_tensor q{}, k{}, v{}, d_y{}, row_norm{}, log_g{};
+  float scale = 1.f;  // c
+  float eps = 0.f;
+  float *delta = nullptr;
+  // Optional: -delta_i weight_i, its weight in dZ, is kept up.
+  const float *weight = nullptr;
+  float *norm_weight = nullptr;
+};
+cudaError_t delta(const DeltaArgs &a, cudaStream_t stream);
+
 // dlog_g_t = X + sum over tokens i >= t of the chunk (q_i . dq_i - k_i . dk_i) / p, where X = <state after the
 // chunk, its gradient>. Normalised, q_i . dq_i / p = eps r_i delta_i, with the delta that gradient() gave back.
 // The chunk's own part of X is the sum of what the state gave to k_i . dk_i / p: taken from there it cancels
