@@ -368,22 +368,32 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
 #pragma unroll
     for (int k = 0; k < kK; ++k) xs.a(xf[m][k], row0 + 16 * m, k, lane);
   }
+  auto row_gate = [&](int m, int h) {
+    return g == nullptr ? 1.f : __expf(a.reverse ? g_ref - g_row[m][h] : g_row[m][h] - g_ref);
+  };
   auto to_rows = [&] {
     if (g == nullptr) return;
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float f = __expf(a.reverse ? g_ref - g_row[m][h] : g_row[m][h] - g_ref);
+        float f = row_gate(m, h);
+        dot[m][h] *= f;
+        if constexpr (kScaled) f = lower_top(&top[m][h], f, dx[m], h);
 #pragma unroll
         for (int i = 0; i < kN; ++i) {
           dx[m][i][2 * h] *= f;
           dx[m][i][2 * h + 1] *= f;
         }
-        dot[m][h] *= f;
       }
   };
-  if (walk.full_total() == 0) to_rows();
+  // float16: e is complete before it is rounded, and so `to_rows` is for the state's part alone.
+  if (kScaled || walk.full_total() == 0) to_rows();
+  [[maybe_unused]] float row_factor[kM][2];  // e^{..} r_i: what e lacks away from the diagonal
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) row_factor[m][h] = row_gate(m, h) * r_early[m][h];
 
 #pragma unroll 1
   for (int n = 0; n < total; ++n) {
@@ -439,7 +449,7 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
           for (int q = 0; q < 4; ++q) {
             const float d = a.reverse ? ((q & 1) ? dc.y : dc.x) : delta_row[m][q >> 1];
             e[m][c][q] = (p[q] * ((q & 1) ? f.y : f.x)) * (e[m][c][q] - d);
-            if constexpr (kScaled) e[m][c][q] *= r_early[m][q >> 1];
+            if constexpr (kScaled) e[m][c][q] *= diagonal ? r_early[m][q >> 1] : row_factor[m][q >> 1];
           }
         }
         if (diagonal) {
@@ -504,7 +514,7 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
         }
       }
     }
-    if (n + 1 == walk.full_total()) to_rows();
+    if (!kScaled && n + 1 == walk.full_total()) to_rows();
   }
 
   // ---- dx, times r_i for queries; x . dx before rounding.

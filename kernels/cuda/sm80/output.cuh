@@ -286,14 +286,20 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
 #pragma unroll
       for (int k = 0; k < kK; ++k) rows.a(xf[m][k], row0 + 16 * m, k, lane);
   }
-  // Rows after `full` blocks: multiply by e^{g_i - g_ref} (reverse: e^{g_ref - g_j}).
+  // What blocks away from the diagonal lack of the gates: e^{g_i - g_ref} (reverse: e^{g_ref - g_j}).
+  auto row_gate = [&](int m, int h) {
+    return g == nullptr ? 1.f : __expf(a.reverse ? g_ref - g_row[m][h] : g_row[m][h] - g_ref);
+  };
+  // It multiplies the sums of the state and of these blocks. float16: only of the state, since these weights
+  // are complete before they are rounded; and what is left of the sums decides how small weights may be.
   auto to_rows = [&] {
     if (g == nullptr) return;
 #pragma unroll
     for (int m = 0; m < S::kM; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float f = __expf(a.reverse ? g_ref - g_row[m][h] : g_row[m][h] - g_ref);
+        float f = row_gate(m, h);
+        if constexpr (kScaled) f = lower_top(&top[m][h], f, o[m], l[m], h);
 #pragma unroll
         for (int i = 0; i < kN; ++i) {
           o[m][i][2 * h] *= f;
@@ -302,7 +308,12 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
         l[m][h] *= f;
       }
   };
-  if (walk.full_total() == 0) to_rows();
+  if (kScaled || walk.full_total() == 0) to_rows();
+  [[maybe_unused]] float row_factor[S::kM][2];
+#pragma unroll
+  for (int m = 0; m < S::kM; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) row_factor[m][h] = row_gate(m, h);
 
 #pragma unroll 1
   for (int n = 0; n < total; ++n) {
@@ -390,6 +401,12 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
 #pragma unroll
             for (int c = 0; c < kStep / 8; ++c)
               most[m][h] = fmaxf(most[m][h], fmaxf(fabsf(s[m][c][2 * h]), fabsf(s[m][c][2 * h + 1])));
+        if (!diagonal) {
+#pragma unroll
+          for (int m = 0; m < S::kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) most[m][h] *= row_factor[m][h];
+        }
         raise_tops(top, most, [&](int m, int h, float ratio) {
           l[m][h] *= ratio;
 #pragma unroll
@@ -402,7 +419,7 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
         for (int m = 0; m < S::kM; ++m)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const float inverse = inverse_power(top[m][h]);
+            const float inverse = inverse_power(top[m][h]) * (diagonal ? 1.f : row_factor[m][h]);
 #pragma unroll
             for (int c = 0; c < kStep / 8; ++c) {
               s[m][c][2 * h] *= inverse;
@@ -434,7 +451,7 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
         }
       }
     }
-    if (n + 1 == walk.full_total()) to_rows();
+    if (!kScaled && n + 1 == walk.full_total()) to_rows();
   }
 
   // ---- y = O / (l + eps); the value gradient is O itself.
