@@ -388,6 +388,8 @@ int main(int argc, char **argv) {
     run({f16, 64, n / 64, 8, 8, 64, 2, attention, " attention"});
     run({f16, 16, n / 16, 8, 8, 64, 4, attention, " attention"});
     run({f16, 16, n / 16, 8, 8, 128, 2, attention, " attention"});
+    run({f16, 1, n, 8, 8, 64, 1, automatic, ""});
+    run({f16, 64, n / 64, 8, 8, 64, 1, automatic, ""});
     run({f32, 1, n, 8, 8, 64, 2, automatic, ""});
     run({bf16, 1, n, 8, 2, 64, 2, automatic, ""});
     run({bf16, 16, n / 16, 8, 8, 64, 4, attention, " attention"});

@@ -648,6 +648,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     d.d_y = args.d_y;
     d.row_norm = args.row_norm;
     d.log_g = args.log_g;
+    d.g64 = call.gate;
     d.scale = call.weight_scale();
     d.eps = static_cast<float>(p.eps);
     d.delta = own.delta;

@@ -158,6 +158,8 @@ cudaError_t rows(const RowsArgs &a, cudaStream_t stream);
 struct DeltaArgs {
   Shape shape;
   powerattn_tensor q{}, k{}, v{}, d_y{}, row_norm{}, log_g{};
+  const float *g = nullptr;  // with gates: their sums in the chunk, in either precision
+  const double *g64 = nullptr;
   float scale = 1.f;  // c
   float eps = 0.f;
   float *delta = nullptr;

@@ -72,6 +72,10 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(const __grid_constant__
   if (tile.length == 0) return;
   const int64_t batch = batch_of(s.packed, tile.sequence), start = s.table.sequences[tile.sequence].start;
   const bool gated = a.log_g.data != nullptr, k_pairs = in_pairs(a.k), v_pairs = in_pairs(a.v);
+  const int64_t gate_row = (batch * s.heads_kv + head_kv) * s.seq_len;
+  const auto gate_sum = [&](int64_t token) {
+    return a.g64 != nullptr ? a.g64[gate_row + token] : static_cast<double>(a.g[gate_row + token]);
+  };
 #pragma unroll 1
   for (int strip = warp * kRows; strip < tile.length; strip += kWarps * kRows) {
     const int64_t token = tile.start + strip;
@@ -80,6 +84,9 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(const __grid_constant__
     if (first > start && !gated) break;  // nor do the strips behind it see few keys
     const int before = static_cast<int>(token - first), keys = before + rows;
     if (gated) {
+      if (first > start && first >= tile.start - tile.offset &&  // sums of one chunk: no need to add them up
+          gate_sum(first + keys - 1) - gate_sum(first) > kSteep)
+        continue;
       double carry = 0.;
       __syncwarp();  // the strip before has read its own
 #pragma unroll
