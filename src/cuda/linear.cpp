@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// "cuda.linear": degree 1 in the chunked form, bfloat16, for devices from compute capability 8.0 on. The
+// "cuda.linear": degree 1 in the chunked form, bfloat16 and float16, for devices from compute capability 8.0 on. The
 // kernels are bound by memory: this file chooses chunks that fill the device in one wave, and lays out memory;
 // kernels/cuda/linear computes.
 #include <cuda_runtime_api.h>
@@ -84,7 +84,10 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
   };
   if (op == Op::kStep || op == Op::kSummary) return no("forward and backward only");
   if (p.degree != 1) return no("degree 1 only");
-  if (p.dtype != Dtype::kBfloat16) return no("bfloat16 only");
+  if (p.dtype != Dtype::kBfloat16 && p.dtype != Dtype::kFloat16) return no("bfloat16 and float16 only");
+  // It multiplies queries and d_y before they are rounded, which have no units (kernels/cuda/linear/output.cuh).
+  if (p.dtype == Dtype::kFloat16 && !(std::fabs(p.scale) <= 1 && std::fabs(p.scale) >= 1. / 64))
+    return no("float16: a scale between 1/64 and 1 only");
   if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128))
     return no("head_dim = value_dim of 64 or 128 only");
   if (p.normalize) return no("unnormalised only");
@@ -231,6 +234,7 @@ struct Call {
     table.chunk = t.chunk;
     if (p.packed) run(cuda::build_chunks(p, t.chunk, 0, cu_seqlens, common.tables, &table, stream));
     shape.packed = p.packed;
+    shape.half = p.dtype == Dtype::kFloat16;
     shape.heads_q = static_cast<int32_t>(p.heads_q);
     shape.heads_kv = static_cast<int32_t>(p.heads_kv);
     shape.head_dim = static_cast<int32_t>(p.head_dim);

@@ -37,6 +37,7 @@ int resident_blocks(int64_t head_dim);
 struct Shape {
   ChunkTable table;  // packed: filled on the device; else its bounds only
   bool packed = false;
+  bool half = false;  // float16 instead of bfloat16
   int32_t heads_q = 1;
   int32_t heads_kv = 1;
   int32_t head_dim = 64;     // = value_dim

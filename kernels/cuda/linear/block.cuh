@@ -4,6 +4,7 @@
 
 #include "../sm80/load.h"
 #include "args.h"
+#include "kernels/cuda/units.cuh"
 
 namespace powerattn::cuda::linear {
 
@@ -11,7 +12,6 @@ using namespace ptx;
 using sm80::load_rows;
 using sm80::row_pointer;
 using sm80::SharedTile;
-using T = __nv_bfloat16;
 
 template <int D>
 struct Form {
@@ -94,25 +94,42 @@ __device__ __forceinline__ float put_gates(Gates *to, float2 v, bool reverse, fl
 }
 
 // sum += sum_t w_t x_t u_t^T over 64 tokens, rows 16 `strip` .. + 15 (features of x), all columns of u; kZ: z
-// likewise with u = 1, the same number in every column. A weighed x is the sum of kParts bfloat16 numbers: 1
-// where the state is rounded to bfloat16 after all, 2 for a relative error of 2^-17, 3 for float32's.
-template <int D, int kParts, bool kZ>
+// likewise with u = 1, the same number in every column. A weighed x is the sum of kParts numbers of T: 1 where
+// the state is rounded to T after all, 2 for a relative error of 2^-17 (bfloat16), 3 for float32's.
+template <typename T, int D, int kParts, bool kZ>
 __device__ __forceinline__ void add_block(float (&sum)[D / 8][4], float (&z)[4], const SharedTile<D> &xs,
                                           const SharedTile<D> &us, const float *weight, bool weighted,
                                           int strip, int lane) {
-  constexpr uint32_t kOnes = 0x3f803f80u;
+  // float16 has no room for three parts of small numbers: a row's are counted in a power of two.
+  constexpr bool kLifted = kCounted<T> && kParts == 3;
+  constexpr uint32_t kOnes = kCounted<T> ? 0x3c003c00u : 0x3f803f80u;
 #pragma unroll(kParts == 3 ? 1 : D == 128 ? 2 : kBlock / 16)
   for (int k = 0; k < kBlock / 16; ++k) {
     // x^T: feature g of the first eight (f[0..1]) and the other eight (f[2..3]), tokens 2c, 2c + 1 (+ 8)
     uint32_t f[4], parts[kParts][4];
+    [[maybe_unused]] float unit[2] = {1.f, 1.f};  // of rows g and g + 8 of weighed x
     ldmatrix4_trans(f, xs.at(16 * k + (lane & 15), 2 * strip + (lane >> 4)));
     if (weighted) {
       const float *const w = weight + 16 * k + 2 * (lane & 3);
       const float2 pairs[2] = {*reinterpret_cast<const float2 *>(w), *reinterpret_cast<const float2 *>(w + 8)};
+      if constexpr (kLifted) {
+        float most[2] = {0.f, 0.f};
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          most[i >> 1] = fmaxf(most[i >> 1], fmaxf(fabsf(Pair<T>::lo(f[i]) * pairs[i & 1].x),
+                                                   fabsf(Pair<T>::hi(f[i]) * pairs[i & 1].y)));
+#pragma unroll
+        for (int h = 0; h < 2; ++h) unit[h] = unit_of(quad_max(most[h]));
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int to = (i >> 1) + 2 * (i & 1);  // f: eight rows, then tokens; a fragment: rows, then k
         float left0 = Pair<T>::lo(f[i]) * pairs[i & 1].x, left1 = Pair<T>::hi(f[i]) * pairs[i & 1].y;
+        if constexpr (kLifted) {
+          const float lift = inverse_power(unit[i >> 1]);
+          left0 *= lift;
+          left1 *= lift;
+        }
 #pragma unroll
         for (int m = 0; m < kParts; ++m) {
           parts[m][to] = Pair<T>::pack(left0, left1);
@@ -132,7 +149,7 @@ __device__ __forceinline__ void add_block(float (&sum)[D / 8][4], float (&z)[4],
         if (m == 0 || weighted) mma<T>(kParts == 3 ? own : to, parts[m], b0, b1);
       if constexpr (kParts == 3) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) to[e] += own[e];
+        for (int e = 0; e < 4; ++e) to[e] += kLifted ? unit[e >> 1] * own[e] : own[e];
       }
     };
     if constexpr (kZ) multiply(z, kOnes, kOnes);

@@ -2,9 +2,8 @@
 // The walk of one chunk and head with its output. Per step of 64 tokens, on the same accumulators:
 //   1. state:  O = X State, times e^{g_r}
 //   2. pairs:  O += (X Z^T, weighed and masked) U
-//   3. update: State = e^{g_end} State + sum_t w_t z_t u_t^T, in float32 registers; rounded to bfloat16 into
-//   shared
-//              memory, where the next step's first product reads it
+//   3. update: State = e^{g_end} State + sum_t w_t z_t u_t^T, in float32 registers; rounded into shared memory,
+//              where the next step's first product reads it
 // A warp owns 16 rows and 64 columns of O, and 16 rows of the state. One barrier a step: copies of the next
 // step are in flight meanwhile, and whatever is written for it lies in the other of two buffers.
 #pragma once
@@ -24,7 +23,8 @@ struct OutputForm : Form<D> {
   static constexpr int kStates = 2 * kStageBytes;
   static constexpr int kGates = kStates + 2 * kStateBytes;
   static constexpr int kZ = kGates + 2 * sizeof(Gates);
-  static constexpr int kShared = kZ + 2 * D * 4;
+  static constexpr int kUnits = kZ + 2 * D * 4;  // float16: of two states, and the warps' largest elements
+  static constexpr int kShared = kUnits + (2 + D / 16) * 4;
   static constexpr int kBlocksPerSM = D == 64 ? 3 : 1;
 };
 
@@ -52,6 +52,7 @@ __device__ __forceinline__ bool in_pieces(const powerattn_tensor &x) {
       static_cast<uint64_t>(x.stride_b) | static_cast<uint64_t>(x.stride_t) | static_cast<uint64_t>(x.stride_h);
   return (((reinterpret_cast<uintptr_t>(x.data) >> 1) | strides) & 7) == 0;
 }
+template <typename T>
 __device__ __forceinline__ uint4 load_piece(const T *from, bool aligned) {
   if (aligned) return __ldg(reinterpret_cast<const uint4 *>(from));
   const unsigned short *const p = reinterpret_cast<const unsigned short *>(from);
@@ -65,10 +66,67 @@ constexpr float kNever = -1e30f;  // 2^kNever = 0: no branch around the exponent
 
 // What a walk has beside its output. The gate gradient is a small difference of sums over a chunk of q . dq and
 // k . dk: what they hold of pairs inside a step is the same rounded number in both, and what comes through the
-// state is not rounded (kGradient: states and the weights of what is added to them in two bfloat16 parts).
+// state is not rounded (kGradient: states and the weights of what is added to them in two parts).
 enum class Extra { kNone, kNorm, kGradient };
 
-template <int D, Extra kExtra>
+// float16 has the digits but not the range. What becomes an operand is counted in powers of two, undone on
+// float32 sums: a state in one that its largest element gives (state = unit times operand), and the weights of
+// a row of O in one of its own. Its sums are `unit` times what they stand for: about 8 after the state, and a
+// step whose weights would pass 2^15 lowers them to about 8 again, so that weights that round to multiples of
+// 2^-24 lose nothing of the sums.
+struct RowUnit {
+  float unit[2];
+  __device__ __forceinline__ void start(float (&o)[8][4]) {
+    float most[2] = {0.f, 0.f};
+#pragma unroll
+    for (int c = 0; c < 8; ++c)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) most[e >> 1] = fmaxf(most[e >> 1], fabsf(o[c][e]));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) unit[h] = to_eight(quad_max(most[h]));
+    scale(o, unit[0], unit[1]);
+  }
+  // w: of 16 columns; becomes unit times w.
+  __device__ __forceinline__ void count(float (&w)[2][4], float (&o)[8][4]) {
+    float most[2] = {0.f, 0.f};
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        w[t][e] *= unit[e >> 1];
+        most[e >> 1] = fmaxf(most[e >> 1], fabsf(w[t][e]));
+      }
+    if (!__any_sync(0xffffffffu, most[0] > 0x1p15f || most[1] > 0x1p15f)) return;
+    float f[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float x = quad_max(most[h]);
+      f[h] = x > 0x1p15f ? to_eight(x) : 1.f;
+      unit[h] *= f[h];
+    }
+    scale(o, f[0], f[1]);
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) w[t][e] *= f[e >> 1];
+  }
+  __device__ __forceinline__ void finish(float (&o)[8][4]) const {
+    scale(o, inverse_power(unit[0]), inverse_power(unit[1]));
+  }
+
+ private:
+  // The power of two that brings x to 8 .. 16, but at most 2^30.
+  static __device__ __forceinline__ float to_eight(float x) {
+    const int field = 3 + 254 - static_cast<int>(__float_as_uint(x) >> 23);
+    return __uint_as_float(static_cast<uint32_t>(max(1, min(field, 127 + 30))) << 23);
+  }
+  static __device__ __forceinline__ void scale(float (&o)[8][4], float f0, float f1) {
+#pragma unroll
+    for (int c = 0; c < 8; ++c) o[c][0] *= f0, o[c][1] *= f0, o[c][2] *= f1, o[c][3] *= f1;
+  }
+};
+
+template <typename T, int D, Extra kExtra>
 __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlocksPerSM)
     output_kernel(const __grid_constant__ OutputArgs a) {
   using F = OutputForm<D>;
@@ -77,6 +135,7 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
   const uint32_t base = shared_address(shared);
   Gates *const gates = reinterpret_cast<Gates *>(shared + F::kGates);
   float *const z_shared = reinterpret_cast<float *>(shared + F::kZ);
+  [[maybe_unused]] float *const units = reinterpret_cast<float *>(shared + F::kUnits);
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, quad = lane & 3;
 
   const Shape &shape = a.shape;
@@ -158,14 +217,35 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
   float bias = 0.f;
   if (kGradient && a.bias != nullptr && thread < D)
     bias = a.bias[(chunk_id * shape.heads_kv + head_kv) * D + thread];
+  // float16: the largest element of a warp's rows, before a barrier and publish().
+  const auto announce = [&] {
+    if constexpr (!kCounted<T>) return;
+    float most = kGradient ? fabsf(bias) : 0.f;
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) most = fmaxf(most, fabsf(sum[c][e]));
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, d));
+    if (lane == 0) units[2 + warp] = most;
+  };
   const auto publish = [&](int buffer) {
     const SharedTile<D> to{base + F::kStates + (kGradient ? 0 : buffer * F::kStateBytes), D};
     const int row0 = 16 * warp + (D == 128 ? anew(lane) : lane) / 4;
+    [[maybe_unused]] float inverse = 1.f;
+    if constexpr (kCounted<T>) {
+      float most = 0.f;
+#pragma unroll
+      for (int w = 0; w < F::kWarps; ++w) most = fmaxf(most, units[2 + w]);
+      const float unit = unit_of(most);
+      if (thread == 0) units[buffer] = unit;
+      inverse = inverse_power(unit);
+    }
 #pragma unroll
     for (int c = 0; c < D / 8; ++c)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float x = sum[c][2 * h], y = sum[c][2 * h + 1];
+        const float f = kCounted<T> ? inverse : 1.f, x = f * sum[c][2 * h], y = f * sum[c][2 * h + 1];
         const uint32_t at = to.at(row0 + 8 * h, c) + 4 * quad, high = Pair<T>::pack(x, y);
         store4(at, high);
         if (kGradient) store4(at + F::kStateBytes, Pair<T>::pack(x - Pair<T>::lo(high), y - Pair<T>::hi(high)));
@@ -174,12 +254,15 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
       z_shared[buffer * D + row0] = z_sum[0];
       z_shared[buffer * D + row0 + 8] = z_sum[2];
     }
-    if (kGradient && thread < D) z_shared[buffer * D + thread] = bias;
+    if (kGradient && thread < D) z_shared[buffer * D + thread] = kCounted<T> ? inverse * bias : bias;
   };
+  announce();
+  if (kCounted<T>) __syncthreads();
   publish(0);
 
   uint32_t xf[D / 16][4];
   float o[8][4], l[2];
+  [[maybe_unused]] RowUnit row_unit;
 #pragma unroll 1
   for (Step s; s.block < walk.blocks; s = walk.after(s)) {
     const int buffer = s.block & 1;
@@ -241,11 +324,13 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float f = now.row[16 * strip + 8 * h + lane / 4];
+        float f = now.row[16 * strip + 8 * h + lane / 4];
+        l[h] *= f;
+        if constexpr (kCounted<T>) f *= units[buffer];
 #pragma unroll
         for (int c = 0; c < 8; ++c) o[c][2 * h] *= f, o[c][2 * h + 1] *= f;
-        l[h] *= f;
       }
+      if constexpr (kCounted<T>) row_unit.start(o);
     }
 
     // ---- 2. O += w U, w = pair_scale e^{g_r - g_c} (X Z^T) where c is visible, 16 columns at a time
@@ -286,6 +371,7 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
           l[1] += w[t][2] + w[t][3];
         }
       }
+      if constexpr (kCounted<T>) row_unit.count(w, o);
       const uint32_t p[4] = {Pair<T>::pack(w[0][0], w[0][1]), Pair<T>::pack(w[0][2], w[0][3]),
                              Pair<T>::pack(w[1][0], w[1][1]), Pair<T>::pack(w[1][2], w[1][3])};
 #pragma unroll
@@ -325,14 +411,16 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
         z_sum[0] *= decay, z_sum[2] *= decay;
         bias *= decay;
       }
-      add_block<D, kGradient ? 2 : 1, kNorm>(sum, z_sum, zs, us, now.weight, weighted, warp, lane_here);
+      add_block<T, D, kGradient ? 2 : 1, kNorm>(sum, z_sum, zs, us, now.weight, weighted, warp, lane_here);
       if (finished) {
-        if (kGradient) __syncthreads();  // one buffer: everyone has read it
+        announce();
+        if (kGradient || kCounted<T>) __syncthreads();  // gradient: one buffer, which everyone has read
         publish(buffer ^ 1);
       }
     }
 
     if (!finished) continue;
+    if constexpr (kCounted<T>) row_unit.finish(o);
     if constexpr (kNorm) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -392,15 +480,15 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
   }
 }
 
-template <int D>
+template <typename T, int D>
 cudaError_t launch_output(const OutputArgs &a, cudaStream_t stream) {
   using F = OutputForm<D>;
   const int64_t blocks = a.shape.table.num_chunks * (a.reverse ? a.shape.heads_kv : a.shape.heads_q);
   if (blocks == 0) return cudaSuccess;
   const bool gradient = a.dot != nullptr || a.bias != nullptr || a.out_float != nullptr;
-  return launch_kernel(gradient                     ? output_kernel<D, Extra::kGradient>
-                       : a.row_norm.data != nullptr ? output_kernel<D, Extra::kNorm>
-                                                    : output_kernel<D, Extra::kNone>,
+  return launch_kernel(gradient                     ? output_kernel<T, D, Extra::kGradient>
+                       : a.row_norm.data != nullptr ? output_kernel<T, D, Extra::kNorm>
+                                                    : output_kernel<T, D, Extra::kNone>,
                        static_cast<unsigned>(blocks), F::kThreads, F::kShared, stream, a);
 }
 

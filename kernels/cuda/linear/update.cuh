@@ -22,7 +22,7 @@ constexpr int update_blocks() {
   return kExact ? 3 : 4;
 }
 
-template <int D, bool kExact>
+template <typename T, int D, bool kExact>
 __global__ void __launch_bounds__(UpdateForm<D>::kThreads, update_blocks<D, kExact>())
     update_kernel(const __grid_constant__ UpdateArgs a) {
   using F = UpdateForm<D>;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(UpdateForm<D>::kThreads, update_blocks<D, kExa
     const uint32_t src = base + read * 2 * F::kTileBytes;
     read = read + 1 == F::kStages ? 0 : read + 1;
     const SharedTile<D> xs{src, kBlock}, us{src + F::kTileBytes, kBlock};
-    add_block<D, kExact ? 3 : 2, true>(sum, z, xs, us, now.weight, weighted, warp, lane);
+    add_block<T, D, kExact ? 3 : 2, true>(sum, z, xs, us, now.weight, weighted, warp, lane);
   }
 
   float *const local = a.local + slot * D * D;
@@ -108,11 +108,11 @@ __global__ void __launch_bounds__(UpdateForm<D>::kThreads, update_blocks<D, kExa
   if (log_g != nullptr && thread == 0) a.decay[slot] = expf(seen);
 }
 
-template <int D>
+template <typename T, int D>
 cudaError_t launch_update(const UpdateArgs &a, cudaStream_t stream) {
   const int64_t blocks = a.shape.table.num_chunks * a.shape.heads_kv;
   if (blocks == 0) return cudaSuccess;
-  return launch_kernel(a.exact ? update_kernel<D, true> : update_kernel<D, false>,
+  return launch_kernel(a.exact ? update_kernel<T, D, true> : update_kernel<T, D, false>,
                        static_cast<unsigned>(blocks), UpdateForm<D>::kThreads, UpdateForm<D>::kShared, stream,
                        a);
 }
