@@ -16,8 +16,9 @@ namespace cuda {
 namespace sm80 {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kRows = 16, kWindow = 64;  // of a warp at a time; keys up to its last row
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kRows = 16, kWindow = 64;  // of a strip, a warp's; keys up to its last row
+constexpr int kMostRows = 32 * kRows;    // of a tile
 
 // A row's other keys may have this much of its weight: then leaving them out costs less than rounding y did.
 template <typename T>
@@ -69,24 +70,34 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(const __grid_constant__
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   const int head = static_cast<int>(blockIdx.x % s.heads_q), head_kv = head / (s.heads_q / s.heads_kv);
   const Tile tile = s.table.tiles[blockIdx.x / s.heads_q];
-  if (tile.length == 0) return;
-  const int64_t batch = batch_of(s.packed, tile.sequence), start = s.table.sequences[tile.sequence].start;
-  const bool gated = a.log_g.data != nullptr, k_pairs = in_pairs(a.k), v_pairs = in_pairs(a.v);
-  const int64_t gate_row = (batch * s.heads_kv + head_kv) * s.seq_len;
-  const auto gate_sum = [&](int64_t token) {
-    return a.g64 != nullptr ? a.g64[gate_row + token] : static_cast<double>(a.g[gate_row + token]);
-  };
+  const int64_t batch = batch_of(s.packed, tile.sequence),
+                start = s.packed ? s.table.sequences[tile.sequence].start : 0;
+  const bool gated = a.log_g.data != nullptr;
+  const auto first_key = [&](int64_t token) { return max(start, token - (kWindow - kRows)); };
+
+  // Each lane looks at one strip of rows: it is worth a walk at the start of a sequence, and where the gates
+  // say so, whose sums are at hand inside a chunk. Most tiles have none.
+  bool wanted = false;
+  if (lane * kRows < tile.length) {
+    const int64_t token = tile.start + lane * kRows, first = first_key(token);
+    wanted = first == start || gated;
+    if (first > start && gated && first >= tile.start - tile.offset) {
+      const int64_t row = (batch * s.heads_kv + head_kv) * s.seq_len,
+                    last = token + min(kRows, tile.length - lane * kRows) - 1;
+      wanted = a.g64 != nullptr ? a.g64[row + last] - a.g64[row + first] <= kSteep
+                                : a.g[row + last] - a.g[row + first] <= static_cast<float>(kSteep);
+    }
+  }
+  const bool k_pairs = in_pairs(a.k), v_pairs = in_pairs(a.v);
+  int number = 0;
 #pragma unroll 1
-  for (int strip = warp * kRows; strip < tile.length; strip += kWarps * kRows) {
-    const int64_t token = tile.start + strip;
-    const int rows = min(kRows, tile.length - strip);
-    const int64_t first = max(start, token - (kWindow - kRows));
-    if (first > start && !gated) break;  // nor do the strips behind it see few keys
-    const int before = static_cast<int>(token - first), keys = before + rows;
+  for (uint32_t strips = __ballot_sync(0xffffffffu, wanted); strips != 0; strips &= strips - 1) {
+    if (number++ % kWarps != warp) continue;
+    const int strip = kRows * (__ffs(static_cast<int>(strips)) - 1);
+    const int64_t token = tile.start + strip, first = first_key(token);
+    const int rows = min(kRows, tile.length - strip), before = static_cast<int>(token - first),
+              keys = before + rows;
     if (gated) {
-      if (first > start && first >= tile.start - tile.offset &&  // sums of one chunk: no need to add them up
-          gate_sum(first + keys - 1) - gate_sum(first) > kSteep)
-        continue;
       double carry = 0.;
       __syncwarp();  // the strip before has read its own
 #pragma unroll
@@ -99,14 +110,14 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(const __grid_constant__
         carry = __shfl_sync(0xffffffffu, g, 31);
       }
       __syncwarp();
-      if (first > start && gates[warp][keys - 1] - gates[warp][0] > kSteep) continue;
+      if (first > start && gates[warp][keys - 1] - gates[warp][0] > kSteep) continue;  // over a chunk's end
     }
 
     uint32_t q[D / 16][4], dy[D / 16][4];
     load_a<T, D>(q, a.q, batch, token, head, rows, lane);
     load_a<T, D>(dy, a.d_y, batch, token, head, rows, lane);
     float sum[2] = {0.f, 0.f}, dot[2] = {0.f, 0.f};  // of w, and of w m, of rows lane / 4 and + 8
-#pragma unroll 1
+#pragma unroll 2
     for (int key = 0; key < keys; key += 8) {
       const int64_t mine = first + min(key + lane / 4, keys - 1);
       float w[4] = {0.f, 0.f, 0.f, 0.f}, m[4] = {0.f, 0.f, 0.f, 0.f};
@@ -150,6 +161,7 @@ cudaError_t delta_type(const DeltaArgs &a, unsigned blocks, cudaStream_t stream)
 cudaError_t delta(const DeltaArgs &a, cudaStream_t stream) {
   const int64_t blocks = a.shape.table.num_tiles * a.shape.heads_q;
   if (blocks == 0) return cudaSuccess;
+  if (a.shape.table.tile > kMostRows) return cudaErrorInvalidValue;
   return a.shape.dtype == Dtype::kFloat16 ? delta_type<__half>(a, static_cast<unsigned>(blocks), stream)
                                           : delta_type<__nv_bfloat16>(a, static_cast<unsigned>(blocks), stream);
 }

@@ -95,6 +95,13 @@ inline int __any_sync(unsigned mask, int predicate) {  // of whole warps
   return any;
 }
 
+inline unsigned __ballot_sync(unsigned mask, int predicate) {  // of whole warps
+  unsigned set = predicate != 0 ? 1u << (threadIdx.x & 31) : 0u;
+  for (int bits = 16; bits > 0; bits /= 2) set |= __shfl_xor_sync(mask, set, bits);
+  return set;
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
+
 // Threads take turns only where they wait, so that plain accesses are atomic.
 template <class T>
 T atomicAdd(T *p, T x) {
