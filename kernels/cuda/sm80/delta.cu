@@ -26,11 +26,12 @@ constexpr float kLeftOut = std::is_same_v<T, __half> ? 0x1p-14f : 0x1p-11f;
 // Log gates over a window that are worth a look: e^-6 is 2^-8.7, and weights differ.
 constexpr double kSteep = -6.;
 
-// Elements `column` and column + 1 of a row.
-template <typename T>
-__device__ __forceinline__ uint32_t load_pair(const T *row, int column, bool aligned) {
+// Elements `column` and column + 1 of a row. Whether all pairs are aligned is known at compile time: a choice
+// before each load would wait for one load after the other.
+template <bool kPairs, typename T>
+__device__ __forceinline__ uint32_t load_pair(const T *row, int column) {
   const unsigned short *const p = reinterpret_cast<const unsigned short *>(row) + column;
-  if (aligned) return *reinterpret_cast<const uint32_t *>(p);
+  if constexpr (kPairs) return *reinterpret_cast<const uint32_t *>(p);
   return p[0] | static_cast<uint32_t>(p[1]) << 16;
 }
 __device__ __forceinline__ bool in_pairs(const powerattn_tensor &x) {
@@ -40,31 +41,78 @@ __device__ __forceinline__ bool in_pairs(const powerattn_tensor &x) {
 }
 
 // A operand of rows 0 .. 15, of which `rows` exist.
-template <typename T, int D>
+template <typename T, int D, bool kPairs>
 __device__ __forceinline__ void load_a(uint32_t (&a)[D / 16][4], const powerattn_tensor &x, int64_t batch,
                                        int64_t token, int head, int rows, int lane) {
-  const bool aligned = in_pairs(x);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + 8 * (i & 1), column = 2 * (lane % 4) + 8 * (i / 2);
     const T *const from = row_pointer<T>(x, batch, token + min(row, rows - 1), head);
 #pragma unroll
-    for (int k = 0; k < D / 16; ++k) a[k][i] = row < rows ? load_pair(from, 16 * k + column, aligned) : 0;
+    for (int k = 0; k < D / 16; ++k) {
+      const uint32_t v = load_pair<kPairs>(from, 16 * k + column);
+      a[k][i] = row < rows ? v : 0;
+    }
   }
 }
 // acc = a x^T for the eight rows of x of which this lane has `row`.
-template <typename T, int D>
+template <typename T, int D, bool kPairs>
 __device__ __forceinline__ void times_rows(float (&acc)[4], const uint32_t (&a)[D / 16][4], const T *row,
-                                           bool aligned, int lane) {
+                                           int lane) {
+  uint32_t b[D / 16][2];
 #pragma unroll
-  for (int k = 0; k < D / 16; ++k) {
-    const int column = 16 * k + 2 * (lane % 4);
-    mma<T>(acc, a[k], load_pair(row, column, aligned), load_pair(row, column + 8, aligned));
+  for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) b[k][i] = load_pair<kPairs>(row, 16 * k + 8 * i + 2 * (lane % 4));
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) mma<T>(acc, a[k], b[k][0], b[k][1]);
+}
+
+// Rows `token` .. of a head, and the keys from `first` to the last of them.
+struct Strip {
+  int64_t batch, first, token;
+  int head, head_kv, rows;
+};
+// `gates`: the sum of the gates from key `first` to each of the others.
+template <typename T, int D, bool kPairs>
+__device__ __forceinline__ void walk(const DeltaArgs &a, const Strip &r, const double *gates, int lane) {
+  const int before = static_cast<int>(r.token - r.first), keys = before + r.rows;
+  uint32_t q[D / 16][4], dy[D / 16][4];
+  load_a<T, D, kPairs>(q, a.q, r.batch, r.token, r.head, r.rows, lane);
+  load_a<T, D, kPairs>(dy, a.d_y, r.batch, r.token, r.head, r.rows, lane);
+  float sum[2] = {0.f, 0.f}, dot[2] = {0.f, 0.f};  // of w, and of w m, of rows lane / 4 and + 8
+#pragma unroll(kPairs ? 2 : 1)
+  for (int key = 0; key < keys; key += 8) {
+    const int64_t mine = r.first + min(key + lane / 4, keys - 1);
+    float w[4] = {0.f, 0.f, 0.f, 0.f}, m[4] = {0.f, 0.f, 0.f, 0.f};
+    times_rows<T, D, kPairs>(w, q, row_pointer<T>(a.k, r.batch, mine, r.head_kv), lane);
+    times_rows<T, D, kPairs>(m, dy, row_pointer<T>(a.v, r.batch, mine, r.head_kv), lane);
+    power<0>(w, a.shape.degree);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int row = before + lane / 4 + 8 * (e / 2), column = key + 2 * (lane % 4) + (e & 1);
+      if (column > row || row >= keys) continue;
+      if (a.log_g.data != nullptr) w[e] *= __expf(static_cast<float>(gates[row] - gates[column]));
+      sum[e / 2] += w[e];
+      dot[e / 2] += w[e] * m[e];
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float total = a.scale * quad_sum(sum[h]) + a.eps, part = a.scale * quad_sum(dot[h]);
+    const int row = lane / 4 + 8 * h;
+    if (lane % 4 != 0 || row >= r.rows) continue;
+    const float norm = *row_pointer<float>(a.row_norm, r.batch, r.token + row, r.head), delta = part / total;
+    // Not of sums that left float32, nor of none.
+    if (!(fabsf(norm - total) <= kLeftOut<T> * norm) || !(fabsf(delta) < INFINITY)) continue;
+    const int64_t at = (r.batch * a.shape.heads_q + r.head) * a.shape.seq_len + r.token + row;
+    a.delta[at] = delta;
+    if (a.norm_weight != nullptr) a.norm_weight[at] = -delta * a.weight[at];
   }
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads) delta_kernel(const __grid_constant__ DeltaArgs a) {
+__global__ void __launch_bounds__(kThreads, 4) delta_kernel(const __grid_constant__ DeltaArgs a) {
   __shared__ double gates[kWarps][kWindow];
   const Shape &s = a.shape;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
@@ -88,14 +136,14 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(const __grid_constant__
                                 : a.g[row + last] - a.g[row + first] <= static_cast<float>(kSteep);
     }
   }
-  const bool k_pairs = in_pairs(a.k), v_pairs = in_pairs(a.v);
+  const bool pairs = in_pairs(a.q) && in_pairs(a.k) && in_pairs(a.v) && in_pairs(a.d_y);
   int number = 0;
 #pragma unroll 1
   for (uint32_t strips = __ballot_sync(0xffffffffu, wanted); strips != 0; strips &= strips - 1) {
     if (number++ % kWarps != warp) continue;
-    const int strip = kRows * (__ffs(static_cast<int>(strips)) - 1);
-    const int64_t token = tile.start + strip, first = first_key(token);
-    const int rows = min(kRows, tile.length - strip), before = static_cast<int>(token - first),
+    const int offset = kRows * (__ffs(static_cast<int>(strips)) - 1);
+    const int64_t token = tile.start + offset, first = first_key(token);
+    const int rows = min(kRows, tile.length - offset), before = static_cast<int>(token - first),
               keys = before + rows;
     if (gated) {
       double carry = 0.;
@@ -113,38 +161,11 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(const __grid_constant__
       if (first > start && gates[warp][keys - 1] - gates[warp][0] > kSteep) continue;  // over a chunk's end
     }
 
-    uint32_t q[D / 16][4], dy[D / 16][4];
-    load_a<T, D>(q, a.q, batch, token, head, rows, lane);
-    load_a<T, D>(dy, a.d_y, batch, token, head, rows, lane);
-    float sum[2] = {0.f, 0.f}, dot[2] = {0.f, 0.f};  // of w, and of w m, of rows lane / 4 and + 8
-#pragma unroll 2
-    for (int key = 0; key < keys; key += 8) {
-      const int64_t mine = first + min(key + lane / 4, keys - 1);
-      float w[4] = {0.f, 0.f, 0.f, 0.f}, m[4] = {0.f, 0.f, 0.f, 0.f};
-      times_rows<T, D>(w, q, row_pointer<T>(a.k, batch, mine, head_kv), k_pairs, lane);
-      times_rows<T, D>(m, dy, row_pointer<T>(a.v, batch, mine, head_kv), v_pairs, lane);
-      power<0>(w, s.degree);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int row = before + lane / 4 + 8 * (e / 2), column = key + 2 * (lane % 4) + (e & 1);
-        if (column > row || row >= keys) continue;
-        if (gated) w[e] *= __expf(static_cast<float>(gates[warp][row] - gates[warp][column]));
-        sum[e / 2] += w[e];
-        dot[e / 2] += w[e] * m[e];
-      }
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float total = a.scale * quad_sum(sum[h]) + a.eps, part = a.scale * quad_sum(dot[h]);
-      const int row = lane / 4 + 8 * h;
-      if (lane % 4 != 0 || row >= rows) continue;
-      const float norm = *row_pointer<float>(a.row_norm, batch, token + row, head), delta = part / total;
-      // Not of sums that left float32, nor of none.
-      if (!(fabsf(norm - total) <= kLeftOut<T> * norm) || !(fabsf(delta) < INFINITY)) continue;
-      const int64_t at = (batch * s.heads_q + head) * s.seq_len + token + row;
-      a.delta[at] = delta;
-      if (a.norm_weight != nullptr) a.norm_weight[at] = -delta * a.weight[at];
-    }
+    const Strip strip{batch, first, token, head, head_kv, rows};
+    if (pairs)
+      walk<T, D, true>(a, strip, gates[warp], lane);
+    else
+      walk<T, D, false>(a, strip, gates[warp], lane);
   }
 }
 
