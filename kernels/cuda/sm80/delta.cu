@@ -18,7 +18,6 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kRows = 16, kWindow = 64;  // of a strip, a warp's; keys up to its last row
-constexpr int kMostRows = 32 * kRows;    // of a tile
 
 // A row's other keys may have this much of its weight: then leaving them out costs less than rounding y did.
 template <typename T>
@@ -68,10 +67,10 @@ __device__ __forceinline__ void times_rows(float (&acc)[4], const uint32_t (&a)[
   for (int k = 0; k < D / 16; ++k) mma<T>(acc, a[k], b[k][0], b[k][1]);
 }
 
-// Rows `token` .. of a head, and the keys from `first` to the last of them.
+// Rows `token` .. of a head, but for the first `skip`, and the keys from `first` to the last of them.
 struct Strip {
   int64_t batch, first, token;
-  int head, head_kv, rows;
+  int head, head_kv, rows, skip;
 };
 // `gates`: the sum of the gates from key `first` to each of the others.
 template <typename T, int D, bool kPairs>
@@ -101,7 +100,7 @@ __device__ __forceinline__ void walk(const DeltaArgs &a, const Strip &r, const d
   for (int h = 0; h < 2; ++h) {
     const float total = a.scale * quad_sum(sum[h]) + a.eps, part = a.scale * quad_sum(dot[h]);
     const int row = lane / 4 + 8 * h;
-    if (lane % 4 != 0 || row >= r.rows) continue;
+    if (lane % 4 != 0 || row >= r.rows || row < r.skip) continue;
     const float norm = *row_pointer<float>(a.row_norm, r.batch, r.token + row, r.head), delta = part / total;
     // Not of sums that left float32, nor of none.
     if (!(fabsf(norm - total) <= kLeftOut<T> * norm) || !(fabsf(delta) < INFINITY)) continue;
@@ -111,61 +110,100 @@ __device__ __forceinline__ void walk(const DeltaArgs &a, const Strip &r, const d
   }
 }
 
+// A strip whose gates are steep enough, of a warp: their sums, then the walk.
+template <typename T, int D>
+__device__ __forceinline__ void take(const DeltaArgs &a, const Strip &r, int64_t start, double *gates,
+                                     int lane) {
+  if (a.log_g.data != nullptr) {
+    const int keys = static_cast<int>(r.token - r.first) + r.rows;
+    double carry = 0.;
+    __syncwarp();  // the strip before has read its own
+#pragma unroll
+    for (int half = 0; half < kWindow; half += 32) {
+      const int n = half + lane;
+      double g = 0.;
+      if (n < keys)
+        g = fmaxf(*row_pointer<const float>(a.log_g, r.batch, r.first + n, r.head_kv), kResetLogGate);
+      g = carry + warp_scan(g);
+      gates[n] = g;
+      carry = __shfl_sync(0xffffffffu, g, 31);
+    }
+    __syncwarp();
+    if (r.first > start && gates[keys - 1] - gates[0] > kSteep) return;
+  }
+  if (in_pairs(a.q) && in_pairs(a.k) && in_pairs(a.v) && in_pairs(a.d_y))
+    walk<T, D, true>(a, r, gates, lane);
+  else
+    walk<T, D, false>(a, r, gates, lane);
+}
+
+// Blocks for the first kWindow rows of every sequence and head, a strip for each warp; then, with gates, blocks
+// that look at kThreads strips of the tiles each, most of which are left, and share out the others.
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads, 4) delta_kernel(const __grid_constant__ DeltaArgs a) {
   __shared__ double gates[kWarps][kWindow];
+  __shared__ uint32_t wanted[kWarps];
   const Shape &s = a.shape;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-  const int head = static_cast<int>(blockIdx.x % s.heads_q), head_kv = head / (s.heads_q / s.heads_kv);
-  const Tile tile = s.table.tiles[blockIdx.x / s.heads_q];
-  const int64_t batch = batch_of(s.packed, tile.sequence),
-                start = s.packed ? s.table.sequences[tile.sequence].start : 0;
-  const bool gated = a.log_g.data != nullptr;
-  const auto first_key = [&](int64_t token) { return max(start, token - (kWindow - kRows)); };
-
-  // Each lane looks at one strip of rows: it is worth a walk at the start of a sequence, and where the gates
-  // say so, whose sums are at hand inside a chunk. Most tiles have none.
-  bool wanted = false;
-  if (lane * kRows < tile.length) {
-    const int64_t token = tile.start + lane * kRows, first = first_key(token);
-    wanted = first == start || gated;
-    if (first > start && gated && first >= tile.start - tile.offset) {
-      const int64_t row = (batch * s.heads_kv + head_kv) * s.seq_len,
-                    last = token + min(kRows, tile.length - lane * kRows) - 1;
-      wanted = a.g64 != nullptr ? a.g64[row + last] - a.g64[row + first] <= kSteep
-                                : a.g[row + last] - a.g[row + first] <= static_cast<float>(kSteep);
-    }
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, group = s.heads_q / s.heads_kv;
+  const int64_t starts = s.table.num_sequences * s.heads_q;
+  Strip r;
+  if (blockIdx.x < starts) {
+    static_assert(kWarps * kRows == kWindow, "a warp for each strip");
+    const int64_t sequence = blockIdx.x / s.heads_q;
+    const Sequence of = s.table.sequences[sequence];
+    r.head = static_cast<int>(blockIdx.x % s.heads_q);
+    r.head_kv = r.head / group;
+    r.batch = batch_of(s.packed, static_cast<int32_t>(sequence));
+    r.first = of.start;
+    r.token = of.start + warp * kRows;
+    r.rows = static_cast<int>(min(int64_t(kRows), of.length - warp * kRows));
+    r.skip = 0;
+    if (r.rows > 0) take<T, D>(a, r, of.start, gates[warp], lane);
+    return;
   }
-  const bool pairs = in_pairs(a.q) && in_pairs(a.k) && in_pairs(a.v) && in_pairs(a.d_y);
+
+  const int strips = static_cast<int>(s.table.tile) / kRows;  // of a tile
+  Tile tile;
+  int64_t start = 0;
+  const auto find =
+      [&](int n) {  // strip n of the block's; false: it has none, or only rows of the blocks above
+        const int64_t id = (blockIdx.x - starts) * kThreads + n, item = id / strips;
+        const int offset = static_cast<int>(id % strips) * kRows;
+        if (item >= s.table.num_tiles * s.heads_q) return false;
+        tile = s.table.tiles[item / s.heads_q];
+        if (offset >= tile.length) return false;
+        r.head = static_cast<int>(item % s.heads_q);
+        r.head_kv = r.head / group;
+        r.batch = batch_of(s.packed, tile.sequence);
+        start = s.packed ? s.table.sequences[tile.sequence].start : 0;
+        r.token = tile.start + offset;
+        r.rows = min(kRows, tile.length - offset);
+        r.first = max(start, r.token - (kWindow - kRows));
+        r.skip = static_cast<int>(max(int64_t(0), start + kWindow - r.token));
+        return r.skip < r.rows;
+      };
+  bool look = find(static_cast<int>(threadIdx.x));
+  if (look) {
+    const int64_t row = (r.batch * s.heads_kv + r.head_kv) * s.seq_len, chunk = tile.start - tile.offset;
+    const auto sum = [&](int64_t token) {
+      return a.g64 != nullptr ? a.g64[row + token] : static_cast<double>(a.g[row + token]);
+    };
+    double steep = sum(r.token + r.rows - 1) - sum(r.first);
+    if (r.first < chunk) steep += sum(chunk - 1);  // sums begin anew
+    look = steep <= kSteep || r.first + s.table.chunk < chunk;
+  }
+  const uint32_t mine = __ballot_sync(0xffffffffu, look);
+  if (lane == 0) wanted[warp] = mine;
+  __syncthreads();
   int number = 0;
 #pragma unroll 1
-  for (uint32_t strips = __ballot_sync(0xffffffffu, wanted); strips != 0; strips &= strips - 1) {
-    if (number++ % kWarps != warp) continue;
-    const int offset = kRows * (__ffs(static_cast<int>(strips)) - 1);
-    const int64_t token = tile.start + offset, first = first_key(token);
-    const int rows = min(kRows, tile.length - offset), before = static_cast<int>(token - first),
-              keys = before + rows;
-    if (gated) {
-      double carry = 0.;
-      __syncwarp();  // the strip before has read its own
-#pragma unroll
-      for (int half = 0; half < kWindow; half += 32) {
-        const int n = half + lane;
-        double g = 0.;
-        if (n < keys) g = fmaxf(*row_pointer<const float>(a.log_g, batch, first + n, head_kv), kResetLogGate);
-        g = carry + warp_scan(g);
-        gates[warp][n] = g;
-        carry = __shfl_sync(0xffffffffu, g, 31);
-      }
-      __syncwarp();
-      if (first > start && gates[warp][keys - 1] - gates[warp][0] > kSteep) continue;  // over a chunk's end
+  for (int w = 0; w < kWarps; ++w) {
+#pragma unroll 1
+    for (uint32_t left = wanted[w]; left != 0; left &= left - 1) {
+      if (number++ % kWarps != warp) continue;
+      find(32 * w + __ffs(static_cast<int>(left)) - 1);
+      take<T, D>(a, r, start, gates[warp], lane);
     }
-
-    const Strip strip{batch, first, token, head, head_kv, rows};
-    if (pairs)
-      walk<T, D, true>(a, strip, gates[warp], lane);
-    else
-      walk<T, D, false>(a, strip, gates[warp], lane);
   }
 }
 
@@ -180,9 +218,11 @@ cudaError_t delta_type(const DeltaArgs &a, unsigned blocks, cudaStream_t stream)
 }  // namespace
 
 cudaError_t delta(const DeltaArgs &a, cudaStream_t stream) {
-  const int64_t blocks = a.shape.table.num_tiles * a.shape.heads_q;
+  const ChunkTable &table = a.shape.table;
+  int64_t blocks = table.num_sequences * a.shape.heads_q;
+  if (a.log_g.data != nullptr)
+    blocks += ceil_div(table.num_tiles * a.shape.heads_q * (table.tile / kRows), kThreads);
   if (blocks == 0) return cudaSuccess;
-  if (a.shape.table.tile > kMostRows) return cudaErrorInvalidValue;
   return a.shape.dtype == Dtype::kFloat16 ? delta_type<__half>(a, static_cast<unsigned>(blocks), stream)
                                           : delta_type<__nv_bfloat16>(a, static_cast<unsigned>(blocks), stream);
 }
