@@ -15,9 +15,9 @@ constexpr int kWarps = 2;        // producers
 constexpr int kAdders = 2;       // warps that add dq up: pairs in turn
 constexpr int kQueryMeta = 768;  // per stage: factor, log2 gate, delta of 64 queries (floats)
 constexpr uint32_t kQueryGate = 256, kQueryDelta = 512;
-constexpr int kPart = 64 * 64 * 4;         // of dq, on its way to the sums
-constexpr int64_t kSumsInCache = 8 << 20;  // bytes of dq in work at a time
-constexpr int kUnits = 4;                  // posted ahead, and not yet finished with
+constexpr int kPart = 64 * 64 * 4;                                  // of dq, on its way to the sums
+constexpr int64_t kSumsInCache = 8 << 20, kMostInCache = 12 << 20;  // bytes of dq in work at a time
+constexpr int kUnits = 4;                                           // posted ahead, and not yet finished with
 
 // A block of 128 keys of a sequence, and the queries that see them: `pairs` times 2 x 64 of each query head of
 // the group.

@@ -13,14 +13,15 @@ namespace joint {
 
 // As many sequences and heads at a time as leave their sums in the L2 cache, which they share with the queries
 // of the same: 8 MB of it. With long sequences one or two more, for there have to be units for all
-// multiprocessors (measured from 4 to 24 MB: docs/performance-log.md).
+// multiprocessors, but up to 12 MB (measured from 4 to 32 MB: docs/performance-log.md).
 inline JointArgs in_groups(JointArgs a, int sms) {
   a.blocks = static_cast<uint32_t>(a.p.table.num_tiles * (kOutputRows / kJointRows) /
                                    (a.p.packed ? 1 : a.p.table.num_sequences));
   const int64_t blocks = std::max<int64_t>(a.blocks, 1),
                 bytes = blocks * kJointRows * a.p.head_dim * 4 * a.p.group,
-                enough = (sms + sms / 4 + blocks - 1) / blocks;
-  a.together = static_cast<uint32_t>(std::max(enough, std::min<int64_t>(kSumsInCache / bytes, 1024)));
+                enough = (sms + sms / 4 + blocks - 1) / blocks, wanted = std::max(enough, kSumsInCache / bytes),
+                most = std::max<int64_t>(kMostInCache / bytes, 1);
+  a.together = static_cast<uint32_t>(std::min({wanted, most, int64_t(1024)}));
   return a;
 }
 
