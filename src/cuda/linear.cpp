@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// "cuda.linear": degree 1 in the chunked form, bfloat16 and float16, for devices from compute capability 8.0 on. The
-// kernels are bound by memory: this file chooses chunks that fill the device in one wave, and lays out memory;
-// kernels/cuda/linear computes.
+// "cuda.linear": degree 1 in the chunked form, bfloat16 and float16, for devices from compute capability 8.0
+// on. The kernels are bound by memory: this file chooses chunks that fill the device in one wave, and lays out
+// memory; kernels/cuda/linear computes.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -85,7 +85,8 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
   if (op == Op::kStep || op == Op::kSummary) return no("forward and backward only");
   if (p.degree != 1) return no("degree 1 only");
   if (p.dtype != Dtype::kBfloat16 && p.dtype != Dtype::kFloat16) return no("bfloat16 and float16 only");
-  // It multiplies queries and d_y before they are rounded, which have no units (kernels/cuda/linear/output.cuh).
+  // It multiplies queries and d_y before they are rounded, which have no units
+  // (kernels/cuda/linear/output.cuh).
   if (p.dtype == Dtype::kFloat16 && !(std::fabs(p.scale) <= 1 && std::fabs(p.scale) >= 1. / 64))
     return no("float16: a scale between 1/64 and 1 only");
   if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128))
