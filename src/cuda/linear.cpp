@@ -417,6 +417,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   if (gates) {
     k1::GateArgs g;
     g.shape = call.shape;
+    g.first_has_state = args.initial_state.s != nullptr;
     g.q_dot = own.q_dot;
     g.k_dot = own.k_dot;
     g.q_plane = dq.dot_plane;

@@ -109,6 +109,7 @@ struct GateArgs {
   const float *z_end = nullptr;
   const float *d_state = nullptr;  // after every chunk
   const float *d_z = nullptr;      // or null: zero
+  bool first_has_state = false;    // sequences start from an initial state
   powerattn_tensor d_log_g{};
 };
 cudaError_t gate_gradient(const GateArgs &a, cudaStream_t stream);

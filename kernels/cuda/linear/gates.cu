@@ -65,6 +65,8 @@ __global__ void __launch_bounds__(kThreads) gates_kernel(const __grid_constant__
       if (w < warp) sum += totals[turn][w];
       carry += totals[turn][w];
     }
+    // A sequence's first gate decays its initial state and nothing else.
+    if (t == 0 && chunk.index == 0 && !a.first_has_state && fabsf(sum) <= INFINITY) sum = 0.f;
     if (t >= 0) *row_pointer<float>(a.d_log_g, batch, chunk.start + t, head) = sum;
   }
 }

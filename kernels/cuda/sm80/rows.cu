@@ -332,6 +332,8 @@ __global__ void __launch_bounds__(kThreads) gates_kernel(const __grid_constant__
   const int group = s.heads_q / s.heads_kv;
   const float inverse = 1.f / static_cast<float>(s.degree);
   const int64_t row0 = (batch * s.heads_kv + head) * s.seq_len + chunk.start;
+  // A sequence's first gate decays its initial state and nothing else: without one, the sum is zero.
+  const bool nothing_before = chunk.index == 0 && a.initial.s == nullptr && a.initial.z == nullptr;
   float carry = 0.f;
   if (a.s_tiles != nullptr) {
     float own = 0.f;
@@ -370,7 +372,11 @@ __global__ void __launch_bounds__(kThreads) gates_kernel(const __grid_constant__
     }
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i)
-      if (last - i >= 0) *row_pointer<float>(a.d_log_g, batch, chunk.start + last - i, head) = before + v[i];
+      if (last - i >= 0) {
+        const float sum = before + v[i];
+        *row_pointer<float>(a.d_log_g, batch, chunk.start + last - i, head) =
+            last - i == 0 && nothing_before && fabsf(sum) <= INFINITY ? 0.f : sum;
+      }
     __syncthreads();
   }
 }
