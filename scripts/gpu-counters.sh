@@ -7,6 +7,7 @@ build=${GPU_BUILD:-${POWERATTN_BUILD:-build}/gpu}
 program=$build/tests/gpu/bench_gpu
 [ -x "$program" ] || program=$build/bench_gpu
 results=${GPU_RESULTS:-bench/results}
+command -v ncu >/dev/null || { echo "gpu-counters: ncu (Nsight Compute) is not on the path" >&2; exit 1; }
 metrics=$(sed -n 's/^    "\([a-z0-9_]*__[^"]*\)": .*/\1/p' bench/gpu/counters.py | paste -sd,)
 {
   echo "# libpowerattn GPU counters, $(date -u +%Y-%m-%d), $(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)"
@@ -15,6 +16,7 @@ metrics=$(sed -n 's/^    "\([a-z0-9_]*__[^"]*\)": .*/\1/p' bench/gpu/counters.py
     echo "=== $shape"
     timeout 90 ncu --clock-control none --csv --metrics "$metrics" -c 60 \
       -k 'regex:output|update|joint|gradient|tiles|z_kernel|scan|rows|delta|begin|boundary|gates' \
-      "$program" targets --only "$shape" --quick --seconds 6 2>&1 | grep '^"' || true
+      "$program" targets --only "$shape" --quick --seconds 6 2>&1 | grep '^"' ||
+      echo "gpu-counters: '$shape' failed or was cut off" >&2
   done | python3 bench/gpu/counters.py
 } | tee "$results/gpu-counters.txt"
