@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-# The GPU benchmark, in less than nine minutes: the device's matrix-multiply rate and copy bandwidth, the library, and the
+# The GPU benchmark, in about nine minutes: the device's matrix-multiply rate and copy bandwidth, the library, and the
 # installed peers, in one run. Writes gpu.csv (ours and the ceilings), gpu-peers.csv, and what report.py made of both
 # (gpu-sweep.csv, gpu-report.txt) into bench/results; bench/gpu/plot.py draws. Arguments go to bench_gpu (sections,
 # --only TEXT, --quick). GPU_BUILD: a folder that holds bench_gpu already (default: build it here). GPU_RESULTS: where the
-# tables go. GPU_PEERS_ARGS: arguments of peers.py. GPU_SECONDS: time for the whole, the build not counted (default 520).
+# tables go. GPU_PEERS_ARGS: arguments of peers.py. GPU_SECONDS: time for the whole, the build not counted (default 570).
 set -eu -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 build=${GPU_BUILD:-}
@@ -18,7 +18,7 @@ program=$build/tests/gpu/bench_gpu
 results=${GPU_RESULTS:-bench/results}
 mkdir -p "$results"
 SECONDS=0
-total=${GPU_SECONDS:-520}
+total=${GPU_SECONDS:-570}
 left() { echo $((total - SECONDS > 1 ? total - SECONDS : 1)); }
 status=0
 
@@ -43,17 +43,17 @@ if [ $# -eq 0 ] && [ -z "${POWERATTN_CUDA_IMPLEMENTATION:-}" ]; then
       --csv "$results/gpu.csv" --append
   done
 fi
-# The same after half a second of load, when the device is at its power cap.
+# The planner's choice after 0.4 s of load, when the device is at its power cap.
 if [ $# -eq 0 ]; then
-  part "sustained" 40 "$program" targets --warm 500 --label sustained --csv "$results/gpu.csv" --append
+  part "sustained" 70 "$program" sweep --only planner --warm 400 --label sustained --csv "$results/gpu.csv" --append
 fi
 if python3 -c 'import torch' 2>/dev/null; then
   # shellcheck disable=SC2086
-  part peers "$(left)" python3 bench/gpu/peers.py --csv "$results/gpu-peers.csv" --seconds $(($(left) - 40)) \
+  part peers "$(left)" python3 bench/gpu/peers.py --csv "$results/gpu-peers.csv" --seconds $(($(left) - 100)) \
     ${GPU_PEERS_ARGS:-}
   if [ $# -eq 0 ]; then
-    part "peers, sustained" 30 python3 bench/gpu/peers.py --csv "$results/gpu-peers.csv" --append --quick --only cudnn \
-      --warm 500
+    part "peers, sustained" 80 python3 bench/gpu/peers.py --csv "$results/gpu-peers.csv" --append --only cudnn \
+      --warm 400 --seconds 75
   fi
 else
   echo "peers: PyTorch is not installed here; only the library was measured"

@@ -4,11 +4,12 @@
 //   [--quick] [--warm MS]
 // Sections (default: all): targets  the shapes that have a target
 //                          kernels  the same by kernel, each in its place in the sequence
-//                          sweep    both forms and the planner's choice, from tokens / 64 to 4 tokens per
+//                          sweep    both forms and the planner's choice, from tokens / 64 to 4 tokens a
 //                          sequence other    other dtypes, grouped heads, degree 4 step     the state step
-// Medians of graph replays; random data (zeros run faster). Every row of the CSV is one measurement; what was
-// not measured, because it failed or `--seconds` were over, is printed and has no row. bench/gpu/report.py
-// judges the table.
+// Medians of graph replays, with the clock they ran at; random data (zeros run faster). --warm MS: after so
+// much of the same work, at the clock of a long run. Every row of the CSV is one measurement; what was not
+// measured, because it failed or `--seconds` were over, is printed and has no row. bench/gpu/report.py judges
+// the table.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -41,6 +42,8 @@ struct Row {
   int64_t chunk = 0;
   uint64_t memory = 0;      // bytes beside the inputs: outputs, saved, workspace
   double predicted_ms = 0;  // the planner's
+  double mhz = 0;           // the device's clock meanwhile
+  void timed(const Time &t) { ms = t.ms, mhz = t.mhz; }
 };
 
 void print(const Row &r) {
@@ -55,12 +58,13 @@ void print(const Row &r) {
   if (!r.form.empty()) std::printf("  %s %lld", r.form.c_str(), (long long)r.chunk);
   if (r.predicted_ms > 0) std::printf(", predicted %.3g ms", r.predicted_ms);
   if (r.memory > 0) std::printf(", %.0f MB", double(r.memory) * 1e-6);
+  if (r.mhz > 0) std::printf(", %.0f MHz", r.mhz);
   std::printf("\n");
   std::fflush(stdout);
   if (!csv) return;
-  std::fprintf(csv, "%s,%s,%s,%.6f,%.3f,%.3f,%.4f,%s,%lld,%llu,%.6f\n", r.what.c_str(), r.config.c_str(),
+  std::fprintf(csv, "%s,%s,%s,%.6f,%.3f,%.3f,%.4f,%s,%lld,%llu,%.6f,%.0f\n", r.what.c_str(), r.config.c_str(),
                r.implementation.c_str(), r.ms, rate, bandwidth, share, r.form.c_str(), (long long)r.chunk,
-               (unsigned long long)r.memory, r.predicted_ms);
+               (unsigned long long)r.memory, r.predicted_ms, r.mhz);
   std::fflush(csv);
 }
 
@@ -207,7 +211,7 @@ void run(const Config &c, int parts = kTimes) {
       r.implementation = runs(p.plan, "forward");
       r.form = chunked ? "chunked" : "attention";
       r.chunk = chunked ? p.info.chunk_size : 0;
-      r.ms = median_ms(forward_only, budget_ms);
+      r.timed(median_time(forward_only, budget_ms));
       r.flops = u.forward();
       r.predicted_ms = p.info.predicted_forward_s * 1e3;
       const uint64_t outputs = p.y.bytes() + p.norm.bytes();
@@ -217,7 +221,7 @@ void run(const Config &c, int parts = kTimes) {
         r.what = "fwd+bwd";
         if (const std::string other = runs(p.plan, "backward"); other != r.implementation)
           r.implementation += "+" + other;
-        r.ms = median_ms(both, budget_ms);
+        r.timed(median_time(both, budget_ms));
         r.flops += u.backward();
         r.predicted_ms += p.info.predicted_backward_s * 1e3;
         r.memory = outputs + p.dq.bytes() + p.dk.bytes() + p.dv.bytes() + p.dlog_g.bytes() + p.saved.bytes() +
@@ -256,15 +260,15 @@ void run_step(int32_t state_dtype, int64_t units, int64_t d, int64_t tokens, int
     for (auto &one_set : p) one_set.make(x, true, DeviceProblem::kStep);
     Row r;
     r.what = "step", r.config = name, r.implementation = runs(p[0].plan, "step");
-    r.ms = median_ms(
-               [&](cudaStream_t s) {
-                 for (auto &one_set : p) {
-                   const auto a = one_set.step_args(s);
-                   api_must(powerattn_step(one_set.plan, &a), "step");
-                 }
-               },
-               budget_ms) /
-           sets;
+    r.timed(median_time(
+        [&](cudaStream_t s) {
+          for (auto &one_set : p) {
+            const auto a = one_set.step_args(s);
+            api_must(powerattn_step(one_set.plan, &a), "step");
+          }
+        },
+        budget_ms));
+    r.ms /= sets;
     r.bytes = 2 * one;
     r.memory = p[0].y.bytes() + p[0].info.workspace_step;
     print(r);
@@ -276,10 +280,10 @@ void run_step(int32_t state_dtype, int64_t units, int64_t d, int64_t tokens, int
 void ceilings() {
   for (const auto &measure : {measure_copies, measure_matmul}) {
     for (const Ceiling &c : measure(budget_ms)) {
-      if (c.bytes > 0) in_place_rate = std::max(in_place_rate, c.bytes / c.ms * 1e-6);
-      if (c.flops > 0) matmul_rate = c.flops / c.ms * 1e-9;
+      if (c.bytes > 0) in_place_rate = std::max(in_place_rate, c.bytes / c.time.ms * 1e-6);
+      if (c.flops > 0) matmul_rate = c.flops / c.time.ms * 1e-9;
       Row r;
-      r.what = c.what, r.config = c.config, r.implementation = c.implementation, r.ms = c.ms;
+      r.what = c.what, r.config = c.config, r.implementation = c.implementation, r.timed(c.time);
       r.flops = c.flops, r.bytes = c.bytes;
       print(r);
     }
@@ -340,7 +344,8 @@ int main(int argc, char **argv) {
   std::printf("# %s, %d multiprocessors, libpowerattn %u%s%s\n", device.name, device.multiProcessorCount,
               powerattn_version(), pinned ? ", only " : "", pinned ? pinned : "");
   if (csv && !append)
-    std::fprintf(csv, "what,config,implementation,ms,tflops,gbps,share,form,chunk,memory_bytes,predicted_ms\n");
+    std::fprintf(csv,
+                 "what,config,implementation,ms,tflops,gbps,share,form,chunk,memory_bytes,predicted_ms,mhz\n");
   try {
     ceilings();
   } catch (const std::exception &error) {

@@ -15,7 +15,8 @@ namespace powerattn_bench {
 
 struct Ceiling {
   std::string what, config, implementation;
-  double ms, flops, bytes;
+  Time time;
+  double flops, bytes;
 };
 
 // cuBLAS, where one can be loaded: 8192^3 bfloat16, float32 sums. Empty where there is none.
@@ -43,7 +44,7 @@ inline std::vector<Ceiling> measure_matmul(double budget_ms) {
               workspace(64 << 20);
   const float one = 1, zero = 0;
   int status = 0;
-  const double ms = median_ms(
+  const Time time = median_time(
       [&](cudaStream_t stream) {
         set_stream(handle, stream);
         set_workspace(handle, workspace.get(), workspace.bytes());
@@ -52,7 +53,7 @@ inline std::vector<Ceiling> measure_matmul(double budget_ms) {
       },
       budget_ms);
   if (status != 0) return {};
-  return {{"matmul", "8192^3 bf16", "cuBLAS", ms, 2.0 * n * n * n, 0}};
+  return {{"matmul", "8192^3 bf16", "cuBLAS", time, 2.0 * n * n * n, 0}};
 }
 
 // x <- 1.0001 x, 16 bytes per access.
@@ -80,7 +81,7 @@ inline std::vector<Ceiling> measure_copies(double budget_ms) {
   std::vector<Ceiling> rows;
   const auto add = [&](const char *what, const std::string &config, const char *implementation,
                        const std::function<void(cudaStream_t)> &work) {
-    rows.push_back({what, config, implementation, median_ms(work, budget_ms), 0, 2.0 * double(bytes)});
+    rows.push_back({what, config, implementation, median_time(work, budget_ms), 0, 2.0 * double(bytes)});
   };
   add("copy", "2 GiB device to device", "cudaMemcpy",
       [&](cudaStream_t s) { cudaMemcpyAsync(b.get(), a.get(), bytes, cudaMemcpyDeviceToDevice, s); });

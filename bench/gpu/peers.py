@@ -38,9 +38,12 @@ def calls(work, device, count=1):
     return begin.elapsed_time(end) / count
 
 
+BURST_MS, REST = 20, 0.1  # kBurstMs, kRest of timing.h: every measurement at the clock that short work gets
+
+
 def measure(work, device, warm_ms=0.0, budget_ms=60.0):
     """Median milliseconds, and the peak of the memory that a call takes beside what was there before. `warm_ms` of the
-    same work first give the clock of a long run."""
+    same work first give the clock of a long run; else work of BURST_MS follows a rest."""
     work()  # compiles, tunes, builds plans
     sync(device)
     peak = 0
@@ -53,13 +56,16 @@ def measure(work, device, warm_ms=0.0, budget_ms=60.0):
     row = max(1, min(20, int(10 / first)))
     if first < 200:
         calls(work, device, row)
-    time.sleep(0.1 if device == "cuda" else 0)  # as in bench_gpu: none may lend its clock from the one before
     begin = time.monotonic()
     while (time.monotonic() - begin) * 1e3 < warm_ms:
         calls(work, device, row)
-    times = []
+    times, since_rest = [], BURST_MS
     while len(times) < (5 if first < 200 else 3) or (sum(times) * row < budget_ms and len(times) < 200):
+        if device == "cuda" and warm_ms == 0 and since_rest >= BURST_MS:
+            time.sleep(REST)
+            since_rest = 0
         times.append(calls(work, device, row))
+        since_rest += times[-1] * row
     return statistics.median(times), peak
 
 

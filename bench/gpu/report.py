@@ -69,12 +69,13 @@ def judge_targets(rows):
     return result
 
 
-SWEEP = re.compile(r"bf16 p2 d(\d+) b(\d+) t(\d+) h8 gated (attention|chunked|planner)")
+# "planner sustained": the planner's choice again at the clock of a long run (bench_gpu --warm).
+SWEEP = re.compile(r"bf16 p2 d(\d+) b(\d+) t(\d+) h8 gated (attention|chunked|planner|planner sustained)")
 PEER = re.compile(r"bf16 d(\d+) b(\d+) t(\d+) h8")
 COLUMNS = (
     "d,b,t,what,attention_ms,chunked_ms,planner_ms,planner_form,predicted_attention_ms,predicted_chunked_ms,"
     "faster_form,planner_right,cudnn_ms,flash_ms,slower_than_cudnn,tflops,share,memory_bytes,cudnn_memory_bytes,"
-    "flash_memory_bytes"
+    "flash_memory_bytes,mhz,sustained_ms,sustained_mhz,cudnn_sustained_ms,sustained_slower_than_cudnn"
 ).split(",")
 
 
@@ -104,18 +105,26 @@ def sweep(rows, peers):
         if planner := forms.get("planner"):
             line["planner_ms"] = number(planner, "ms")
             line["planner_form"] = planner["form"]
-            line |= {"tflops": number(planner, "tflops"), "share": number(planner, "share")}
+            line |= {key: number(planner, key) for key in ("tflops", "share", "mhz")}
             line["memory_bytes"] = int(number(planner, "memory_bytes"))
             if line["faster_form"]:
                 chosen, best = line[f"{planner['form']}_ms"], line[f"{line['faster_form']}_ms"]
                 right = planner["form"] == line["faster_form"]
                 line["planner_right"] = "yes" if right else "tie" if chosen <= best * (1 + TIE) else "no"
+        if held := forms.get("planner sustained"):
+            line |= {"sustained_ms": number(held, "ms"), "sustained_mhz": number(held, "mhz")}
+        if row := softmax.get((d, t, b, what, "cudnn softmax sustained")):
+            line["cudnn_sustained_ms"] = number(row, "ms")
         for name in ("cudnn", "flash"):
             if row := softmax.get((d, t, b, what, f"{name} softmax")):
                 line[f"{name}_ms"] = number(row, "ms")
                 line[f"{name}_memory_bytes"] = int(number(row, "memory_bytes"))
-        if line["planner_ms"] and line["cudnn_ms"]:
-            line["slower_than_cudnn"] = "yes" if line["planner_ms"] > line["cudnn_ms"] else "no"
+        for slower, ours, theirs in (
+            ("slower_than_cudnn", "planner_ms", "cudnn_ms"),
+            ("sustained_slower_than_cudnn", "sustained_ms", "cudnn_sustained_ms"),
+        ):
+            if line[ours] and line[theirs]:
+                line[slower] = "yes" if line[ours] > line[theirs] else "no"
         lines.append(line)
     return lines
 
@@ -156,23 +165,11 @@ def crossovers(lines):
     return result
 
 
-SUSTAINED = re.compile(r"bf16 p2 d(\d+) b(\d+) t(\d+) h8 gated sustained")
-
-
-def sustained(rows, peers):
-    """(what, d, b, t, ours, cuDNN softmax or None) after half a second of the same work: at the device's power cap."""
-    softmax = {(x["what"], x["config"]): number(x, "ms") for x in peers if x["name"] == "cudnn softmax sustained"}
-    result = []
-    for row in rows:
-        if match := SUSTAINED.fullmatch(row["config"]):
-            d, b, t = map(int, match.groups())
-            peer = softmax.get((row["what"], f"bf16 d{d} b{b} t{t} h8"))
-            result.append((row["what"], d, b, t, number(row, "ms"), peer))
-    return result
-
-
 def text(value, form="{:.3f}"):
     return form.format(value) if value != "" and value is not None else "-"
+
+
+SAID = {"yes": "SLOWER", "no": "faster", "": "-"}
 
 
 def print_table(title, head, rows):
@@ -205,12 +202,20 @@ def main():
             (x["d"], x["b"], x["t"], text(x["attention_ms"]), text(x["chunked_ms"]), text(x["planner_ms"]),
              x["planner_form"] or "-", x["planner_right"] or "-", text(x["cudnn_ms"]), text(x["flash_ms"]),
              text(x["cudnn_ms"] / x["planner_ms"] if x["cudnn_ms"] and x["planner_ms"] else "", "{:.2f}"),
-             {"yes": "SLOWER", "no": "faster", "": "-"}[x["slower_than_cudnn"]], text(x["tflops"], "{:.0f}"),
-             text(x["share"], "{:.0%}"))
+             SAID[x["slower_than_cudnn"]], text(x["tflops"], "{:.0f}"), text(x["share"], "{:.0%}"),
+             text(x["mhz"] or "", "{:.0f}"))
             for x in lines if x["what"] == what
         ]  # fmt: skip
-        head = "d b t attention chunked planner chose right cudnn flash x_cudnn than_cudnn TFLOP/s of_matmul".split()
+        head = "d b t attention chunked planner chose right cudnn flash x_cudnn than_cudnn TFLOP/s of_matmul MHz".split()
         print_table(f"every length, {what}, ms", head, shown)
+    shown = [
+        (x["d"], x["b"], x["t"], x["what"], text(x["sustained_ms"]), text(x["cudnn_sustained_ms"]),
+         text(x["cudnn_sustained_ms"] / x["sustained_ms"] if x["sustained_slower_than_cudnn"] else "", "{:.2f}"),
+         SAID[x["sustained_slower_than_cudnn"]], text(x["sustained_mhz"] or "", "{:.0f}"))
+        for x in lines if x["sustained_ms"]
+    ]  # fmt: skip
+    head = "d b t what planner cudnn x_cudnn than_cudnn MHz".split()
+    print_table("every length under sustained load, ms", head, shown)
     shown = [
         (x["d"], x["b"], x["t"], x["what"], *(text(x[key] / 1e6 if x[key] else "", "{:.0f}") for key in
          ("memory_bytes", "cudnn_memory_bytes", "flash_memory_bytes")))
@@ -234,12 +239,6 @@ def main():
             )
     print_table("other peers", ["peer", "what", "shape", "peer ms", "ours ms", "x", "peer MB", "ours MB"], shown)
 
-    shown = [
-        (what, d, b, t, text(ours), text(cudnn), text(cudnn / ours if cudnn else None, "{:.2f}"))
-        for what, d, b, t, ours, cudnn in sustained(rows, peers)
-    ]
-    print_table("under sustained load, ms", "what d b t ours cudnn x_cudnn".split(), shown)
-
     targets = judge_targets(rows)
     shown = [
         (label, "-" if measured is None else f"{measured:.4f}" if unit == "ms" else f"{measured:.1%}",
@@ -255,7 +254,7 @@ def main():
 
     # One plan serves both directions, so forward + backward is what the planner minimises.
     both = [x for x in lines if x["what"] == "fwd+bwd"]
-    count = lambda key, value, where=lines: sum(x[key] == value for x in where)  # noqa: E731
+    count = lambda key, value, where: sum(x[key] == value for x in where)  # noqa: E731
     print("\n## in short")
     met = sum(t[4] == "met" for t in targets)
     missed = sum(t[4] == "MISSED" for t in targets)
@@ -265,10 +264,14 @@ def main():
         f"{count('planner_right', 'tie', both)} ties within {TIE:.0%}, {count('planner_right', 'no', both)} wrong, "
         f"{count('planner_right', '', both)} not judged"
     )
-    print(
-        f"cuDNN softmax: faster than it at {count('slower_than_cudnn', 'no')} of {len(lines)} points, slower at "
-        f"{count('slower_than_cudnn', 'yes')}, {count('slower_than_cudnn', '')} not compared"
-    )
+    for label, key in (
+        ("cuDNN softmax", "slower_than_cudnn"),
+        ("under sustained load", "sustained_slower_than_cudnn"),
+    ):
+        print(
+            f"{label}: faster than it at {count(key, 'no', lines)} of {len(lines)} points, slower at "
+            f"{count(key, 'yes', lines)}, {count(key, '', lines)} not compared"
+        )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from unittest import mock
 
 import report
 
-HEAD = "what,config,implementation,ms,tflops,gbps,share,form,chunk,memory_bytes,predicted_ms".split(",")
+HEAD = "what,config,implementation,ms,tflops,gbps,share,form,chunk,memory_bytes,predicted_ms,mhz".split(",")
 
 
 def row(what, config, ms, **more):
@@ -40,16 +40,6 @@ def peer(t, ms, name="cudnn softmax", d=64, what="fwd+bwd"):
         "ms": str(ms),
         "memory_bytes": "7000",
     }
-
-
-class Sustained(unittest.TestCase):
-    def test_beside_the_peer(self):
-        name = "bf16 p2 d64 b16 t4096 h8 gated"
-        rows = [row("fwd+bwd", name, 2.0), row("fwd+bwd", f"{name} sustained", 2.5)]
-        rows.append(row("forward", f"{name} sustained", 0.5))
-        peers = [peer(4096, 2.0), peer(4096, 3.0, "cudnn softmax sustained")]
-        lines = report.sustained(rows, peers)
-        self.assertEqual(lines, [("fwd+bwd", 64, 16, 4096, 2.5, 3.0), ("forward", 64, 16, 4096, 0.5, None)])
 
 
 class Targets(unittest.TestCase):
@@ -96,6 +86,16 @@ class Sweep(unittest.TestCase):
         self.assertEqual(
             (lines[2048]["flash_ms"], lines[2048]["cudnn_memory_bytes"], lines[2048]["memory_bytes"]), (4, 7000, 5000)
         )
+
+    def test_sustained_load_stays_apart(self):
+        name = "bf16 p2 d64 b16 t4096 h8 gated planner sustained"
+        rows = [*point(4096, 2, 3, "attention"), row("fwd+bwd", name, 2.5, mhz="1590")]
+        lines = report.sweep(rows, [peer(4096, 2.2), peer(4096, 2.4, "cudnn softmax sustained")])
+        keys = ("planner_ms", "slower_than_cudnn", "sustained_ms", "sustained_mhz", "cudnn_sustained_ms")
+        self.assertEqual([tuple(x[key] for key in keys) for x in lines], [(2, "no", 2.5, 1590, 2.4)])
+        self.assertEqual(lines[0]["sustained_slower_than_cudnn"], "yes")
+        (alone,) = report.sweep(rows[:3], [])
+        self.assertEqual([alone[key] for key in keys], [2, "", "", "", ""])
 
     def test_directions_and_head_dims_stay_apart(self):
         rows = (

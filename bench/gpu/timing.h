@@ -21,6 +21,7 @@
 #endif
 
 #include "../../tests/gpu/device_problem.h"
+#include "clock.h"
 
 namespace powerattn_bench {
 
@@ -91,57 +92,69 @@ inline double median(std::vector<float> times) {
   return times.empty() ? 0 : times[times.size() / 2];
 }
 
+// What a device is allowed to draw it is allowed over tens of milliseconds: then it lowers its clock. So either
+// every replay runs at the clock that short work gets, after a rest whenever kBurstMs of work were done, or
+// (`warm_ms`) all at the clock of a long run, after as much of the same work.
+inline double warm_ms = 0;
+constexpr double kBurstMs = 20;
+constexpr auto kRest = std::chrono::milliseconds(100);
+
 // Replays until `budget_ms` have been measured: at least five times, three where one replay takes a fifth of a
-// second, after two warm-ups (one there). `measure` reads what the last replay took.
+// second, after two warm-ups (one there). `measure` runs the work once, to its end, and notes what it took.
 template <class Measure>
 void replay(const Executable &exec, cudaStream_t stream, double budget_ms, Measure measure) {
-  const double begin = seconds();
-  double warm = 0;
-  int warm_ups = 0;
-  do {
+  const auto run = [&] {
     const double before = seconds();
     exec.launch(stream);
     device_must(cudaStreamSynchronize(stream), "kernels");
-    warm = seconds() - before;
-  } while (++warm_ups < 2 && warm < 0.2);
+    return seconds() - before;
+  };
+  std::this_thread::sleep_for(kRest);
+  for (const double start = seconds(); (seconds() - start) * 1e3 < warm_ms;) run();
+  const double begin = seconds();
+  double warm = run();
+  if (warm < 0.2) warm = run();
   const int least = warm < 0.2 ? 5 : 3;
-  const double start = seconds();
+  double spent = 0, since_rest = kBurstMs;
   for (int i = 0; i < 2000; ++i) {
-    const double spent = (seconds() - start) * 1e3;
     if (i >= least && (spent > budget_ms || seconds() - begin > 5)) break;
+    if (warm_ms == 0 && since_rest >= kBurstMs) {
+      std::this_thread::sleep_for(kRest);
+      since_rest = 0;
+    }
+    const double before = seconds();
     measure();
+    const double ms = (seconds() - before) * 1e3;
+    spent += ms;
+    since_rest += ms;
   }
 }
 
-// What a device is allowed to draw it is allowed over tens of milliseconds, so that a measurement can lend its
-// clock from the one before. Each therefore begins after a rest, or (`warm_ms`) after as much of the same work:
-// the clock that a long run gets.
-inline double warm_ms = 0;
-inline void settle(const Executable &exec, cudaStream_t stream) {
-  std::this_thread::sleep_for(std::chrono::milliseconds(100));
-  for (const double start = seconds(); (seconds() - start) * 1e3 < warm_ms;) {
-    exec.launch(stream);
-    device_must(cudaStreamSynchronize(stream), "kernels");
-  }
-}
+struct Time {
+  double ms = 0, mhz = 0;  // medians; mhz: 0 where it was not measured
+};
 
-// Median milliseconds of a piece of work.
-inline double median_ms(const std::function<void(cudaStream_t)> &work, double budget_ms) {
+// Median milliseconds of a piece of work, and the clock it ran at.
+inline Time median_time(const std::function<void(cudaStream_t)> &work, double budget_ms) {
   const Captured captured(work);
   const Executable exec(captured.graph());
+  const cudaStream_t stream = captured.stream();
   const Event a, b;
-  std::vector<float> times;
-  settle(exec, captured.stream());
-  replay(exec, captured.stream(), budget_ms, [&] {
-    device_must(cudaEventRecord(a.get(), captured.stream()), "event");
-    exec.launch(captured.stream());
-    device_must(cudaEventRecord(b.get(), captured.stream()), "event");
-    device_must(cudaStreamSynchronize(captured.stream()), "kernels");
+  Clock clock;
+  std::vector<float> times, clocks;
+  replay(exec, stream, budget_ms, [&] {
+    clock.begin(stream);
+    device_must(cudaEventRecord(a.get(), stream), "event");
+    exec.launch(stream);
+    device_must(cudaEventRecord(b.get(), stream), "event");
+    clock.end(stream);
+    device_must(cudaStreamSynchronize(stream), "kernels");
     float ms = 0;
     device_must(cudaEventElapsedTime(&ms, a.get(), b.get()), "event");
     times.push_back(ms);
+    clocks.push_back(float(clock.mhz()));
   });
-  return median(times);
+  return {median(times), median(clocks)};
 }
 
 struct NodeTime {
@@ -253,7 +266,6 @@ inline std::vector<NodeTime> node_times(const std::function<void(cudaStream_t)> 
   }
   const Executable exec(graph);
   std::vector<std::vector<float>> times(count);
-  settle(exec, captured.stream());
   replay(exec, captured.stream(), budget_ms, [&] {
     exec.launch(captured.stream());
     device_must(cudaStreamSynchronize(captured.stream()), "kernels");
