@@ -10,10 +10,9 @@
 #include <cstdio>
 
 #include "backend.h"
+#include "call.h"
 #include "kernels/cuda/chunks.h"
 #include "kernels/cuda/linear/args.h"
-#include "src/cuda/common.h"
-#include "src/cuda/rope.h"
 #include "status.h"
 
 namespace powerattn {
@@ -210,30 +209,21 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
 
 // ---- Execution.
 
-// The call's view of the problem. Launches stop at the first error.
-struct Call {
-  const Problem &p;
-  const Tiling &t;
-  cudaStream_t stream;
-  cudaError_t error = cudaSuccess;
+struct Call : cuda::CallBase {
   Common common;
   k1::Shape shape;
 
-  Call(const powerattn_plan &plan, void *s)
-      : p(plan.problem), t(plan.tiling), stream(static_cast<cudaStream_t>(s)) {}
-  bool ok() const { return error == cudaSuccess; }
-  void run(cudaError_t e) {
-    if (ok()) error = e;
-  }
+  using CallBase::CallBase;
   float scale() const { return static_cast<float>(p.scale); }
 
   void begin(const Common &memory, const int64_t *cu_seqlens, const powerattn_tensor &log_g) {
     common = memory;
-    cuda::ChunkTable &table = shape.table;
     table.num_sequences = p.sequences;
     table.num_chunks = cuda::chunk_bound(p, t.chunk);
     table.chunk = t.chunk;
-    if (p.packed) run(cuda::build_chunks(p, t.chunk, 0, cu_seqlens, common.tables, &table, stream));
+    if (p.packed)
+      run([&] { return cuda::build_chunks(p, t.chunk, 0, cu_seqlens, common.tables, &table, stream); });
+    shape.table = table;
     shape.packed = p.packed;
     shape.half = p.dtype == Dtype::kFloat16;
     shape.heads_q = static_cast<int32_t>(p.heads_q);
@@ -242,17 +232,6 @@ struct Call {
     shape.per_sequence = static_cast<int32_t>(ceil_div(p.seq_len, t.chunk));
     shape.seq_len = p.seq_len;
     shape.log_g = log_g;
-  }
-
-  // The tensor that the kernels read: x itself, or its rotated copy.
-  powerattn_tensor rotate(const powerattn_tensor &x, uint16_t *copy, int64_t heads, const int64_t *offset) {
-    if (copy == nullptr) return x;
-    if (ok()) run(cuda::rotate(p, shape.table, x, copy, heads, offset, stream));
-    return cuda::rotated(p, copy, heads);
-  }
-
-  void rotate_back(const float *x, const powerattn_tensor &out, int64_t heads, const int64_t *offset) {
-    if (ok() && x != nullptr) run(cuda::rotate_back(p, shape.table, x, out, heads, offset, stream));
   }
 
   // S and z before every chunk, from keys and values.
@@ -266,7 +245,7 @@ struct Call {
     u.local = s.s;
     u.z_local = s.z;
     u.decay = common.decay;
-    if (ok()) run(k1::update(u, stream));
+    run([&] { return k1::update(u, stream); });
     k1::ScanArgs a;
     a.shape = shape;
     a.decay = shape.log_g.data != nullptr ? common.decay : nullptr;
@@ -276,7 +255,7 @@ struct Call {
     a.final = final;
     a.end = s.end;
     a.z_end = s.z_end;
-    if (ok()) run(k1::scan(a, stream));
+    run([&] { return k1::scan(a, stream); });
   }
 
   // Their gradients after every chunk, from queries and d_y. Nothing is normalised, so z has a gradient only
@@ -292,11 +271,11 @@ struct Call {
     u.scale = scale();
     u.local = g.s;
     u.decay = common.decay;
-    if (ok()) run(k1::update(u, stream));
-    if (ok() && g.z != nullptr)
-      run(cudaMemsetAsync(g.z, 0,
-                          static_cast<size_t>(shape.table.num_chunks * p.heads_kv * p.head_dim) * sizeof(float),
-                          stream));
+    run([&] { return k1::update(u, stream); });
+    if (g.z != nullptr) {
+      const size_t bytes = static_cast<size_t>(table.num_chunks * p.heads_kv * p.head_dim) * sizeof(float);
+      run([&] { return cudaMemsetAsync(g.z, 0, bytes, stream); });
+    }
     k1::ScanArgs a;
     a.shape = shape;
     a.reverse = true;
@@ -305,12 +284,7 @@ struct Call {
     a.z = g.z;
     a.initial = d_final;
     a.final = d_initial;
-    if (ok()) run(k1::scan(a, stream));
-  }
-
-  void zero_padding(const powerattn_tensor &out, Dtype dtype, int64_t heads, int64_t dim) {
-    if (ok() && p.packed && out.data != nullptr)
-      run(cuda::zero_padding(p, shape.table, out, dtype, heads, dim, stream));
+    run([&] { return k1::scan(a, stream); });
   }
 };
 
@@ -342,9 +316,8 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   o.state_scale = o.pair_scale = call.scale();
   o.row_norm = args.row_norm;
   o.eps = static_cast<float>(p.eps);
-  if (call.ok()) call.run(k1::output(o, call.stream));
-  call.zero_padding(args.y, p.dtype, p.heads_q, p.value_dim);
-  call.zero_padding(args.row_norm, Dtype::kFloat32, p.heads_q, 1);
+  call.run([&] { return k1::output(o, call.stream); });
+  call.zero_padding(args);
   return cuda::check_launch(call.error, "cuda.linear forward");
 }
 
@@ -395,8 +368,8 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   dv.out = args.d_v;
   // dv backwards, dq forwards, dk backwards: each begins where the one before it ended, among rows in the
   // cache.
-  if (call.ok()) call.run(k1::output(dv, call.stream));
-  if (call.ok()) call.run(k1::output(dq, call.stream));
+  call.run([&] { return k1::output(dv, call.stream); });
+  call.run([&] { return k1::output(dq, call.stream); });
 
   dk.transposed = true;
   dk.x = args.v;
@@ -410,7 +383,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     dk.dot = own.k_dot;
     dk.dot_plane = p.batch * p.heads_kv * p.seq_len;
   }
-  if (call.ok()) call.run(k1::output(dk, call.stream));
+  call.run([&] { return k1::output(dk, call.stream); });
   call.rotate_back(own.d_q, args.d_q, p.heads_q, args.rope_offset);
   call.rotate_back(own.d_k, args.d_k, p.heads_kv, args.rope_offset);
 
@@ -429,12 +402,9 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     g.d_state = own.s;
     g.d_z = own.z;
     g.d_log_g = args.d_log_g;
-    if (call.ok()) call.run(k1::gate_gradient(g, call.stream));
+    call.run([&] { return k1::gate_gradient(g, call.stream); });
   }
-  call.zero_padding(args.d_q, p.dtype, p.heads_q, p.head_dim);
-  call.zero_padding(args.d_k, p.dtype, p.heads_kv, p.head_dim);
-  call.zero_padding(args.d_v, p.dtype, p.heads_kv, p.value_dim);
-  call.zero_padding(args.d_log_g, Dtype::kFloat32, p.heads_kv, 1);
+  call.zero_padding(args);
   return cuda::check_launch(call.error, "cuda.linear backward");
 }
 

@@ -12,27 +12,31 @@
 #include "kernels/cuda/chunks.h"
 #include "kernels/cuda/sm80/args.h"
 #include "kernels/cuda/tiles.h"
-#include "src/cuda/common.h"
-#include "src/cuda/rope.h"
 #include "status.h"
+#include "tensor_core.h"
 
 namespace powerattn {
 namespace {
 
 namespace k80 = cuda::sm80;
 
+using cuda::carve_states;
+using cuda::carve_sums;
+using cuda::Carver;
+using cuda::chunk_of;
+using cuda::chunked;
+using cuda::Cost;
 using cuda::device_of;
 using cuda::kReferenceSms;
+using cuda::States;
+using cuda::Sums;
 using cuda::with_rope;
+using cuda::with_units;
 
 // Executed rates as measured on an H200 (docs/performance-log.md), multiply-adds counted twice; other devices
 // by their number of multiprocessors.
 constexpr double kRateState = 250e12, kRateIntra = 200e12, kRateBackward = 210e12, kBandwidth = 2.5e12;
 constexpr double kLaunch = 4e-6;
-
-struct Cost {
-  double forward = 0, backward = 0;
-};
 
 // chunk = 0: attention form. Padded state rows, whole tiles of weights, phases one after another.
 Cost cost(const Problem &p, int64_t chunk, int sms) {
@@ -117,57 +121,20 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
 
 // ---- Memory: the same walk gives the sizes (base = null) and the pointers of a call.
 
-using cuda::Carver;
-
-bool chunked(const Tiling &t) { return t.form == Form::kChunked; }
-int64_t chunk_of(const Problem &p, const Tiling &t) {
-  return chunked(t) ? t.chunk : std::max<int64_t>(p.seq_len, 1);
-}
 // Z is needed for the row sums, and for z of the states even when outputs are not normalised.
 bool with_z(const Problem &p) { return p.degree == 2 && (p.normalize || p.use_state); }
-
-// float16 states are counted in powers of two (kernels/cuda/sm80/units.h).
-bool with_units(const Problem &p) { return p.dtype == Dtype::kFloat16; }
-
-// The states that a backward needs again: what `saved` holds.
-struct States {
-  uint16_t *tiles = nullptr, *z = nullptr;
-  cuda::Units *units = nullptr;
-};
-States carve_states(const Problem &p, const Tiling &t, Carver *c) {
-  States s;
-  if (!chunked(t)) return s;
-  const int d = static_cast<int>(p.head_dim);
-  const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
-  s.tiles = c->take<uint16_t>(slots * cuda::slot_elements(p.degree, d, d));
-  if (with_z(p)) s.z = c->take<uint16_t>(slots * 2 * d * d);
-  if (with_units(p)) s.units = c->take<cuda::Units>(slots);
-  return s;
-}
 
 struct Common {
   void *tables = nullptr;
   float *g = nullptr;
-  float *z_local = nullptr;
-  float *end_local = nullptr;  // the last sum of each sequence
-  cuda::Range *ranges = nullptr;
-  cuda::Bounds *peaks = nullptr;
+  Sums sums;
   uint16_t *q = nullptr, *k = nullptr;  // rotated, [b, heads, t, head_dim]
 };
 Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
   Common m;
   m.tables = c->take<char>(static_cast<int64_t>(cuda::chunk_table_bytes(p, chunk_of(p, t), k80::kRowTile)));
   m.g = c->take<float>(p.batch * p.heads_kv * p.seq_len);
-  if (chunked(t) && with_z(p))
-    m.z_local = c->take<float>(cuda::chunk_bound(p, t.chunk) * p.heads_kv * p.head_dim * p.head_dim);
-  if (chunked(t) && p.use_state) {
-    const int d = static_cast<int>(p.head_dim);
-    m.end_local = c->take<float>(p.sequences * p.heads_kv * cuda::slot_elements(p.degree, d, d));
-  }
-  if (chunked(t) && with_units(p)) {
-    m.ranges = c->take<cuda::Range>(cuda::chunk_bound(p, t.chunk) * p.heads_kv);
-    if (p.use_state) m.peaks = c->take<cuda::Bounds>(p.sequences * p.heads_kv * k80::kPeaks);
-  }
+  m.sums = carve_sums(p, t, with_z(p), c);
   if (with_rope(p)) {
     m.q = c->take<uint16_t>(p.batch * p.heads_q * p.seq_len * p.head_dim);
     m.k = c->take<uint16_t>(p.batch * p.heads_kv * p.seq_len * p.head_dim);
@@ -197,8 +164,7 @@ struct Gradients {
   float *r = nullptr, *delta = nullptr, *q_dot = nullptr, *k_dot = nullptr;
   float *k_state_dot = nullptr, *boundary = nullptr;
   float *d_q = nullptr, *d_k = nullptr;  // of the rotated q, k
-  uint16_t *tiles = nullptr, *z = nullptr;
-  cuda::Units *units = nullptr;
+  States states;                         // dS and dZ
 };
 Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
   Gradients g;
@@ -215,21 +181,17 @@ Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
     g.d_k = c->take<float>(rows_kv * p.head_dim);
   }
   if (chunked(t)) {
-    const int d = static_cast<int>(p.head_dim);
-    const int64_t slots = cuda::chunk_bound(p, t.chunk) * p.heads_kv;
-    g.boundary = c->take<float>(slots);
+    g.boundary = c->take<float>(cuda::chunk_bound(p, t.chunk) * p.heads_kv);
     g.k_state_dot = c->take<float>(rows_kv);
-    g.tiles = c->take<uint16_t>(slots * cuda::slot_elements(p.degree, d, d));
-    if (with_z(p)) g.z = c->take<uint16_t>(slots * 2 * d * d);
-    if (with_units(p)) g.units = c->take<cuda::Units>(slots);
   }
+  g.states = carve_states(p, t, with_z(p), c);
   return g;
 }
 
 Sizes sizes(const Problem &p, const Tiling &t) {
   Sizes s;
   Carver saved(nullptr), forward(nullptr), backward(nullptr);
-  carve_states(p, t, &saved);
+  carve_states(p, t, with_z(p), &saved);
   carve_common(p, t, &forward);
   carve_norms(p, t, &forward);
   carve_common(p, t, &backward);
@@ -263,20 +225,7 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
       text->append(
           "  float16 states are counted in a power of two per chunk and head, from bounds of one more pass\n");
   }
-  if (p.max_seq_len > 0 && p.degree <= 2) {
-    const cuda::DeviceProperties *const device = device_of(p);
-    const int sms = device != nullptr ? device->sm_count : kReferenceSms;
-    const Cost attention = cost(p, 0, sms);
-    std::snprintf(line, sizeof(line), "  predicted forward + backward, ms: attention form %.3g",
-                  (attention.forward + attention.backward) * 1e3);
-    text->append(line);
-    for (const int64_t chunk : {256, 512, 1024, 2048}) {
-      const Cost c = cost(p, chunk, sms);
-      std::snprintf(line, sizeof(line), ", chunk %" PRId64 " %.3g", chunk, (c.forward + c.backward) * 1e3);
-      text->append(line);
-    }
-    text->append("\n");
-  }
+  cuda::describe_costs(p, cost, text);
   if (with_rope(p))
     text->append(
         "  prepare pass: q and k are rotated into contiguous copies, their gradients back from float32\n");
@@ -285,104 +234,44 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
 
 // ---- Execution.
 
-// The call's view of the problem: table, shape, gates. Launches stop at the first error.
-struct Call {
-  const Problem &p;
-  const Tiling &t;
-  cudaStream_t stream;
-  cudaError_t error = cudaSuccess;
+struct Call : cuda::TensorCoreCall {
   Common common;
-  k80::Shape shape;
-  const float *g = nullptr;
 
-  Call(const powerattn_plan &plan, void *s)
-      : p(plan.problem), t(plan.tiling), stream(static_cast<cudaStream_t>(s)) {}
-  bool ok() const { return error == cudaSuccess; }
-  void run(cudaError_t e) {
-    if (ok()) error = e;
-  }
-  float weight_scale() const { return static_cast<float>(std::pow(p.scale, p.degree)); }
+  using TensorCoreCall::TensorCoreCall;
 
   void begin(const Common &memory, const int64_t *cu_seqlens, const powerattn_tensor &log_g) {
     common = memory;
-    run(cuda::build_chunks(p, chunk_of(p, t), k80::kRowTile, cu_seqlens, common.tables, &shape.table, stream));
-    shape.packed = p.packed;
-    shape.degree = p.degree;
-    shape.heads_q = static_cast<int32_t>(p.heads_q);
-    shape.heads_kv = static_cast<int32_t>(p.heads_kv);
-    shape.head_dim = static_cast<int32_t>(p.head_dim);
-    shape.seq_len = p.seq_len;
-    shape.dtype = p.dtype;
+    cuda::ChunkTable made;
+    run([&] {
+      return cuda::build_chunks(p, chunk_of(p, t), k80::kRowTile, cu_seqlens, common.tables, &made, stream);
+    });
+    set_table(made);
     if (log_g.data != nullptr) {
       g = common.g;
-      if (ok()) run(cuda::chunk_gates(p, shape.table, log_g, common.g, nullptr, stream));
+      run([&] { return cuda::chunk_gates(p, table, log_g, common.g, nullptr, stream); });
     }
-  }
-
-  // The tensor that the kernels read: x itself, or its rotated copy.
-  powerattn_tensor rotate(const powerattn_tensor &x, uint16_t *copy, int64_t heads, const int64_t *offset) {
-    if (copy == nullptr) return x;
-    if (ok()) run(cuda::rotate(p, shape.table, x, copy, heads, offset, stream));
-    return cuda::rotated(p, copy, heads);
-  }
-  void rotate_back(const float *x, const powerattn_tensor &out, int64_t heads, const int64_t *offset) {
-    if (ok() && x != nullptr) run(cuda::rotate_back(p, shape.table, x, out, heads, offset, stream));
-  }
-
-  // What the weighed sums of u need in float16.
-  const cuda::Range *ranges(const k80::UpdateArgs &u, const float *delta) {
-    if (!with_units(p)) return nullptr;
-    k80::RangeArgs a;
-    a.shape = shape;
-    a.reverse = u.reverse;
-    a.x = u.x;
-    a.u = u.u;
-    a.g = u.g;
-    a.r = u.r;
-    a.delta = delta;
-    a.scale = u.scale;
-    a.out = common.ranges;
-    if (ok()) run(k80::ranges(a, stream));
-    return common.ranges;
   }
 
   // S and Z before every chunk, from keys and values.
   void states(const powerattn_tensor &k, const powerattn_tensor &v, const powerattn_state &initial,
               const powerattn_state &final, const States &s) {
     k80::UpdateArgs u;
-    u.shape = shape;
+    u.shape = shape80;
     u.x = k;
     u.u = v;
     u.g = g;
-    u.ranges = ranges(u, nullptr);
+    u.ranges = ranges(common.sums, k, v, false, nullptr, nullptr);
     u.local = s.tiles;
-    u.end_local = final.s != nullptr ? common.end_local : nullptr;
-    if (ok()) run(k80::update(u, stream));
+    u.end_local = final.s != nullptr ? common.sums.end_local : nullptr;
+    run([&] { return k80::update(u, stream); });
     if (s.z != nullptr) {
       u.end_local = nullptr;
       u.as_z = true;
       u.u = k;
-      u.local = common.z_local;
-      if (ok()) run(k80::update(u, stream));
+      u.local = common.sums.z_local;
+      run([&] { return k80::update(u, stream); });
     }
-    k80::ScanArgs a;
-    a.shape = shape;
-    a.g = g;
-    a.tiles = s.tiles;
-    a.z_local = s.z != nullptr ? common.z_local : nullptr;
-    a.z_tiles = s.z;
-    a.ranges = u.ranges;
-    a.units = s.units;
-    a.peaks = common.peaks;
-    a.initial = initial;
-    a.final = final;
-    a.end_local = final.s != nullptr ? common.end_local : nullptr;
-    if (ok()) run(k80::scan(a, stream));
-  }
-
-  void zero_padding(const powerattn_tensor &out, Dtype dtype, int64_t heads, int64_t dim) {
-    if (ok() && p.packed && out.data != nullptr)
-      run(cuda::zero_padding(p, shape.table, out, dtype, heads, dim, stream));
+    scan(common.sums, s, initial, final, false);
   }
 };
 
@@ -394,10 +283,10 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   Carver workspace(args.workspace), saved(args.saved);
   Common common = carve_common(p, plan.tiling, &workspace);
   const Norms norms = carve_norms(p, plan.tiling, &workspace);
-  States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
-  const bool sums = args.row_norm.data != nullptr;
-  if (sums && norms.z != nullptr) {
-    common.z_local = norms.z_local;
+  States states = carve_states(p, plan.tiling, with_z(p), args.saved != nullptr ? &saved : &workspace);
+  const bool row_sums = args.row_norm.data != nullptr;
+  if (row_sums && norms.z != nullptr) {
+    common.sums.z_local = norms.z_local;
     states.z = norms.z;
   }
   call.begin(common, args.cu_seqlens, args.log_g);
@@ -406,7 +295,7 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   if (chunked(plan.tiling)) call.states(tk, args.v, args.initial_state, args.final_state, states);
 
   k80::OutputArgs o;
-  o.shape = call.shape;
+  o.shape = call.shape80;
   o.normalize = p.normalize;
   o.x = tq;
   o.z = tk;
@@ -414,25 +303,24 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   o.out = args.y;
   o.g = call.g;
   o.state = states.tiles;
-  o.z_state = p.normalize || sums ? states.z : nullptr;
+  o.z_state = p.normalize || row_sums ? states.z : nullptr;
   o.units = states.units;
   o.scale = call.weight_scale();
   o.eps = static_cast<float>(p.eps);
   o.row_norm = args.row_norm;
-  if (call.ok()) call.run(k80::output(o, call.stream));
-  if (sums && norms.keys != nullptr) {
+  call.run([&] { return k80::output(o, call.stream); });
+  if (row_sums && norms.keys != nullptr) {
     k80::NormArgs n;
-    n.shape = call.shape;
+    n.shape = call.shape80;
     n.q = tq;
     n.k = tk;
     n.g = call.g;
     n.scale = o.scale;
     n.z = norms.keys;
     n.row_norm = args.row_norm;
-    if (call.ok()) call.run(k80::add_norms(n, call.stream));
+    call.run([&] { return k80::add_norms(n, call.stream); });
   }
-  call.zero_padding(args.y, p.dtype, p.heads_q, p.value_dim);
-  call.zero_padding(args.row_norm, Dtype::kFloat32, p.heads_q, 1);
+  call.zero_padding(args);
   return cuda::check_launch(call.error, "cuda.sm80 forward");
 }
 
@@ -444,32 +332,22 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   Carver workspace(args.workspace), saved(const_cast<void *>(args.saved));
   const Common common = carve_common(p, plan.tiling, &workspace);
   const Gradients own = carve_gradients(p, plan.tiling, &workspace);
-  const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
+  const States states = carve_states(p, plan.tiling, with_z(p), args.saved != nullptr ? &saved : &workspace);
   call.begin(common, args.cu_seqlens, args.log_g);
   const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
   const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
   if (p.normalize) {
     k80::RowsArgs r;
-    r.shape = call.shape;
+    r.shape = call.shape80;
     r.y = args.y;
     r.d_y = args.d_y;
     r.row_norm = args.row_norm;
     r.r = own.r;
     r.delta = own.delta;
-    if (call.ok()) call.run(k80::rows(r, call.stream));
-    k80::DeltaArgs d;
-    d.shape = call.shape;
-    d.q = tq;
-    d.k = tk;
-    d.v = args.v;
-    d.d_y = args.d_y;
-    d.row_norm = args.row_norm;
-    d.log_g = args.log_g;
+    call.run([&] { return k80::rows(r, call.stream); });
+    k80::DeltaArgs d = call.delta_args(args, tq, tk, own.delta);
     d.g = call.g;
-    d.scale = call.weight_scale();
-    d.eps = static_cast<float>(p.eps);
-    d.delta = own.delta;
-    if (call.ok()) call.run(k80::delta(d, call.stream));
+    call.run([&] { return k80::delta(d, call.stream); });
   }
   const bool in_chunks = chunked(plan.tiling), z = in_chunks && with_z(p);
   if (in_chunks && args.saved == nullptr)
@@ -477,7 +355,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
 
   // dq first: it corrects delta, which everything else reads.
   k80::GradientArgs q;
-  q.shape = call.shape;
+  q.shape = call.shape80;
   q.g = call.g;
   q.r = own.r;
   q.delta = own.delta;
@@ -495,47 +373,34 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   q.out_float = own.d_q;
   q.delta_out = own.delta;
   q.eps = static_cast<float>(p.eps);
-  if (call.ok()) call.run(k80::gradient(q, call.stream));
+  call.run([&] { return k80::gradient(q, call.stream); });
   if (in_chunks) {
     k80::UpdateArgs u;
-    u.shape = call.shape;
+    u.shape = call.shape80;
     u.reverse = true;
     u.x = tq;
     u.u = args.d_y;
     u.g = call.g;
     u.r = own.r;
     u.scale = call.weight_scale();
-    u.ranges = call.ranges(u, own.delta);
-    u.local = own.tiles;
-    u.end_local = args.d_initial_state.s != nullptr ? common.end_local : nullptr;
-    if (call.ok()) call.run(k80::update(u, call.stream));
+    u.ranges = call.ranges(common.sums, tq, args.d_y, true, own.r, own.delta);
+    u.local = own.states.tiles;
+    u.end_local = args.d_initial_state.s != nullptr ? common.sums.end_local : nullptr;
+    call.run([&] { return k80::update(u, call.stream); });
     if (z && p.normalize) {
       u.as_z = true;
       u.end_local = nullptr;
       u.u = tq;
       u.delta = own.delta;
-      u.local = common.z_local;
-      if (call.ok()) call.run(k80::update(u, call.stream));
-    } else if (z && call.ok()) {  // no row sum: Z gets its gradient from the end of the sequence alone
+      u.local = common.sums.z_local;
+      call.run([&] { return k80::update(u, call.stream); });
+    } else if (z) {  // no row sum: Z gets its gradient from the end of the sequence alone
       const size_t bytes =
           static_cast<size_t>(cuda::chunk_bound(p, plan.tiling.chunk) * p.heads_kv * p.head_dim * p.head_dim) *
           sizeof(float);
-      call.run(cudaMemsetAsync(common.z_local, 0, bytes, call.stream));
+      call.run([&] { return cudaMemsetAsync(common.sums.z_local, 0, bytes, call.stream); });
     }
-    k80::ScanArgs a;
-    a.shape = call.shape;
-    a.reverse = true;
-    a.g = call.g;
-    a.tiles = own.tiles;
-    a.z_local = z ? common.z_local : nullptr;
-    a.z_tiles = own.z;
-    a.ranges = u.ranges;
-    a.units = own.units;
-    a.peaks = common.peaks;
-    a.initial = args.d_final_state;
-    a.final = args.d_initial_state;
-    a.end_local = args.d_initial_state.s != nullptr ? common.end_local : nullptr;
-    if (call.ok()) call.run(k80::scan(a, call.stream));
+    call.scan(common.sums, own.states, args.d_final_state, args.d_initial_state, true);
   }
 
   k.reverse = true;
@@ -544,18 +409,18 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   k.z = tq;
   k.y = args.d_y;
   k.out = args.d_k;
-  k.state = own.tiles;
-  k.z_state = own.z;
-  k.units = own.units;
+  k.state = own.states.tiles;
+  k.z_state = own.states.z;
+  k.units = own.states.units;
   k.dot = args.d_log_g.data != nullptr ? own.k_dot : nullptr;
   k.state_dot = args.d_log_g.data != nullptr && in_chunks ? own.k_state_dot : nullptr;
   k.out_float = own.d_k;
-  if (call.ok()) call.run(k80::gradient(k, call.stream));
+  call.run([&] { return k80::gradient(k, call.stream); });
   call.rotate_back(own.d_q, args.d_q, p.heads_q, args.rope_offset);
   call.rotate_back(own.d_k, args.d_k, p.heads_kv, args.rope_offset);
 
   k80::OutputArgs v;
-  v.shape = call.shape;
+  v.shape = call.shape80;
   v.reverse = true;
   v.x = tk;
   v.z = tq;
@@ -563,14 +428,14 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   v.out = args.d_v;
   v.g = call.g;
   v.r = own.r;
-  v.state = own.tiles;
-  v.units = own.units;
+  v.state = own.states.tiles;
+  v.units = own.states.units;
   v.scale = call.weight_scale();
-  if (call.ok()) call.run(k80::output(v, call.stream));
+  call.run([&] { return k80::output(v, call.stream); });
 
   if (args.d_log_g.data != nullptr) {
     k80::GateArgs w;
-    w.shape = call.shape;
+    w.shape = call.shape80;
     w.q_dot = own.q_dot;
     w.k_dot = own.k_dot;
     w.r = own.r;
@@ -578,11 +443,11 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     w.eps = static_cast<float>(p.eps);
     if (in_chunks) {
       w.s_tiles = states.tiles;
-      w.ds_tiles = own.tiles;
+      w.ds_tiles = own.states.tiles;
       w.z_tiles = states.z;
-      w.dz_tiles = own.z;
+      w.dz_tiles = own.states.z;
       w.units = states.units;
-      w.d_units = own.units;
+      w.d_units = own.states.units;
       w.g = call.g;
       w.k_state_dot = own.k_state_dot;
       w.initial = args.initial_state;
@@ -590,12 +455,9 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
       w.boundary = own.boundary;
     }
     w.d_log_g = args.d_log_g;
-    if (call.ok()) call.run(k80::gate_gradient(w, call.stream));
+    call.run([&] { return k80::gate_gradient(w, call.stream); });
   }
-  call.zero_padding(args.d_q, p.dtype, p.heads_q, p.head_dim);
-  call.zero_padding(args.d_k, p.dtype, p.heads_kv, p.head_dim);
-  call.zero_padding(args.d_v, p.dtype, p.heads_kv, p.value_dim);
-  call.zero_padding(args.d_log_g, Dtype::kFloat32, p.heads_kv, 1);
+  call.zero_padding(args);
   return cuda::check_launch(call.error, "cuda.sm80 backward");
 }
 
