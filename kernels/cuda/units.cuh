@@ -26,6 +26,12 @@ __device__ __forceinline__ float inverse_power(float p) {
   return __uint_as_float(0x7f000000u - __float_as_uint(p));
 }
 
+// 2^(n - k) for 2^k <= x < 2^(k + 1), at most 2^most; x = 0 counts as 2^-127.
+__device__ __forceinline__ float power_over(int n, float x, int most = 127) {
+  const int field = n + 254 - static_cast<int>(__float_as_uint(x) >> 23);
+  return __uint_as_float(static_cast<uint32_t>(max(1, min(field, 127 + most))) << 23);
+}
+
 // The power of two, 2^-100 or more, for which 2^14 <= bound / unit < 2^15: room for a sum's rounding errors
 // below the 2^16 of float16. Zero, infinity and NaN get finite units, too.
 __device__ __forceinline__ float unit_of(float bound) {

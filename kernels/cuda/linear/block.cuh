@@ -9,6 +9,7 @@
 namespace powerattn::cuda::linear {
 
 using namespace ptx;
+using sm80::aligned_rows;
 using sm80::load_rows;
 using sm80::row_pointer;
 using sm80::SharedTile;

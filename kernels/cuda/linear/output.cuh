@@ -46,12 +46,6 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4], int quad) {
   }
 }
 
-// Whether every row can be read and written 16 bytes at a time.
-__device__ __forceinline__ bool in_pieces(const powerattn_tensor &x) {
-  const uint64_t strides =
-      static_cast<uint64_t>(x.stride_b) | static_cast<uint64_t>(x.stride_t) | static_cast<uint64_t>(x.stride_h);
-  return (((reinterpret_cast<uintptr_t>(x.data) >> 1) | strides) & 7) == 0;
-}
 template <typename T>
 __device__ __forceinline__ uint4 load_piece(const T *from, bool aligned) {
   if (aligned) return __ldg(reinterpret_cast<const uint4 *>(from));
@@ -75,6 +69,7 @@ enum class Extra { kNone, kNorm, kGradient };
 // step whose weights would pass 2^15 lowers them to about 8 again, so that weights that round to multiples of
 // 2^-24 lose nothing of the sums.
 struct RowUnit {
+  static constexpr int kMostUnit = 30;  // of its logarithm: that of a row without a state
   float unit[2];
   __device__ __forceinline__ void start(float (&o)[8][4]) {
     float most[2] = {0.f, 0.f};
@@ -83,7 +78,7 @@ struct RowUnit {
 #pragma unroll
       for (int e = 0; e < 4; ++e) most[e >> 1] = fmaxf(most[e >> 1], fabsf(o[c][e]));
 #pragma unroll
-    for (int h = 0; h < 2; ++h) unit[h] = to_eight(quad_max(most[h]));
+    for (int h = 0; h < 2; ++h) unit[h] = power_over(3, quad_max(most[h]), kMostUnit);
     scale(o, unit[0], unit[1]);
   }
   // w: of 16 columns; becomes unit times w.
@@ -101,7 +96,7 @@ struct RowUnit {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float x = quad_max(most[h]);
-      f[h] = x > 0x1p15f ? to_eight(x) : 1.f;
+      f[h] = x > 0x1p15f ? power_over(3, x, kMostUnit) : 1.f;
       unit[h] *= f[h];
     }
     scale(o, f[0], f[1]);
@@ -115,11 +110,6 @@ struct RowUnit {
   }
 
  private:
-  // The power of two that brings x to 8 .. 16, but at most 2^30.
-  static __device__ __forceinline__ float to_eight(float x) {
-    const int field = 3 + 254 - static_cast<int>(__float_as_uint(x) >> 23);
-    return __uint_as_float(static_cast<uint32_t>(max(1, min(field, 127 + 30))) << 23);
-  }
   static __device__ __forceinline__ void scale(float (&o)[8][4], float f0, float f1) {
 #pragma unroll
     for (int c = 0; c < 8; ++c) o[c][0] *= f0, o[c][1] *= f0, o[c][2] *= f1, o[c][3] *= f1;
@@ -388,7 +378,7 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
     const bool finished = s.part == walk.parts - 1, with_dot = kGradient && a.dot != nullptr && finished;
     uint4 partner[2][2];
     const auto load_partner = [&] {
-      const bool pieces = in_pieces(a.partner);
+      const bool pieces = aligned_rows<8>(a.partner);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = 16 * strip + 8 * h + lane / 4;
@@ -462,7 +452,7 @@ __global__ void __launch_bounds__(OutputForm<D>::kThreads, OutputForm<D>::kBlock
         continue;
       }
       T *const out = row_pointer<T>(a.out, batch, chunk.start + token + row, head_x) + 64 * half;
-      if (in_pieces(a.out)) {
+      if (aligned_rows<8>(a.out)) {
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           uint32_t v[4];

@@ -33,12 +33,6 @@ __device__ __forceinline__ uint32_t load_pair(const T *row, int column) {
   if constexpr (kPairs) return *reinterpret_cast<const uint32_t *>(p);
   return p[0] | static_cast<uint32_t>(p[1]) << 16;
 }
-__device__ __forceinline__ bool in_pairs(const powerattn_tensor &x) {
-  const uint64_t strides =
-      static_cast<uint64_t>(x.stride_b) | static_cast<uint64_t>(x.stride_t) | static_cast<uint64_t>(x.stride_h);
-  return (((reinterpret_cast<uintptr_t>(x.data) >> 1) | strides) & 1) == 0;
-}
-
 // A operand of rows 0 .. 15, of which `rows` exist.
 template <typename T, int D, bool kPairs>
 __device__ __forceinline__ void load_a(uint32_t (&a)[D / 16][4], const powerattn_tensor &x, int64_t batch,
@@ -131,7 +125,7 @@ __device__ __forceinline__ void take(const DeltaArgs &a, const Strip &r, int64_t
     __syncwarp();
     if (r.first > start && gates[keys - 1] - gates[0] > kSteep) return;
   }
-  if (in_pairs(a.q) && in_pairs(a.k) && in_pairs(a.v) && in_pairs(a.d_y))
+  if (aligned_rows<2>(a.q) && aligned_rows<2>(a.k) && aligned_rows<2>(a.v) && aligned_rows<2>(a.d_y))
     walk<T, D, true>(a, r, gates, lane);
   else
     walk<T, D, false>(a, r, gates, lane);

@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(GradientShape<D>::kThreads, GradientShape<D>::
       for (int h = 0; h < 2; ++h) {
         float f = row_gate(m, h);
         dot[m][h] *= f;
-        if constexpr (kScaled) f = lower_top(&top[m][h], f, dx[m], h);
+        if constexpr (kScaled) f = lower_top(&top[m][h], f, dx[m], h, 0.f);
 #pragma unroll
         for (int i = 0; i < kN; ++i) {
           dx[m][i][2 * h] *= f;

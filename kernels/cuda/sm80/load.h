@@ -16,6 +16,14 @@ __device__ __forceinline__ T *row_pointer(const powerattn_tensor &t, int64_t bat
   return static_cast<T *>(t.data) + batch * t.stride_b + start * t.stride_t + head * t.stride_h;
 }
 
+// Whether every row can be read and written kElements (a power of two) at a time, of two bytes each.
+template <int kElements>
+__device__ __forceinline__ bool aligned_rows(const powerattn_tensor &t) {
+  const uint64_t strides =
+      static_cast<uint64_t>(t.stride_b) | static_cast<uint64_t>(t.stride_t) | static_cast<uint64_t>(t.stride_h);
+  return (((reinterpret_cast<uintptr_t>(t.data) >> 1) | strides) & (kElements - 1)) == 0;
+}
+
 // Copies rows 0 .. valid-1 of src (kCols columns, `stride` elements apart) and zeros up to kRows. Uses cp.async
 // where rows are 16-byte aligned, else element loads (correct for any stride, slower).
 template <int kRows, int kCols, int kThreads, typename T>

@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(128, 2) output_kernel(const __grid_constant__ 
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float f = row_gate(m, h);
-        if constexpr (kScaled) f = lower_top(&top[m][h], f, o[m], l[m], h);
+        if constexpr (kScaled) f = lower_top(&top[m][h], f, o[m], h, fabsf(l[m][h]));
 #pragma unroll
         for (int i = 0; i < kN; ++i) {
           o[m][i][2 * h] *= f;

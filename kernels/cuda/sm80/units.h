@@ -57,10 +57,10 @@ __device__ __forceinline__ float first_top(float most) {
   return fmaxf(kLeastTop, exponent > (24u << 23) ? __uint_as_float(exponent - (24u << 23)) : 0.f);
 }
 // For sums that the gate f <= 1 is about to multiply: lowers the top to what that leaves, since weights to come
-// may be as small, and returns the factor in its units. `h`: of the two rows in o.
+// may be as small, and returns the factor in its units. `h`: of the two rows in o; `most`: of what else is
+// summed.
 template <int kN>
-__device__ __forceinline__ float lower_top(float *top, float f, const float (&o)[kN][4], int h,
-                                           float most = 0.f) {
+__device__ __forceinline__ float lower_top(float *top, float f, const float (&o)[kN][4], int h, float most) {
 #pragma unroll
   for (int i = 0; i < kN; ++i) most = fmaxf(most, fmaxf(fabsf(o[i][2 * h]), fabsf(o[i][2 * h + 1])));
   // No factor beyond float32; what is so far below is nothing beside any weight.
@@ -68,11 +68,6 @@ __device__ __forceinline__ float lower_top(float *top, float f, const float (&o)
   f *= *top * inverse_power(lower);
   *top = lower;
   return f;
-}
-template <int kN>
-__device__ __forceinline__ float lower_top(float *top, float f, const float (&o)[kN][4], const float (&l)[2],
-                                           int h) {
-  return lower_top(top, f, o, h, fabsf(l[h]));
 }
 
 }  // namespace sm80

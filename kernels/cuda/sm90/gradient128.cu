@@ -412,43 +412,19 @@ __global__ void __launch_bounds__(384, 1)
   }
 }
 
-template <typename T, int kDegree, bool kKeys, bool kCorrect = false>
-cudaError_t launch(GradientArgs a, int sms, cudaStream_t stream) {
-  constexpr int kSmem = Layout::kSmem;
-  GradientMaps maps;
-  const cudaError_t error = gradient_maps(a, &maps);
-  if (error != cudaSuccess) return error;
-  a.together = rows_together(a.p, kKeys);
-  return launch_early(gradient128_kernel<T, kDegree, kKeys, kCorrect>, sms, 384, kSmem, stream, a, maps);
-}
-template <typename T, int kDegree>
-cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream, bool correct = false) {
-  if constexpr (kDegree == 2) {
-    if (correct)
-      return a.keys ? launch<T, 2, true, true>(a, sms, stream) : launch<T, 2, false, true>(a, sms, stream);
+struct Kernels {
+  static constexpr int kShared = Layout::kSmem;
+  template <typename T, int kDegree, bool kKeys, bool kCorrect>
+  static constexpr auto kernel() {
+    return gradient128_kernel<T, kDegree, kKeys, kCorrect>;
   }
-  return a.keys ? launch<T, kDegree, true>(a, sms, stream) : launch<T, kDegree, false>(a, sms, stream);
-}
-template <typename T>
-cudaError_t launch(const GradientArgs &a, int sms, cudaStream_t stream, bool correct) {
-  switch (a.p.degree) {
-    case 1:
-      return launch<T, 1>(a, sms, stream);
-    case 2:
-      return launch<T, 2>(a, sms, stream, correct);
-    case 4:
-      return launch<T, 4>(a, sms, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
+};
 
 }  // namespace
 
 cudaError_t gradient128(const GradientArgs &a, int sms, cudaStream_t stream) {
-  const bool correct = a.delta_out != nullptr || a.state_dot != nullptr;
-  if ((correct || a.state != nullptr) && a.p.degree != 2) return cudaErrorInvalidValue;
-  return a.p.half ? launch<__half>(a, sms, stream, correct) : launch<__nv_bfloat16>(a, sms, stream, correct);
+  if (a.state != nullptr && a.p.degree != 2) return cudaErrorInvalidValue;
+  return launch_gradient<Kernels>(a, sms, stream);
 }
 
 }  // namespace powerattn::cuda::sm90

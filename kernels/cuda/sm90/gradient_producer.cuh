@@ -294,4 +294,38 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
   }
 }
 
+// Launches the kernel of a head size for a degree. Kernels: `kernel<T, degree, keys, correct>()`, and its
+// kShared bytes of shared memory.
+template <class Kernels, typename T, int kDegree, bool kCorrect>
+cudaError_t launch_gradient(GradientArgs a, int sms, cudaStream_t stream) {
+  GradientMaps maps;
+  const cudaError_t error = gradient_maps(a, &maps);
+  if (error != cudaSuccess) return error;
+  a.together = rows_together(a.p, a.keys != 0);
+  const auto kernel = a.keys ? Kernels::template kernel<T, kDegree, true, kCorrect>()
+                             : Kernels::template kernel<T, kDegree, false, kCorrect>();
+  return launch_early(kernel, sms, 384, Kernels::kShared, stream, a, maps);
+}
+template <class Kernels, typename T>
+cudaError_t launch_gradient(const GradientArgs &a, int sms, cudaStream_t stream) {
+  const bool correct = a.delta_out != nullptr || a.state_dot != nullptr;
+  if (correct && a.p.degree != 2) return cudaErrorInvalidValue;
+  switch (a.p.degree) {
+    case 1:
+      return launch_gradient<Kernels, T, 1, false>(a, sms, stream);
+    case 2:
+      return correct ? launch_gradient<Kernels, T, 2, true>(a, sms, stream)
+                     : launch_gradient<Kernels, T, 2, false>(a, sms, stream);
+    case 4:
+      return launch_gradient<Kernels, T, 4, false>(a, sms, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+template <class Kernels>
+cudaError_t launch_gradient(const GradientArgs &a, int sms, cudaStream_t stream) {
+  return a.p.half ? launch_gradient<Kernels, __half>(a, sms, stream)
+                  : launch_gradient<Kernels, __nv_bfloat16>(a, sms, stream);
+}
+
 }  // namespace powerattn::cuda::sm90

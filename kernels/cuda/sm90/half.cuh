@@ -10,12 +10,6 @@
 
 namespace powerattn::cuda::sm90 {
 
-// 2^(n - k) for 2^k <= x < 2^(k + 1); x = 0 counts as 2^-127.
-__device__ __forceinline__ float power_over(int n, float x) {
-  const int field = n + 254 - static_cast<int>(__float_as_uint(x) >> 23);
-  return __uint_as_float(static_cast<uint32_t>(max(1, min(field, 254))) << 23);
-}
-
 template <int kN>
 __device__ __forceinline__ void scale_rows(float (&o)[kN], float (&l)[2], float f0, float f1) {
 #pragma unroll

@@ -414,34 +414,19 @@ __global__ void __launch_bounds__(384, 1)
   }
 }
 
-template <typename T, int kDegree>
-cudaError_t launch(OutputArgs a, int sms, cudaStream_t stream) {
-  constexpr int kSmem = Layout::kSmem;
-  OutputMaps maps;
-  const cudaError_t error = output_maps(a, &maps);
-  if (error != cudaSuccess) return error;
-  a.together = rows_together(a.p, false);
-  return launch_early(output64_kernel<T, kDegree>, sms, 384, kSmem, stream, a, maps);
-}
-template <typename T>
-cudaError_t launch(const OutputArgs &a, int sms, cudaStream_t stream) {
-  switch (a.p.degree) {
-    case 1:
-      return launch<T, 1>(a, sms, stream);
-    case 2:
-      return launch<T, 2>(a, sms, stream);
-    case 4:
-      return launch<T, 4>(a, sms, stream);
-    default:
-      return cudaErrorInvalidValue;
+struct Kernels {
+  static constexpr int kShared = Layout::kSmem;
+  template <typename T, int kDegree>
+  static constexpr auto kernel() {
+    return output64_kernel<T, kDegree>;
   }
-}
+};
 
 }  // namespace
 
 cudaError_t output64(const OutputArgs &a, int sms, cudaStream_t stream) {
   if (a.state != nullptr && a.p.half && a.p.degree != 2) return cudaErrorInvalidValue;
-  return a.p.half ? launch<__half>(a, sms, stream) : launch<__nv_bfloat16>(a, sms, stream);
+  return launch_output<Kernels>(a, sms, stream);
 }
 
 }  // namespace powerattn::cuda::sm90

@@ -234,4 +234,33 @@ __device__ __forceinline__ void produce_output(const OutputArgs &a, const Output
   }
 }
 
+// Launches the kernel of a head size for a degree. Kernels: `kernel<T, degree>()`, and its kShared bytes of
+// shared memory.
+template <class Kernels, typename T, int kDegree>
+cudaError_t launch_output(OutputArgs a, int sms, cudaStream_t stream) {
+  OutputMaps maps;
+  const cudaError_t error = output_maps(a, &maps);
+  if (error != cudaSuccess) return error;
+  a.together = rows_together(a.p, false);
+  return launch_early(Kernels::template kernel<T, kDegree>(), sms, 384, Kernels::kShared, stream, a, maps);
+}
+template <class Kernels, typename T>
+cudaError_t launch_output(const OutputArgs &a, int sms, cudaStream_t stream) {
+  switch (a.p.degree) {
+    case 1:
+      return launch_output<Kernels, T, 1>(a, sms, stream);
+    case 2:
+      return launch_output<Kernels, T, 2>(a, sms, stream);
+    case 4:
+      return launch_output<Kernels, T, 4>(a, sms, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+template <class Kernels>
+cudaError_t launch_output(const OutputArgs &a, int sms, cudaStream_t stream) {
+  return a.p.half ? launch_output<Kernels, __half>(a, sms, stream)
+                  : launch_output<Kernels, __nv_bfloat16>(a, sms, stream);
+}
+
 }  // namespace powerattn::cuda::sm90
