@@ -165,7 +165,7 @@ struct Call : cuda::TensorCoreCall {
     u.ticket = tickets();
     if (gate != nullptr) {
       u.weight = u.norm_weight = common.weight;
-      run([&] { return k90::key_weights({shape, gate, common.weight, common.decay}, stream); });
+      run([&] { return k90::key_weights({shape, gate, common.weight}, stream); });
     }
     u.end = p.use_state && final.s != nullptr ? common.sums.end_local : nullptr;
     u.ranges = ranges(common.sums, k, v, false, nullptr, nullptr);

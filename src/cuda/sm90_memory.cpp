@@ -23,10 +23,8 @@ Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
   m.tickets = c->take<int32_t>(counters_of(p, t));
   m.gate = c->take<double>(rows);
   if (chunked(t)) {
-    const int64_t slots = chunk_bound(p, t.chunk) * p.heads_kv;
     m.g = c->take<float>(rows);
     m.weight = c->take<float>(rows);
-    m.decay = c->take<float>(slots);
   }
   m.sums = carve_sums(p, t, with_z(p), c);
   if (with_rope(p)) {

@@ -21,7 +21,7 @@ struct Common {
   void *tables = nullptr;
   int32_t *tickets = nullptr;
   double *gate = nullptr;  // sums inside a chunk
-  float *g = nullptr, *weight = nullptr, *decay = nullptr;
+  float *g = nullptr, *weight = nullptr;
   Sums sums;
   uint16_t *q = nullptr, *k = nullptr;  // rotated, [b, heads, t, head_dim]
 };

@@ -215,7 +215,7 @@ struct Consumer {
     }
   }
   // Rolled over ib: unrolled, the 136 tiles would be 30 thousand instructions.
-  __device__ __forceinline__ void state_phase_2() {
+  __device__ __forceinline__ void state_phase() {
     int odd = 0;
 #pragma unroll 1
     for (int ib = 0; ib < kBlocks; ++ib) {
@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(384, 1)
         if (unit.states) {
           if constexpr (kKeys && kCounted<T>) c.template scale_x<false>(unit);
           if (a.norm) c.norm_phase(d0, d1, kCounted<T> ? unit.units.z / unit.units.s : 1.f);
-          c.state_phase_2();
+          c.state_phase();
           if constexpr (kKeys && kCounted<T>) c.template scale_x<true>(unit);
           leave_state<T, kDegree, kKeys>(c, unit);
         }
@@ -423,7 +423,6 @@ struct Kernels {
 }  // namespace
 
 cudaError_t gradient128(const GradientArgs &a, int sms, cudaStream_t stream) {
-  if (a.state != nullptr && a.p.degree != 2) return cudaErrorInvalidValue;
   return launch_gradient<Kernels>(a, sms, stream);
 }
 

@@ -202,7 +202,7 @@ struct Consumer {
   }
 
   // Queries: T of the next tile runs while this one is contracted. Keys: dv += phi(x) S of this tile does.
-  __device__ __forceinline__ void state_phase_2() {
+  __device__ __forceinline__ void state_phase() {
     float t[kKeys ? 1 : 2][32], side[2][8] = {};
     uint32_t xs[2][4], f[2], a[4][4];
     int previous = 0;
@@ -262,21 +262,6 @@ struct Consumer {
       wgmma_wait<0>();
       release(previous);
     }
-  }
-  // Degree 1: dx = u S^T; keys: dv = x S.
-  __device__ __forceinline__ void state_phase_1() {
-    acquire();
-    wgmma_fence();
-    times_u(dx, stage());
-    if constexpr (kKeys) {
-      wgmma<T, false, true>(dv, x[0], tile_desc(stage()));
-#pragma unroll
-      for (int ks = 1; ks < 4; ++ks) wgmma<T, true, true>(dv, x[ks], desc_at(tile_desc(stage()), ks * 2048));
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    release(ring.stage);
-    ring.next();
   }
 
   // s = x z^T, m = u y^T (without fence and commit)
@@ -502,15 +487,12 @@ __global__ void __launch_bounds__(384, 1)
         d0 = unit.delta[c.local()];
         d1 = unit.delta[c.local() + 8];
       }
-      if (unit.states) {
-        if constexpr (kDegree == 1) {
-          c.state_phase_1();
-          leave_state<T, kDegree, kKeys>(c, unit);
-        } else if constexpr (kDegree == 2) {
+      if constexpr (kDegree == 2) {
+        if (unit.states) {
           if constexpr (kKeys && kCounted<T>) c.scale_x(unit);
           if (a.norm) c.norm_phase(d0, d1, kCounted<T> ? unit.units.z / unit.units.s : 1.f);
           if constexpr (kKeys) c.put_x();
-          c.state_phase_2();
+          c.state_phase();
           leave_state<T, kDegree, kKeys>(c, unit);
           if constexpr (kKeys) c.take_x();
           if constexpr (kKeys && kCounted<T>) c.unscale_x(unit);

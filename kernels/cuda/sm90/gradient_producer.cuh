@@ -122,7 +122,7 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
                                                  const GradientSmem<kDim> &s, GradientUnit *slots) {
   using L = GradientLayout<kDim>;
   constexpr int kTile = L::kTile, kStage = L::kStage, kStages = L::kStages;
-  constexpr int kStateTiles = tile_count(kDegree == 1 ? 1 : 2, kDim);
+  constexpr int kStateTiles = tile_count(2, kDim);
   static_assert(kStages % kProducers == 0);
   const Shape &p = a.p;
   const int heads = kKeys ? p.heads_kv : p.heads_q;
@@ -225,8 +225,8 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
     if (u.head < 0) break;
 
     int n = (warp() - at.turn) & (kProducers - 1);  // this warp's next stage of the unit
-    if (u.states) {
-      const int norms = kDegree == 2 && a.norm ? L::kNormStages : 0, total = norms + (kStateTiles + 1) / 2;
+    if (kDegree == 2 && u.states) {
+      const int norms = a.norm ? L::kNormStages : 0, total = norms + (kStateTiles + 1) / 2;
 #pragma unroll 1
       for (; n < total; n += kProducers) {
         if (lane() != 0) continue;
@@ -234,10 +234,10 @@ __device__ __forceinline__ void produce_gradient(const GradientArgs &a, const Gr
             n < norms
                 ? static_cast<const char *>(a.norm) + (u.state * L::kNormStages + n) * kStage
                 : static_cast<const char *>(a.state) + u.state * (kStateTiles * kTile) + (n - norms) * kStage;
-        const uint32_t bar = s.full + 8 * at.stage(n), bytes = kStateTiles == 1 && n >= norms ? kTile : kStage;
+        const uint32_t bar = s.full + 8 * at.stage(n);
         barrier_wait(s.empty + 8 * at.stage(n), at.phase(n) ^ 1);
-        barrier_expect(bar, bytes);
-        bulk_load(s.ring + at.stage(n) * kStage, src, bytes, bar);
+        barrier_expect(bar, kStage);
+        bulk_load(s.ring + at.stage(n) * kStage, src, kStage, bar);
       }
       __syncwarp();
       at.turn += total;
@@ -309,7 +309,7 @@ cudaError_t launch_gradient(GradientArgs a, int sms, cudaStream_t stream) {
 template <class Kernels, typename T>
 cudaError_t launch_gradient(const GradientArgs &a, int sms, cudaStream_t stream) {
   const bool correct = a.delta_out != nullptr || a.state_dot != nullptr;
-  if (correct && a.p.degree != 2) return cudaErrorInvalidValue;
+  if ((correct || a.state != nullptr) && a.p.degree != 2) return cudaErrorInvalidValue;
   switch (a.p.degree) {
     case 1:
       return launch_gradient<Kernels, T, 1, false>(a, sms, stream);

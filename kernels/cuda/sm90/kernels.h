@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Kernels for sm_90a: what they take and how they are launched. Plain data and host functions only.
 //
-// Forward:  chunk table and gate sums -> update (sums of phi(k) v^T per chunk) -> scan (state before each
-// chunk)
-//           -> output.   Attention form: one chunk per sequence, output only.
+// Forward:  chunk table and gate sums -> update (sums of phi(k) v^T per chunk) -> scan (sm80: the state before
+//           each chunk) -> output.   Attention form: one chunk per sequence, output only.
 // Backward: preprocess (delta, 1/l, weights) -> update and scan with q, dy in reverse -> dq -> dkv -> gate
-// gradient.   Attention form: preprocess -> joint (dq, dk, dv) -> gate gradient.
+//           gradient (sm80).   Attention form: preprocess -> joint (dq, dk, dv) -> gate gradient.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -39,15 +38,6 @@ struct Shape {
 };
 constexpr int kOutputRows = 256;  // rows per tile of `output`
 
-// Tiles of the padded state of one head: upper block pairs of 8-blocks (degree 2), or d / 64 slabs (degree 1).
-constexpr int state_tiles(int head_dim, int degree) {
-  return degree == 1 ? head_dim / 64 : (head_dim / 8) * (head_dim / 8 + 1) / 2;
-}
-constexpr int64_t state_bytes(int head_dim, int degree) {
-  return int64_t(state_tiles(head_dim, degree)) * 64 * head_dim * 2;
-}
-constexpr int64_t norm_bytes(int head_dim) { return int64_t(head_dim) * head_dim * 4; }
-
 // State sums of every chunk: state[chunk][h][tile] = sum_t weight_t phi(a_t) b_t^T (bf16, swizzled tiles) and,
 // normalised, norm[chunk][h] = sum_t norm_weight_t a_t a_t^T (fp32). Forward a = k, b = v; backward a = q, b =
 // dy, summed over the query heads of the group.
@@ -68,40 +58,24 @@ struct UpdateArgs {
   float *norm = nullptr;
   int32_t *ticket = nullptr;  // 4, zero on entry
 };
+// Degree 2.
 cudaError_t update64(const UpdateArgs &args, int sms, cudaStream_t stream);
-cudaError_t update128(const UpdateArgs &args, int sms, cudaStream_t stream);  // degree 2; Z is always exact
+cudaError_t update128(const UpdateArgs &args, int sms, cudaStream_t stream);  // Z is always exact
 
-// Weight of a key in its chunk's sum, exp(G_end - G_t) as [b, heads_kv, t], and decay [chunk, heads_kv] =
-// exp(G_end).
+// Weight of a key in its chunk's sum, exp(G_end - G_t) as [b, heads_kv, t].
 struct GateArgs {
   Shape p;
   const double *gate = nullptr;
   float *weight = nullptr;
-  float *decay = nullptr;
 };
 cudaError_t key_weights(const GateArgs &args, cudaStream_t stream);
-
-// Exclusive scan over the chunks of each sequence, in place: slot n becomes the state before chunk n (reverse:
-// after it). norm (fp32, from update) goes to norm_tiles: two bf16 tiles per slot, high and low part.
-struct ScanArgs {
-  Shape p;
-  void *state = nullptr;
-  const float *norm = nullptr;  // null: none
-  void *norm_tiles = nullptr;
-  const float *decay = nullptr;  // null: 1
-  // Carries in and out, fp32 in the order of the slots: [sequences, heads_kv, ...]; null: zero, not wanted.
-  const float *first_state = nullptr, *first_norm = nullptr;
-  float *last_state = nullptr, *last_norm = nullptr;
-  int32_t reverse = 0;
-};
-cudaError_t scan(const ScanArgs &args, cudaStream_t stream);
 
 // y, and row_norm when asked for, from the chunk's keys and the state before it.
 struct OutputArgs {
   Shape p;
   Tensor q, k, v, y, row_norm;
   const double *gate = nullptr;  // [b, heads_kv, t]: inclusive sums inside the chunk; null: no gates
-  const void *state = nullptr;   // null: attention form
+  const void *state = nullptr;   // degree 2; null: attention form
   const void *norm = nullptr;    // Z before each chunk; null: row sums without the state's part
   const Units *units = nullptr;  // of state and norm, float16
   int32_t first_has_state = 0;   // the first chunk of a sequence starts from a state
@@ -109,7 +83,7 @@ struct OutputArgs {
   uint32_t together = 1;         // set at launch: as in row_tile_at
 };
 cudaError_t output64(const OutputArgs &args, int sms, cudaStream_t stream);
-cudaError_t output128(const OutputArgs &args, int sms, cudaStream_t stream);  // states of degree 2 only
+cudaError_t output128(const OutputArgs &args, int sms, cudaStream_t stream);
 
 struct RowsArgs {
   Shape p;

@@ -107,7 +107,7 @@ struct Consumer {
   }
   // O += phi(Q) S over the 136 tiles, two (one stage) a turn. The fragments of one row tile are built while the
   // other one multiplies. Nothing is in flight across the loop's edge; the other warpgroup fills that gap.
-  __device__ __forceinline__ void state_phase_2() {
+  __device__ __forceinline__ void state_phase() {
     uint32_t a[2][4][4], x[2][2][4];
     int ib = 0, jb = 0;
     row_scalars(x, 0);
@@ -192,7 +192,7 @@ struct Consumer {
       if (u.states) {
         if (a.norm) norm_phase();
         clear();
-        state_phase_2();
+        state_phase();
         begin_rows(o[0], l[0], units[0], u);
         begin_rows(o[1], l[1], units[1], u);
         return;
@@ -405,7 +405,6 @@ struct Kernels {
 }  // namespace
 
 cudaError_t output128(const OutputArgs &a, int sms, cudaStream_t stream) {
-  if (a.state != nullptr && a.p.degree != 2) return cudaErrorInvalidValue;
   return launch_output<Kernels>(a, sms, stream);
 }
 

@@ -46,7 +46,7 @@ struct Consumer {
   uint32_t turn = 0;
   float o[2][32];
   float l[2][2];
-  static constexpr bool kStates = kDegree == 2 || !kCounted<T>;
+  static constexpr bool kStates = kDegree == 2;
   RowUnits<T> units[2];
   uint32_t q[2][4][4];
 
@@ -85,7 +85,7 @@ struct Consumer {
   }
 
   // O += phi(Q) S over the 36 tiles, fragments of the next tile built while this one multiplies.
-  __device__ __forceinline__ void state_phase_2() {
+  __device__ __forceinline__ void state_phase() {
     uint32_t a[2][2][4][4], x[2][2][4];
     row_scalars(x[0], q[0], 0, lane);
     row_scalars(x[1], q[1], 0, lane);
@@ -159,25 +159,6 @@ struct Consumer {
           const float2 f = unpack2<T>(q[m][n / 2][(n & 1) * 2 + h]);
           l[m][h] += t[m][4 * n + 2 * h] * f.x + t[m][4 * n + 2 * h + 1] * f.y;
         }
-  }
-
-  // O = Q S, degree 1: phi is the identity.
-  __device__ __forceinline__ void state_phase_1() {
-    acquire();
-    wgmma_fence();
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-#pragma unroll
-      for (int ks = 0; ks < 4; ++ks) {
-        if (ks == 0)
-          wgmma<T, false, true>(o[m], q[m][ks], tile_desc(stage()));
-        else
-          wgmma<T, true, true>(o[m], q[m][ks], desc_at(tile_desc(stage()), ks * 2048));
-      }
-    wgmma_commit();
-    wgmma_wait<0>();
-    release(index());
-    ++turn;
   }
 
   // S_m = Q_m K^T and O_m += P V, without fence and commit.
@@ -393,14 +374,10 @@ __global__ void __launch_bounds__(384, 1)
       }
       if constexpr (c.kStates) {
         if (u.states) {
-          if constexpr (kDegree == 1) {
-            c.state_phase_1();
-          } else if constexpr (kDegree == 2) {
-            c.state_phase_2();
-            if (a.norm) {
-              float t[2][32];
-              c.norm_phase(t);
-            }
+          c.state_phase();
+          if (a.norm) {
+            float t[2][32];
+            c.norm_phase(t);
           }
           begin_rows(c.o[0], c.l[0], c.units[0], u);
           begin_rows(c.o[1], c.l[1], c.units[1], u);
@@ -425,7 +402,6 @@ struct Kernels {
 }  // namespace
 
 cudaError_t output64(const OutputArgs &a, int sms, cudaStream_t stream) {
-  if (a.state != nullptr && a.p.half && a.p.degree != 2) return cudaErrorInvalidValue;
   return launch_output<Kernels>(a, sms, stream);
 }
 

@@ -95,7 +95,7 @@ __device__ __forceinline__ void produce_output(const OutputArgs &a, const Output
                                                const OutputSmem<kDim> &s, UnitMeta *slots) {
   using L = OutputLayout<kDim>;
   constexpr int kTile = L::kTile, kStage = L::kStage, kStages = L::kStages;
-  constexpr int kStateTiles = tile_count(kDegree == 1 ? 1 : 2, kDim), kStateStages = (kStateTiles + 1) / 2;
+  constexpr int kStateTiles = tile_count(2, kDim), kStateStages = (kStateTiles + 1) / 2;
   static_assert(kStages % kProducers == 0);  // a stage of the ring belongs to one warp
   const Shape &p = a.p;
   Turns<kStages> at{1u << 31};  // unit(): the slot in use
@@ -177,8 +177,8 @@ __device__ __forceinline__ void produce_output(const OutputArgs &a, const Output
     if (u.head < 0) break;
 
     int n = (warp() - at.turn) & (kProducers - 1);  // this warp's next stage of the unit
-    if (u.states) {
-      const int norms = kDegree == 2 && a.norm ? L::kNormStages : 0, total = kStateStages + norms;
+    if (kDegree == 2 && u.states) {
+      const int norms = a.norm ? L::kNormStages : 0, total = kStateStages + norms;
 #pragma unroll 1
       for (; n < total; n += kProducers) {
         if (lane() != 0) continue;
@@ -188,10 +188,10 @@ __device__ __forceinline__ void produce_output(const OutputArgs &a, const Output
             z ? static_cast<const char *>(a.norm) +
                     (u.state * L::kNormStages + (L::kNormFirst ? n : n - kStateStages)) * kStage
               : static_cast<const char *>(a.state) + u.state * (kStateTiles * kTile) + tile * kStage;
-        const uint32_t bar = s.full + 8 * at.stage(n), bytes = kStateTiles == 1 && !z ? kTile : kStage;
+        const uint32_t bar = s.full + 8 * at.stage(n);
         barrier_wait(s.empty + 8 * at.stage(n), at.phase(n) ^ 1);
-        barrier_expect(bar, bytes);
-        bulk_load(s.ring + at.stage(n) * kStage, src, bytes, bar);
+        barrier_expect(bar, kStage);
+        bulk_load(s.ring + at.stage(n) * kStage, src, kStage, bar);
       }
       __syncwarp();
       at.turn += total;
@@ -246,6 +246,7 @@ cudaError_t launch_output(OutputArgs a, int sms, cudaStream_t stream) {
 }
 template <class Kernels, typename T>
 cudaError_t launch_output(const OutputArgs &a, int sms, cudaStream_t stream) {
+  if (a.state != nullptr && a.p.degree != 2) return cudaErrorInvalidValue;
   switch (a.p.degree) {
     case 1:
       return launch_output<Kernels, T, 1>(a, sms, stream);

@@ -9,7 +9,7 @@
 namespace powerattn::cuda::sm90 {
 
 struct UnitMeta {
-  int32_t slice;   // < 0: no more units; behind the last slice: Z (update64, degree 1: S)
+  int32_t slice;   // < 0: no more units; behind the last slice: Z
   int32_t stages;  // of 64 tokens, over all heads of the group
   int32_t slot;    // chunk * heads_kv + head
   int32_t end;     // of UpdateArgs::end, or < 0

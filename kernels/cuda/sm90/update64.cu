@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums of one chunk for head_dim = value_dim = 64:
-//   S[(i,j)] = W_ij sum_t w_t k_ti k_tj v_t   (degree 2: 36 tiles of tiles.h, W = 2 off the diagonal tiles)
-//   S[i]     = sum_t w_t k_ti v_t             (degree 1)        Z = sum_t w'_t k_t k_t^T   (normalised, degree
-//   2)
+//   S[(i,j)] = W_ij sum_t w_t k_ti k_tj v_t   (36 tiles of tiles.h, W = 2 off the diagonal tiles)
+//   Z        = sum_t w'_t k_t k_t^T           (normalised)
 //
 // A unit is a (chunk, head, slice); the accumulators of a slice, 6 tiles in each of two consumer warpgroups,
 // stay in registers over the chunk's tokens. The A operand phi(k)^T is a K^T fragment times scalars w_t k_ti;
@@ -89,7 +88,7 @@ __device__ __forceinline__ void make_scalars(uint32_t keys, uint32_t scalars, ui
   }
 }
 
-template <typename T, int kDegree, bool kExact>
+template <typename T, bool kExact>
 __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem<kExact> &s, UnitMeta *slots, int tid) {
   constexpr int kStage = Layout<kExact>::kStage, kStages = Layout<kExact>::kStages;
   const Shape &p = a.p;
@@ -104,7 +103,7 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem<kExact> 
     if (tid % 32 == 0) barrier_arrive(s.unit_full);
   };
   // A block keeps its slice, and takes Z units (cheap, one in every 37 products) when its slice is done.
-  int slice = kDegree == 1 ? kSlices : static_cast<int>(blockIdx.x) % kSlices;
+  int slice = static_cast<int>(blockIdx.x) % kSlices;
   const auto finish = [&]() {  // transposes the oldest loaded stage and hands it over
     fence_async_proxy();
     named_barrier<2, 128>();
@@ -127,7 +126,7 @@ __device__ __forceinline__ void produce(const UpdateArgs &a, const Smem<kExact> 
     if (c.length == 0) continue;
     const int batch = static_cast<int>(batch_of(p.packed, c.sequence));
     const int blocks = (c.length + kTokens - 1) / kTokens;
-    const bool norm = slice == kSlices && kDegree == 2;
+    const bool norm = slice == kSlices;
     barrier_wait(s.unit_empty, unit_phase);
     unit_phase ^= 1;
     if (tid == 0) {
@@ -301,12 +300,12 @@ __device__ __forceinline__ void store_tiles(float (&acc)[6][32], const volatile 
   }
 }
 
-// One product per 16 tokens: A = w_t k_t (64 features), B = v (degree 1) or k (Z). Both warpgroups take every
+// One product per 16 tokens: A = w_t k_t (64 features), B = k. Both warpgroups take every
 // other stage; each holds half of the sum, added through the staging buffer in a fixed order. float16: A in two
 // parts, made here.
-template <typename T, bool kNorm, int kGroup, bool kExact>
-__device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe<kExact> &pipe, int stages,
-                                           const volatile UnitMeta &unit) {
+template <typename T, int kGroup, bool kExact>
+__device__ __forceinline__ void sum_norm(const UpdateArgs &args, Pipe<kExact> &pipe, int stages,
+                                         const volatile UnitMeta &unit) {
   constexpr bool kParts = kExact || kCounted<T>;
   float acc[32];
 #pragma unroll
@@ -321,7 +320,7 @@ __device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe<kExact> 
 #pragma unroll 1
   for (int it = kGroup; it < stages; it += 2) {
     pipe.acquire();
-    const uint32_t stage = pipe.stage(), b = stage + (kNorm ? 0 : kTile);
+    const uint32_t stage = pipe.stage();
     uint32_t f[kParts ? 8 : 4][4];  // the low parts behind the high ones
 #pragma unroll
     for (int ks = 0; ks < 4; ++ks) {
@@ -347,7 +346,7 @@ __device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe<kExact> 
     wgmma_fence();
 #pragma unroll
     for (int ks = 0; ks < (kParts ? 8 : 4); ++ks)
-      wgmma<T, true, true>(acc, f[ks], desc_at(tile_desc(b), ks % 4 * 2048));
+      wgmma<T, true, true>(acc, f[ks], desc_at(tile_desc(stage), ks % 4 * 2048));
     wgmma_commit();
     wgmma_wait<0>();
     pipe.release(pipe.ring.stage);
@@ -372,16 +371,10 @@ __device__ __forceinline__ void sum_linear(const UpdateArgs &args, Pipe<kExact> 
       const uint4 o = load_u4(at + i * 2048);
       const float y0 = acc[4 * i] + __uint_as_float(o.x), y1 = acc[4 * i + 1] + __uint_as_float(o.y),
                   y2 = acc[4 * i + 2] + __uint_as_float(o.z), y3 = acc[4 * i + 3] + __uint_as_float(o.w);
-      if constexpr (kNorm) {
-        const float f = kCounted<T> ? unit.factor : 1.f;
-        float *z = args.norm + int64_t(unit.slot) * 4096 + row * 64 + 8 * i + 2 * c;
-        *reinterpret_cast<float2 *>(z) = make_float2(f * y0, f * y1);
-        *reinterpret_cast<float2 *>(z + 8 * 64) = make_float2(f * y2, f * y3);
-      } else {
-        char *t = static_cast<char *>(args.state) + int64_t(unit.slot) * kTile;
-        *reinterpret_cast<uint32_t *>(t + swizzle<64>(64, row, i) + 4 * c) = pack2<T>(y0, y1);
-        *reinterpret_cast<uint32_t *>(t + swizzle<64>(64, row + 8, i) + 4 * c) = pack2<T>(y2, y3);
-      }
+      const float f = kCounted<T> ? unit.factor : 1.f;
+      float *z = args.norm + int64_t(unit.slot) * 4096 + row * 64 + 8 * i + 2 * c;
+      *reinterpret_cast<float2 *>(z) = make_float2(f * y0, f * y1);
+      *reinterpret_cast<float2 *>(z + 8 * 64) = make_float2(f * y2, f * y3);
     }
   }
 }
@@ -406,8 +399,7 @@ __device__ __forceinline__ void sum_slice(const UpdateArgs &args, Pipe<kExact> &
       acc, unit, pipe, static_cast<char *>(args.state) + int64_t(unit.slot) * (36 * kTile));
 }
 
-// kSlice = kSlices: only linear units.
-template <typename T, int kDegree, int kGroup, int kSlice, bool kExact>
+template <typename T, int kGroup, int kSlice, bool kExact>
 __device__ __forceinline__ void consume(const UpdateArgs &args, const Smem<kExact> &s,
                                         const volatile UnitMeta *slots, int tid) {
   Pipe<kExact> pipe{s, tid % 32, tid / 32};
@@ -421,35 +413,29 @@ __device__ __forceinline__ void consume(const UpdateArgs &args, const Smem<kExac
     return slice;
   };
   int stages, slice = next(stages);
-  if constexpr (kSlice < kSlices) {
-    while (slice == kSlice) {
-      sum_slice<T, kGroup, kSlice, kExact>(args, pipe, stages, slots[phase ^ 1]);
-      slice = next(stages);
-    }
+  while (slice == kSlice) {
+    sum_slice<T, kGroup, kSlice, kExact>(args, pipe, stages, slots[phase ^ 1]);
+    slice = next(stages);
   }
   while (slice == kSlices) {
-    sum_linear<T, kDegree == 2, kGroup, kExact>(args, pipe, stages, slots[phase ^ 1]);
+    sum_norm<T, kGroup, kExact>(args, pipe, stages, slots[phase ^ 1]);
     slice = next(stages);
   }
   if (tid == 0) bulk_store_wait();
 }
-template <typename T, int kDegree, int kGroup, bool kExact>
+template <typename T, int kGroup, bool kExact>
 __device__ __forceinline__ void consume_slice(const UpdateArgs &args, const Smem<kExact> &s,
                                               const volatile UnitMeta *slots, int tid) {
-  if constexpr (kDegree == 1) {
-    consume<T, kDegree, kGroup, kSlices, kExact>(args, s, slots, tid);
-  } else {
-    const int slice = blockIdx.x % kSlices;
-    if (slice == 0)
-      consume<T, kDegree, kGroup, 0, kExact>(args, s, slots, tid);
-    else if (slice == 1)
-      consume<T, kDegree, kGroup, 1, kExact>(args, s, slots, tid);
-    else
-      consume<T, kDegree, kGroup, 2, kExact>(args, s, slots, tid);
-  }
+  const int slice = blockIdx.x % kSlices;
+  if (slice == 0)
+    consume<T, kGroup, 0, kExact>(args, s, slots, tid);
+  else if (slice == 1)
+    consume<T, kGroup, 1, kExact>(args, s, slots, tid);
+  else
+    consume<T, kGroup, 2, kExact>(args, s, slots, tid);
 }
 
-template <typename T, int kDegree, bool kExact>
+template <typename T, bool kExact>
 __global__ void __launch_bounds__(384, 1) update64_kernel(const __grid_constant__ UpdateArgs a) {
   constexpr int kStages = Layout<kExact>::kStages;
   unsigned char *raw = dynamic_shared<unsigned char>();
@@ -468,30 +454,29 @@ __global__ void __launch_bounds__(384, 1) update64_kernel(const __grid_constant_
   __syncthreads();
   if (group == 2) {
     registers_dec<40>();
-    produce<T, kDegree, kExact>(a, s, slots, tid - 256);
+    produce<T, kExact>(a, s, slots, tid - 256);
   } else {
     registers_inc<232>();
     if (group == 0)
-      consume_slice<T, kDegree, 0, kExact>(a, s, slots, tid);
+      consume_slice<T, 0, kExact>(a, s, slots, tid);
     else
-      consume_slice<T, kDegree, 1, kExact>(a, s, slots, tid - 128);
+      consume_slice<T, 1, kExact>(a, s, slots, tid - 128);
   }
 }
 
-template <typename T, int kDegree, bool kExact>
+template <typename T, bool kExact>
 cudaError_t launch(const UpdateArgs &a, int sms, cudaStream_t stream) {
   constexpr int kSmem = Layout<kExact>::kSmem;
-  return launch_kernel(update64_kernel<T, kDegree, kExact>, sms, 384, kSmem, stream, a);
+  return launch_kernel(update64_kernel<T, kExact>, sms, 384, kSmem, stream, a);
 }
 
 }  // namespace
 
 cudaError_t update64(const UpdateArgs &a, int sms, cudaStream_t stream) {
   using B = __nv_bfloat16;
-  if (a.p.degree == 1) return a.exact || a.p.half ? cudaErrorInvalidValue : launch<B, 1, false>(a, sms, stream);
-  if (a.p.half)
-    return a.exact ? launch<__half, 2, true>(a, sms, stream) : launch<__half, 2, false>(a, sms, stream);
-  return a.exact ? launch<B, 2, true>(a, sms, stream) : launch<B, 2, false>(a, sms, stream);
+  if (a.p.degree != 2) return cudaErrorInvalidValue;
+  if (a.p.half) return a.exact ? launch<__half, true>(a, sms, stream) : launch<__half, false>(a, sms, stream);
+  return a.exact ? launch<B, true>(a, sms, stream) : launch<B, false>(a, sms, stream);
 }
 
 }  // namespace powerattn::cuda::sm90
