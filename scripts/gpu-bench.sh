@@ -49,11 +49,11 @@ if [ $# -eq 0 ]; then
 fi
 if python3 -c 'import torch' 2>/dev/null; then
   # shellcheck disable=SC2086
-  part peers "$(left)" python3 bench/gpu/peers.py --csv "$results/gpu-peers.csv" --seconds $(($(left) - 100)) \
+  part peers "$(left)" python3 bench/gpu/peers.py --csv "$results/gpu-peers.csv" --seconds $(($(left) - 70)) \
     ${GPU_PEERS_ARGS:-}
   if [ $# -eq 0 ]; then
-    part "peers, sustained" 80 python3 bench/gpu/peers.py --csv "$results/gpu-peers.csv" --append --only cudnn \
-      --warm 400 --seconds 75
+    part "peers, sustained" 65 python3 bench/gpu/peers.py --csv "$results/gpu-peers.csv" --append --only cudnn \
+      --warm 400 --seconds 60
   fi
 else
   echo "peers: PyTorch is not installed here; only the library was measured"
