@@ -26,7 +26,6 @@ using cuda::chunk_of;
 using cuda::chunked;
 using cuda::device_of;
 using cuda::States;
-using cuda::with_units;
 using k90::Common;
 using k90::Gradients;
 using k90::in_one_pass;
