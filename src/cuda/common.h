@@ -71,6 +71,22 @@ class Carver {
   size_t used_ = 0;
 };
 
+// Sizes from the walks that also give a call its pointers: through `saved`, and through what a forward and a
+// backward have in the workspace beside it (which holds what `saved` would, where that is not given).
+template <class Saved, class Forward, class Backward>
+Sizes sizes_of(Saved walk_saved, Forward walk_forward, Backward walk_backward) {
+  Carver saved(nullptr), forward(nullptr), backward(nullptr);
+  walk_saved(&saved);
+  walk_forward(&forward);
+  walk_backward(&backward);
+  Sizes s;
+  s.saved = saved.used();
+  s.forward = forward.used() + s.saved;
+  s.backward_saved = backward.used();
+  s.backward = backward.used() + s.saved;
+  return s;
+}
+
 inline cudaStream_t stream_of(void *stream) { return static_cast<cudaStream_t>(stream); }
 
 }  // namespace powerattn::cuda

@@ -189,18 +189,15 @@ Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
 }
 
 Sizes sizes(const Problem &p, const Tiling &t) {
-  Sizes s;
-  Carver saved(nullptr), forward(nullptr), backward(nullptr);
-  carve_states(p, t, with_z(p), &saved);
-  carve_common(p, t, &forward);
-  carve_norms(p, t, &forward);
-  carve_common(p, t, &backward);
-  carve_gradients(p, t, &backward);
-  s.saved = saved.used();
-  s.forward = forward.used() + s.saved;
-  s.backward_saved = backward.used();
-  s.backward = backward.used() + s.saved;
-  return s;
+  return cuda::sizes_of([&](Carver *c) { carve_states(p, t, with_z(p), c); },
+                        [&](Carver *c) {
+                          carve_common(p, t, c);
+                          carve_norms(p, t, c);
+                        },
+                        [&](Carver *c) {
+                          carve_common(p, t, c);
+                          carve_gradients(p, t, c);
+                        });
 }
 
 void describe(const Problem &p, const Tiling &t, std::string *text) {

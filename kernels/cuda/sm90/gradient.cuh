@@ -153,8 +153,6 @@ __device__ __forceinline__ void store_dots(const GradientArgs &a, const volatile
   }
 }
 
-// Keys: what the state gave to x . dx of rows lane / 4 and lane / 4 + 8 from `local` on. `sum` is relative to
-// the tile's last row.
 // Keys: what the state gave to x . dx of rows lane / 4 and lane / 4 + 8 from `local` on, `factor` times. `sum`
 // is relative to the tile's last row (float16: complete).
 template <typename T>

@@ -300,9 +300,8 @@ __device__ __forceinline__ void store_tiles(float (&acc)[6][32], const volatile 
   }
 }
 
-// One product per 16 tokens: A = w_t k_t (64 features), B = k. Both warpgroups take every
-// other stage; each holds half of the sum, added through the staging buffer in a fixed order. float16: A in two
-// parts, made here.
+// Z. One product per 16 tokens: A = w_t k_t (64 features), B = k. Both warpgroups take every other stage; each
+// holds half of the sum, added through the staging buffer in a fixed order. float16: A in two parts, made here.
 template <typename T, int kGroup, bool kExact>
 __device__ __forceinline__ void sum_norm(const UpdateArgs &args, Pipe<kExact> &pipe, int stages,
                                          const volatile UnitMeta &unit) {
