@@ -2,10 +2,14 @@
 // Times the library on one CUDA device beside the device's own ceilings, measured in the same run:
 //   bench_gpu [SECTION...] [--csv FILE] [--append] [--only TEXT] [--label TEXT] [--seconds N] [--tokens N]
 //   [--quick] [--warm MS]
-// Sections (default: all): targets  the shapes that have a target
-//                          kernels  the same by kernel, each in its place in the sequence
-//                          sweep    both forms and the planner's choice, from tokens / 64 to 4 tokens a
-//                          sequence other    other dtypes, grouped heads, degree 4 step     the state step
+// Sections (default: all):
+//   targets    the shapes that have a target
+//   kernels    the same by kernel, each in its place in the sequence
+//   sweep      both forms and the planner's choice, from tokens / 64 to 4 tokens a sequence
+//   sweep-f16  the same in float16
+//   other      other dtypes, grouped heads, degree 4
+//   step       the state step
+//
 // Medians of graph replays, with the clock they ran at; random data (zeros run faster). --warm MS: after so
 // much of the same work, at the clock of a long run. Every row of the CSV is one measurement; what was not
 // measured, because it failed or `--seconds` were over, is printed and has no row. bench/gpu/report.py judges

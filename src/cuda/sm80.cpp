@@ -105,17 +105,7 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
 
   const int sms = device->sm_count;
   const int64_t chunk = pins.chunk > 0 ? pins.chunk : automatic_chunk(p, sms);
-  const Cost attention = cost(p, 0, sms);
-  bool chunked = p.use_state || pinned;
-  if (!chunked && !no_chunks && pins.form != POWERATTN_FORM_ATTENTION && p.max_seq_len > chunk) {
-    const Cost c = cost(p, chunk, sms);
-    chunked = c.forward + c.backward < attention.forward + attention.backward;
-  }
-  const Cost chosen = chunked ? cost(p, chunk, sms) : attention;
-  tiling->form = chunked ? Form::kChunked : Form::kAttention;
-  tiling->chunk = chunked ? chunk : std::max<int64_t>(p.seq_len, 1);
-  tiling->forward_s = chosen.forward;
-  tiling->backward_s = chosen.backward;
+  *tiling = cuda::choose_form(p, pins, chunk, no_chunks == nullptr, cost, sms);
   return true;
 }
 
@@ -259,7 +249,7 @@ struct Call : cuda::TensorCoreCall {
     u.g = g;
     u.ranges = ranges(common.sums, k, v, false, nullptr, nullptr);
     u.local = s.tiles;
-    u.end_local = final.s != nullptr ? common.sums.end_local : nullptr;
+    u.end_local = common.sums.end_of(final);
     run([&] { return k80::update(u, stream); });
     if (s.z != nullptr) {
       u.end_local = nullptr;
@@ -382,7 +372,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     u.scale = call.weight_scale();
     u.ranges = call.ranges(common.sums, tq, args.d_y, true, own.r, own.delta);
     u.local = own.states.tiles;
-    u.end_local = args.d_initial_state.s != nullptr ? common.sums.end_local : nullptr;
+    u.end_local = common.sums.end_of(args.d_initial_state);
     call.run([&] { return k80::update(u, call.stream); });
     if (z && p.normalize) {
       u.as_z = true;
@@ -431,27 +421,18 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   call.run([&] { return k80::output(v, call.stream); });
 
   if (args.d_log_g.data != nullptr) {
-    k80::GateArgs w;
-    w.shape = call.shape80;
+    k80::GateArgs w = call.gate_args(args, states, own.states, own.boundary);
     w.q_dot = own.q_dot;
     w.k_dot = own.k_dot;
     w.r = own.r;
     w.delta = own.delta;
     w.eps = static_cast<float>(p.eps);
     if (in_chunks) {
-      w.s_tiles = states.tiles;
-      w.ds_tiles = own.states.tiles;
-      w.z_tiles = states.z;
-      w.dz_tiles = own.states.z;
-      w.units = states.units;
-      w.d_units = own.states.units;
       w.g = call.g;
       w.k_state_dot = own.k_state_dot;
       w.initial = args.initial_state;
       w.d_final = args.d_final_state;
-      w.boundary = own.boundary;
     }
-    w.d_log_g = args.d_log_g;
     call.run([&] { return k80::gate_gradient(w, call.stream); });
   }
   call.zero_padding(args);

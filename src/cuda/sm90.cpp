@@ -150,6 +150,7 @@ struct Call : cuda::TensorCoreCall {
     v.floats = 1;
     return v;
   }
+
   // S and Z before every chunk, from keys and values.
   void states(const powerattn_tensor &k, const powerattn_tensor &v, const powerattn_state &initial,
               const powerattn_state &final, const States &s) {
@@ -166,7 +167,7 @@ struct Call : cuda::TensorCoreCall {
       u.weight = u.norm_weight = common.weight;
       run([&] { return k90::key_weights({shape, gate, common.weight}, stream); });
     }
-    u.end = p.use_state && final.s != nullptr ? common.sums.end_local : nullptr;
+    u.end = common.sums.end_of(final);
     u.ranges = ranges(common.sums, k, v, false, nullptr, nullptr);
     run([&] { return update(u, sms, stream); });
     scan(common.sums, s, initial, final, false);
@@ -256,7 +257,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     u.norm = z ? common.sums.z_local : nullptr;
     u.ticket = call.tickets();
     u.reverse = 1;
-    u.end = p.use_state && args.d_initial_state.s != nullptr ? common.sums.end_local : nullptr;
+    u.end = common.sums.end_of(args.d_initial_state);
     u.ranges = call.ranges(common.sums, tq, args.d_y, true, own.r, own.delta);
     call.run([&] { return update(u, call.sms, call.stream); });
     call.scan(common.sums, own.states, args.d_final_state, args.d_initial_state, true);
@@ -348,8 +349,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   call.rotate_back(own.d_k, args.d_k, p.heads_kv, args.rope_offset);
 
   if (args.d_log_g.data != nullptr) {
-    k80::GateArgs w;
-    w.shape = call.shape80;
+    k80::GateArgs w = call.gate_args(args, states, own.states, own.boundary);
     if (corrected) {  // dk read the corrected delta: what q . dq then is, not what dq's own delta left
       w.r = own.r;
       w.delta = own.delta;
@@ -358,22 +358,12 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
       w.q_dot = own.q_dot;
     }
     w.k_dot = own.k_dot;
-    if (in_chunks) {
-      w.s_tiles = states.tiles;
-      w.ds_tiles = own.states.tiles;
-      w.z_tiles = states.z;
-      w.dz_tiles = own.states.z;
-      w.units = states.units;
-      w.d_units = own.states.units;
-      if (p.use_state) {
-        w.g = call.g;
-        w.k_state_dot = own.k_state_dot;
-        w.initial = args.initial_state;
-        w.d_final = args.d_final_state;
-      }
-      w.boundary = own.boundary;
+    if (p.use_state) {
+      w.g = call.g;
+      w.k_state_dot = own.k_state_dot;
+      w.initial = args.initial_state;
+      w.d_final = args.d_final_state;
     }
-    w.d_log_g = args.d_log_g;
     call.run([&] { return k80::gate_gradient(w, call.stream); });
   }
   call.zero_padding(args);

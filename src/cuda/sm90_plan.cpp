@@ -124,19 +124,9 @@ bool choose(const Features &features, Op op, const Problem &p, const Pins &pins,
 
   const int sms = device->sm_count;
   const int64_t chunk = pins.chunk > 0 ? pins.chunk : automatic_chunk(p, sms);
-  const Cost attention = cost(p, 0, sms);
-  bool chunked = p.use_state || pinned;
-  if (!chunked && p.degree == 2 && pins.form != POWERATTN_FORM_ATTENTION && p.max_seq_len > chunk) {
-    const Cost c = cost(p, chunk, sms);
-    chunked = c.forward + c.backward < attention.forward + attention.backward;
-  }
   // A degree whose chunked form runs elsewhere is only taken here where the attention form wins.
   if (p.degree == 1 && pins.form == POWERATTN_FORM_AUTO && p.max_seq_len > 1024) return no(no_chunks);
-  const Cost chosen = chunked ? cost(p, chunk, sms) : attention;
-  tiling->form = chunked ? Form::kChunked : Form::kAttention;
-  tiling->chunk = chunked ? chunk : std::max<int64_t>(p.seq_len, 1);
-  tiling->forward_s = chosen.forward;
-  tiling->backward_s = chosen.backward;
+  *tiling = choose_form(p, pins, chunk, no_chunks == nullptr, cost, sms);
   return true;
 }
 

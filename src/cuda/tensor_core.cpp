@@ -5,8 +5,23 @@
 
 namespace powerattn::cuda {
 
-void describe_costs(const Problem &p, Cost (*cost)(const Problem &p, int64_t chunk, int sms),
-                    std::string *text) {
+Tiling choose_form(const Problem &p, const Pins &pins, int64_t chunk, bool can_chunk, CostOf cost, int sms) {
+  const Cost attention = cost(p, 0, sms);
+  bool chunks = p.use_state || pins.form == POWERATTN_FORM_CHUNKED;
+  if (!chunks && can_chunk && pins.form != POWERATTN_FORM_ATTENTION && p.max_seq_len > chunk) {
+    const Cost c = cost(p, chunk, sms);
+    chunks = c.forward + c.backward < attention.forward + attention.backward;
+  }
+  const Cost chosen = chunks ? cost(p, chunk, sms) : attention;
+  Tiling t;
+  t.form = chunks ? Form::kChunked : Form::kAttention;
+  t.chunk = chunks ? chunk : std::max<int64_t>(p.seq_len, 1);
+  t.forward_s = chosen.forward;
+  t.backward_s = chosen.backward;
+  return t;
+}
+
+void describe_costs(const Problem &p, CostOf cost, std::string *text) {
   if (p.max_seq_len == 0 || p.degree > 2) return;
   const DeviceProperties *const device = device_of(p);
   const int sms = device != nullptr ? device->sm_count : kReferenceSms;
@@ -87,7 +102,7 @@ void TensorCoreCall::scan(const Sums &sums, const States &s, const powerattn_sta
   a.z_tiles = s.z;
   a.initial = initial;
   a.final = final;
-  a.end_local = final.s != nullptr ? sums.end_local : nullptr;
+  a.end_local = sums.end_of(final);
   a.ranges = sums.ranges;
   a.units = s.units;
   a.peaks = sums.peaks;
@@ -108,6 +123,21 @@ sm80::DeltaArgs TensorCoreCall::delta_args(const powerattn_backward_args &args, 
   d.eps = static_cast<float>(p.eps);
   d.delta = delta;
   return d;
+}
+
+sm80::GateArgs TensorCoreCall::gate_args(const powerattn_backward_args &args, const States &s,
+                                         const States &d_s, float *boundary) const {
+  sm80::GateArgs a;
+  a.shape = shape80;
+  a.s_tiles = s.tiles;
+  a.ds_tiles = d_s.tiles;
+  a.z_tiles = s.z;
+  a.dz_tiles = d_s.z;
+  a.units = s.units;
+  a.d_units = d_s.units;
+  a.boundary = boundary;
+  a.d_log_g = args.d_log_g;
+  return a;
 }
 
 }  // namespace powerattn::cuda

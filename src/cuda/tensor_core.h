@@ -20,9 +20,13 @@ struct Cost {
   double forward = 0, backward = 0;  // seconds
 };
 
-// `cost` of both forms, as describe() prints it; chunk = 0: attention form.
-void describe_costs(const Problem &p, Cost (*cost)(const Problem &p, int64_t chunk, int sms),
-                    std::string *text);
+// Of a form on a device with so many multiprocessors; chunk = 0: attention form.
+using CostOf = Cost (*)(const Problem &p, int64_t chunk, int sms);
+
+// The form that the problem or a pin asks for, else the cheaper one, where chunks can run at all.
+Tiling choose_form(const Problem &p, const Pins &pins, int64_t chunk, bool can_chunk, CostOf cost, int sms);
+// The costs of both forms, as describe() prints them.
+void describe_costs(const Problem &p, CostOf cost, std::string *text);
 
 inline bool chunked(const Tiling &t) { return t.form == Form::kChunked; }
 inline int64_t chunk_of(const Problem &p, const Tiling &t) {
@@ -46,6 +50,9 @@ struct Sums {
   float *end_local = nullptr;  // the last sum of each sequence, with states
   Range *ranges = nullptr;     // float16
   Bounds *peaks = nullptr;     // the same, with states
+
+  // Where the last sums go for a state that leaves the call; null: it does not.
+  float *end_of(const powerattn_state &out) const { return out.s != nullptr ? end_local : nullptr; }
 };
 Sums carve_sums(const Problem &p, const Tiling &t, bool z, Carver *c);
 
@@ -66,6 +73,9 @@ struct TensorCoreCall : CallBase {
   // The arguments of delta() but for the gates' sums and the weights in dZ.
   sm80::DeltaArgs delta_args(const powerattn_backward_args &args, const powerattn_tensor &q,
                              const powerattn_tensor &k, float *delta) const;
+  // The arguments of gate_gradient() but for the dots, delta and states of the call's ends.
+  sm80::GateArgs gate_args(const powerattn_backward_args &args, const States &s, const States &d_s,
+                           float *boundary) const;
 };
 
 }  // namespace powerattn::cuda
