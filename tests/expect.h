@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a case must give, from the oracles, and how far a result may be from it: at most twice as far as a plain
-// implementation in the same precision, plus one rounding of the result itself.
+// What a case must give, from the oracles, and the plain implementations that its errors are compared with.
 #pragma once
 
 #include <algorithm>
-#include <cstdio>
 #include <string>
 #include <vector>
 
+#include "judge.h"
 #include "run_case.h"
 
 namespace powerattn_test {
@@ -121,71 +120,6 @@ inline std::vector<Outputs> plain_versions(const Case &c, const Inputs &in, bool
   return all;
 }
 
-struct Distance {
-  double largest = 0, rms = 0;
-  bool finite = true;
-};
-
-inline Distance distance(const Vector &x, const Vector &reference) {
-  Distance d;
-  double sum = 0;
-  for (size_t i = 0; i < reference.size(); ++i) {
-    const double off = std::fabs(x[i] - reference[i]);
-    if (!(off < std::numeric_limits<double>::infinity())) d.finite = false;
-    d.largest = std::max(d.largest, off);
-    sum += off * off;
-  }
-  d.rms = reference.empty() ? 0 : std::sqrt(sum / static_cast<double>(reference.size()));
-  return d;
-}
-
-struct Report {
-  std::string problems;    // empty: within tolerance
-  double worst_ratio = 0;  // of an error to its tolerance
-  std::string worst_name;
-};
-
-// `dtype` is what the result is stored in: that rounding nobody can avoid.
-inline void judge(const char *name, int32_t dtype, const Vector &got, const Vector &exact,
-                  const std::vector<const Vector *> &plain, Report *report) {
-  if (got.empty() && exact.empty()) return;
-  char text[256];
-  if (got.size() != exact.size()) {
-    std::snprintf(text, sizeof text, "%s: %zu numbers, expected %zu; ", name, got.size(), exact.size());
-    report->problems += text;
-    return;
-  }
-  Distance allowed;
-  for (const Vector *one : plain) {
-    const Distance d = distance(*one, exact);
-    if (!d.finite) {
-      std::snprintf(text, sizeof text, "%s: the plain implementation overflows, the case tests nothing; ",
-                    name);
-      report->problems += text;
-      return;
-    }
-    allowed.largest = std::max(allowed.largest, d.largest);
-    allowed.rms = std::max(allowed.rms, d.rms);
-  }
-  const Distance size = distance(Vector(exact.size(), 0.0), exact), error = distance(got, exact);
-  const double u = unit_roundoff(dtype);
-  const double largest = 2 * allowed.largest + u * size.largest, rms = 2 * allowed.rms + u * size.rms;
-  const double ratio = !error.finite ? std::numeric_limits<double>::infinity()
-                                     : std::max(largest > 0         ? error.largest / largest
-                                                : error.largest > 0 ? 1e300
-                                                                    : 0.0,
-                                                rms > 0 ? error.rms / rms : 0.0);
-  if (ratio > report->worst_ratio) {
-    report->worst_ratio = ratio;
-    report->worst_name = name;
-  }
-  if (ratio <= 1) return;
-  std::snprintf(text, sizeof text,
-                "%s: error max %.3g rms %.3g, allowed max %.3g rms %.3g (largest value %.3g)%s; ", name,
-                error.largest, error.rms, largest, rms, size.largest, error.finite ? "" : ", not finite");
-  report->problems += text;
-}
-
 inline Report judge_all(const Case &c, const Outputs &got, const Outputs &exact,
                         const std::vector<Outputs> &plain) {
   Report report;
@@ -208,8 +142,8 @@ inline Report judge_all(const Case &c, const Outputs &got, const Outputs &exact,
   return report;
 }
 
-// Runs a case with the numbers of one seed and judges every output; the text of the failure, or "".
-inline std::string check_draw(Memory &memory, const Case &c, uint64_t seed, Report *summary) {
+// Runs a case with the numbers of one seed and judges every output.
+inline Report check_draw(Memory &memory, const Case &c, uint64_t seed) {
   Inputs in = make_inputs(c, seed);
   const Outputs exact = oracle(c, in);
   if (c.op == CaseOp::kSummaryReverse) {  // needs what the forward call returned
@@ -218,7 +152,7 @@ inline std::string check_draw(Memory &memory, const Case &c, uint64_t seed, Repo
     for (double &x : in.y) x = round_to(c.dtype, x);
     for (double &x : in.norm) x = round_to(stat_dtype(c), x);
   }
-  std::string problems;
+  Report all;
   try {
     const Plan plan(c.desc(memory.device_type()));
     const bool states =
@@ -232,37 +166,41 @@ inline std::string check_draw(Memory &memory, const Case &c, uint64_t seed, Repo
         judge("total_log_g", stat_dtype(c), got.total, exact.total, {&exact.total}, &sums);
         // A sum of t gates: one rounding each.
         if (sums.worst_ratio > static_cast<double>(std::max<int64_t>(c.t, 1))) {
-          problems += sums.problems;
-          summary->worst_ratio = std::numeric_limits<double>::infinity();
+          sums.wrong = true;
+          all.add(sums);
         }
       }
-      const Report report = judge_all(c, got, exact, plain);
-      problems += report.problems;
-      if (summary->worst_ratio <= report.worst_ratio) *summary = report;
-      if (saved == 1 && !report.problems.empty()) problems += "(with saved) ";
+      Report report = judge_all(c, got, exact, plain);
+      if (saved == 1 && !report.problems.empty()) report.problems += "(with saved) ";
+      all.add(report);
     }
-    if (!problems.empty()) problems += "\n" + plan.text();
+    if (!all.problems.empty()) all.problems += "\n" + plan.text();
   } catch (const std::exception &error) {
-    problems += error.what();
-    summary->worst_ratio = std::numeric_limits<double>::infinity();
+    all.problems += error.what();
+    all.wrong = true;
   }
-  return problems;
+  if (all.wrong) all.worst_ratio = std::numeric_limits<double>::infinity();
+  return all;
 }
 
-// The errors of a plain implementation are a sample, and their maximum is a noisy one: about one case in a
-// hundred is a little over its tolerance by chance. So an error that is not beyond twice its tolerance is
-// confirmed by two more draws, and a case fails when most of its draws do.
-inline std::string check_case(Memory &memory, const Case &c, uint64_t seed, Report *summary = nullptr) {
-  Report report;
-  std::string problems = check_draw(memory, c, seed, &report);
-  if (summary) *summary = report;
-  if (problems.empty() || report.worst_ratio > 2) return problems;
-  for (int failed = 1, draw = 1; draw <= 2; ++draw) {
-    Report again;
-    const std::string more = check_draw(memory, c, seed + 1000003u * static_cast<uint64_t>(draw), &again);
-    if (!more.empty() && (++failed == 2 || again.worst_ratio > 2)) return problems + more;
+// One draw, or as many as are asked for; where one is over its tolerance, more. Judged together; returns what
+// is wrong, or "".
+constexpr int kPooledDraws = 9;
+inline std::string check_case(Memory &memory, const Case &c, uint64_t seed, Report *summary = nullptr,
+                              int draws = 1) {
+  Report report = check_draw(memory, c, seed);
+  if (!report.wrong && !report.empty && (draws > 1 || !report.problems.empty())) {
+    if (draws == 1) draws = kPooledDraws;
+    Pool pool;
+    pool.add(report);
+    for (int draw = 1; draw < draws; ++draw)
+      pool.add(check_draw(memory, c, seed + 1000003u * static_cast<uint64_t>(draw)));
+    const std::string text = report.problems;
+    report = pool.verdict();
+    if (!report.problems.empty()) report.problems += "\nfirst draw: " + text;
   }
-  return "";
+  if (summary) *summary = report;
+  return report.problems;
 }
 
 inline uint64_t seed_of(const std::string &line) {

@@ -16,8 +16,6 @@
 
 namespace powerattn_test {
 
-using Vector = std::vector<double>;
-
 // One sequence and kv head with its group of query heads. Row-major, dense.
 struct HeadInput {
   int64_t t = 0, d = 0, e = 0, group = 1;

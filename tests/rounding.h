@@ -12,6 +12,8 @@
 
 namespace powerattn_test {
 
+using Vector = std::vector<double>;
+
 struct Format {
   int digits;        // of the significand, the hidden one included
   int min_exponent;  // of the smallest normal number

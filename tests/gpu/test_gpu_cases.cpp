@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The case files of tests/cases on a CUDA device, against the same float64 oracles as the CPU:
 //   test_gpu_cases FILE... [--only TEXT] [--shard I/N] [--no-guard] [--draws N]
-// --draws: each case with N sets of random inputs, the first being the one of every run.
-// One line per case and draw: the largest ratio of an error to its tolerance, the output it belongs to, the
+// --draws: each case with N sets of random inputs, the first being the one of every run, judged together.
+// One line per case: the largest ratio of an error to its tolerance, the output it belongs to, the
 // implementation.
 #include <cstdio>
 #include <cstdlib>
@@ -73,30 +73,28 @@ int main(int argc, char **argv) {
       if (!only.empty() && c.line.find(only) == std::string::npos) continue;
       if (c.dtype == POWERATTN_FLOAT64) continue;  // the CPU's
       if (number++ % shards != shard) continue;
-      for (int draw = 0; draw < draws; ++draw) {
-        const uint64_t seed = seed_of(c.line) + uint64_t(draw);
-        Report report;
-        std::string problems;
-        {
-          CudaMemory memory(guard);
-          problems = check_case(memory, c, seed, &report);
-          if (memory.damaged()) problems += "bytes outside the buffers were written; ";
-          try {
-            if (problems.empty() && !second_run_is_identical(c, seed))
-              problems = "a second run gave other bits; ";
-          } catch (const std::exception &error) {
-            problems += error.what();
-          }
+      const uint64_t seed = seed_of(c.line);
+      Report report;
+      std::string problems;
+      {
+        CudaMemory memory(guard);
+        problems = check_case(memory, c, seed, &report, draws);
+        if (memory.damaged()) problems += "bytes outside the buffers were written; ";
+        try {
+          if (problems.empty() && !second_run_is_identical(c, seed))
+            problems = "a second run gave other bits; ";
+        } catch (const std::exception &error) {
+          problems += error.what();
         }
-        problems.empty() ? ++passed : ++failed;
-        std::printf("%s %8.3f %-8s %-60s [%s]\n", problems.empty() ? "pass" : "FAIL", report.worst_ratio,
-                    report.worst_name.c_str(), c.line.c_str(), implementation_of(c).c_str());
-        if (!problems.empty()) std::printf("     %s\n", problems.c_str());
-        std::fflush(stdout);
-        if (cudaDeviceSynchronize() != cudaSuccess) {
-          std::printf("the device is lost: %s\n", cudaGetErrorString(cudaGetLastError()));
-          return 1;
-        }
+      }
+      problems.empty() ? ++passed : ++failed;
+      std::printf("%s %8.3f %-8s %-60s [%s]\n", problems.empty() ? "pass" : "FAIL", report.worst_ratio,
+                  report.worst_name.c_str(), c.line.c_str(), implementation_of(c).c_str());
+      if (!problems.empty()) std::printf("     %s\n", problems.c_str());
+      std::fflush(stdout);
+      if (cudaDeviceSynchronize() != cudaSuccess) {
+        std::printf("the device is lost: %s\n", cudaGetErrorString(cudaGetLastError()));
+        return 1;
       }
     }
   }
