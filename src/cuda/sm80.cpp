@@ -55,7 +55,7 @@ Cost cost(const Problem &p, int64_t chunk, int sms) {
     const double bytes = kv / static_cast<double>(chunk) * rows * d * 2;
     c.forward +=
         2 * rows * d * (kv + q) / (kRateState * speed) + 3 * bytes / (kBandwidth * speed) + 4 * kLaunch;
-    c.backward += 2 * rows * d * (2 * q + 2 * kv) / (kRateBackward * speed) + 5 * bytes / (kBandwidth * speed) +
+    c.backward += 2 * rows * d * (2 * q + 2 * kv) / (kRateBackward * speed) + 4 * bytes / (kBandwidth * speed) +
                   6 * kLaunch;
     if (p.dtype == Dtype::kFloat16) {  // one more pass over keys and values, and over queries and d_y
       c.forward += 4 * d * kv / (kBandwidth * speed) + kLaunch;
@@ -152,7 +152,7 @@ Norms carve_norms(const Problem &p, const Tiling &t, Carver *c) {
 
 struct Gradients {
   float *r = nullptr, *delta = nullptr, *q_dot = nullptr, *k_dot = nullptr;
-  float *k_state_dot = nullptr, *boundary = nullptr;
+  float *k_state_dot = nullptr, *products = nullptr;
   float *d_q = nullptr, *d_k = nullptr;  // of the rotated q, k
   States states;                         // dS and dZ
 };
@@ -170,10 +170,8 @@ Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
     g.d_q = c->take<float>(rows_q * p.head_dim);
     g.d_k = c->take<float>(rows_kv * p.head_dim);
   }
-  if (chunked(t)) {
-    g.boundary = c->take<float>(cuda::chunk_bound(p, t.chunk) * p.heads_kv);
-    g.k_state_dot = c->take<float>(rows_kv);
-  }
+  if (chunked(t)) g.k_state_dot = c->take<float>(rows_kv);
+  g.products = cuda::carve_products(p, t, c);
   g.states = carve_states(p, t, with_z(p), c);
   return g;
 }
@@ -340,6 +338,8 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   if (in_chunks && args.saved == nullptr)
     call.states(tk, args.v, args.initial_state, powerattn_state{}, states);
 
+  const k80::ProductArgs products = call.products(args, states, false, own.products);
+
   // dq first: it corrects delta, which everything else reads.
   k80::GradientArgs q;
   q.shape = call.shape80;
@@ -387,7 +387,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
           sizeof(float);
       call.run([&] { return cudaMemsetAsync(common.sums.z_local, 0, bytes, call.stream); });
     }
-    call.scan(common.sums, own.states, args.d_final_state, args.d_initial_state, true);
+    call.scan(common.sums, own.states, args.d_final_state, args.d_initial_state, true, products);
   }
 
   k.reverse = true;
@@ -421,18 +421,18 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   call.run([&] { return k80::output(v, call.stream); });
 
   if (args.d_log_g.data != nullptr) {
-    k80::GateArgs w = call.gate_args(args, states, own.states, own.boundary);
+    k80::GateArgs w;
+    w.shape = call.shape80;
     w.q_dot = own.q_dot;
     w.k_dot = own.k_dot;
     w.r = own.r;
     w.delta = own.delta;
     w.eps = static_cast<float>(p.eps);
-    if (in_chunks) {
-      w.g = call.g;
-      w.k_state_dot = own.k_state_dot;
-      w.initial = args.initial_state;
-      w.d_final = args.d_final_state;
-    }
+    w.products = products;
+    w.d_units = own.states.units;
+    w.g = call.g;
+    w.k_state_dot = own.k_state_dot;
+    w.d_log_g = args.d_log_g;
     call.run([&] { return k80::gate_gradient(w, call.stream); });
   }
   call.zero_padding(args);

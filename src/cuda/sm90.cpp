@@ -244,6 +244,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
 
   if (in_chunks && args.saved == nullptr)
     call.states(tk, args.v, args.initial_state, powerattn_state{}, states);
+  const k80::ProductArgs products = call.products(args, states, !p.use_state, own.products);
   const auto end_states = [&] {  // dS and dZ after every chunk
     k90::UpdateArgs u;
     u.p = call.shape;
@@ -260,7 +261,7 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
     u.end = common.sums.end_of(args.d_initial_state);
     u.ranges = call.ranges(common.sums, tq, args.d_y, true, own.r, own.delta);
     call.run([&] { return update(u, call.sms, call.stream); });
-    call.scan(common.sums, own.states, args.d_final_state, args.d_initial_state, true);
+    call.scan(common.sums, own.states, args.d_final_state, args.d_initial_state, true, products);
   };
 
   // With states that leave the call dq comes first, since it corrects delta.
@@ -349,7 +350,8 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   call.rotate_back(own.d_k, args.d_k, p.heads_kv, args.rope_offset);
 
   if (args.d_log_g.data != nullptr) {
-    k80::GateArgs w = call.gate_args(args, states, own.states, own.boundary);
+    k80::GateArgs w;
+    w.shape = call.shape80;
     if (corrected) {  // dk read the corrected delta: what q . dq then is, not what dq's own delta left
       w.r = own.r;
       w.delta = own.delta;
@@ -358,12 +360,11 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
       w.q_dot = own.q_dot;
     }
     w.k_dot = own.k_dot;
-    if (p.use_state) {
-      w.g = call.g;
-      w.k_state_dot = own.k_state_dot;
-      w.initial = args.initial_state;
-      w.d_final = args.d_final_state;
-    }
+    w.products = products;
+    w.d_units = own.states.units;
+    w.g = call.g;
+    w.k_state_dot = own.k_state_dot;
+    w.d_log_g = args.d_log_g;
     call.run([&] { return k80::gate_gradient(w, call.stream); });
   }
   call.zero_padding(args);

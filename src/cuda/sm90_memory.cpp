@@ -52,9 +52,9 @@ Gradients carve_gradients(const Problem &p, const Tiling &t, Carver *c) {
   if (chunked(t)) {
     g.weight = c->take<float>(rows_q);
     g.z_weight = c->take<float>(rows_q);
-    g.boundary = c->take<float>(chunk_bound(p, t.chunk) * p.heads_kv);
     if (p.use_state) g.k_state_dot = c->take<float>(rows_kv);
   }
+  g.products = carve_products(p, t, c);
   g.states = carve_states(p, t, with_z(p), c);
   return g;
 }

@@ -26,7 +26,7 @@ struct Common {
   uint16_t *q = nullptr, *k = nullptr;  // rotated, [b, heads, t, head_dim]
 };
 struct Gradients {
-  float *r = nullptr, *delta = nullptr, *q_dot = nullptr, *k_dot = nullptr, *boundary = nullptr;
+  float *r = nullptr, *delta = nullptr, *q_dot = nullptr, *k_dot = nullptr, *products = nullptr;
   float *k_state_dot = nullptr;  // with states
   float *weight = nullptr, *z_weight = nullptr;
   float *d_q = nullptr, *d_k = nullptr;  // of the rotated q and k

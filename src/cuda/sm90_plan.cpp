@@ -39,7 +39,7 @@ struct Rates {
 // (docs/performance-log.md).
 constexpr Rates kRates64 = {600e12, 620e12, 450e12, 470e12, 480e12, 430e12};
 constexpr Rates kRates128 = {680e12, 640e12, 550e12, 580e12, 550e12, 500e12};
-constexpr double kBandwidth = 3.2e12;
+constexpr double kBandwidth = 3.2e12, kScanBandwidth = 4.0e12;
 constexpr double kLaunch = 3e-6;
 
 // Most bytes of the sums of dq of one pass, for one sequence and key head at a time, have to
@@ -69,11 +69,12 @@ Cost cost(const Problem &p, int64_t chunk, int sms) {
   }
   if (chunk > 0) {
     const double rows = tile_rows(p.degree, static_cast<int>(p.head_dim));
-    const double chunks = kv / static_cast<double>(chunk), bytes = 3 * chunks * rows * d * 2;
-    const double update = 2 * rows * d / (rate.update * speed), scan = bytes / (kBandwidth * speed);
-    c.forward += kv * update + q * 2 * rows * d / (rate.state * speed) + scan + 3 * kLaunch;
+    const double pass = kv / static_cast<double>(chunk) * rows * d * 2 / (kScanBandwidth * speed);
+    const double update = 2 * rows * d / (rate.update * speed);
+    // States are written, then read and written by the scan, which backward also reads S.
+    c.forward += kv * update + q * 2 * rows * d / (rate.state * speed) + 3 * pass + 3 * kLaunch;
     c.backward +=
-        q * update + (q + 2 * kv) * 2 * rows * d / (rate.gradient_state * speed) + 2 * scan + 4 * kLaunch;
+        q * update + (q + 2 * kv) * 2 * rows * d / (rate.gradient_state * speed) + 4 * pass + 4 * kLaunch;
   }
   return c;
 }

@@ -64,6 +64,12 @@ Sums carve_sums(const Problem &p, const Tiling &t, bool z, Carver *c) {
   return s;
 }
 
+float *carve_products(const Problem &p, const Tiling &t, Carver *c) {
+  if (!chunked(t)) return nullptr;
+  const int64_t slots = chunk_bound(p, t.chunk) * p.heads_kv;
+  return c->take<float>(slots * sm80::product_parts(p.degree, static_cast<int>(p.head_dim)));
+}
+
 TensorCoreCall::TensorCoreCall(const powerattn_plan &plan, void *s) : CallBase(plan, s) {
   shape80.packed = p.packed;
   shape80.degree = p.degree;
@@ -92,7 +98,7 @@ const Range *TensorCoreCall::ranges(const Sums &sums, const powerattn_tensor &x,
 }
 
 void TensorCoreCall::scan(const Sums &sums, const States &s, const powerattn_state &initial,
-                          const powerattn_state &final, bool reverse) {
+                          const powerattn_state &final, bool reverse, const sm80::ProductArgs &products) {
   sm80::ScanArgs a;
   a.shape = shape80;
   a.reverse = reverse;
@@ -106,6 +112,7 @@ void TensorCoreCall::scan(const Sums &sums, const States &s, const powerattn_sta
   a.ranges = sums.ranges;
   a.units = s.units;
   a.peaks = sums.peaks;
+  a.products = products;
   run([&] { return sm80::scan(a, stream); });
 }
 
@@ -125,18 +132,16 @@ sm80::DeltaArgs TensorCoreCall::delta_args(const powerattn_backward_args &args, 
   return d;
 }
 
-sm80::GateArgs TensorCoreCall::gate_args(const powerattn_backward_args &args, const States &s,
-                                         const States &d_s, float *boundary) const {
-  sm80::GateArgs a;
-  a.shape = shape80;
-  a.s_tiles = s.tiles;
-  a.ds_tiles = d_s.tiles;
+sm80::ProductArgs TensorCoreCall::products(const powerattn_backward_args &args, const States &s, bool after,
+                                           float *out) const {
+  sm80::ProductArgs a;
+  if (args.d_log_g.data == nullptr || s.tiles == nullptr) return a;
+  a.after = after;
+  a.tiles = s.tiles;
   a.z_tiles = s.z;
-  a.dz_tiles = d_s.z;
   a.units = s.units;
-  a.d_units = d_s.units;
-  a.boundary = boundary;
-  a.d_log_g = args.d_log_g;
+  a.initial = args.initial_state;
+  a.out = out;
   return a;
 }
 

@@ -55,6 +55,7 @@ struct Sums {
   float *end_of(const powerattn_state &out) const { return out.s != nullptr ? end_local : nullptr; }
 };
 Sums carve_sums(const Problem &p, const Tiling &t, bool z, Carver *c);
+float *carve_products(const Problem &p, const Tiling &t, Carver *c);
 
 struct TensorCoreCall : CallBase {
   sm80::Shape shape80;  // its table: set with `table`
@@ -69,13 +70,14 @@ struct TensorCoreCall : CallBase {
                       const float *r, const float *delta);
   // Sums of chunks into the states before them; reverse: after them.
   void scan(const Sums &sums, const States &s, const powerattn_state &initial, const powerattn_state &final,
-            bool reverse);
+            bool reverse, const sm80::ProductArgs &products = {});
   // The arguments of delta() but for the gates' sums and the weights in dZ.
   sm80::DeltaArgs delta_args(const powerattn_backward_args &args, const powerattn_tensor &q,
                              const powerattn_tensor &k, float *delta) const;
-  // The arguments of gate_gradient() but for the dots, delta and states of the call's ends.
-  sm80::GateArgs gate_args(const powerattn_backward_args &args, const States &s, const States &d_s,
-                           float *boundary) const;
+  // What the gradient of the gates takes from the states `s`, out of the scan of their gradients; nothing in
+  // the attention form. `after`: no state enters or leaves, the states after the chunks.
+  sm80::ProductArgs products(const powerattn_backward_args &args, const States &s, bool after,
+                             float *out) const;
 };
 
 }  // namespace powerattn::cuda

@@ -308,7 +308,7 @@ struct Run {
   pa::cuda::ChunkTable table;
   k80::Shape shape;
   Device<uint16_t> q, k, v, dy, y, dq, dk, dv;
-  Device<float> lg, dlg, norm, g, r, delta, qdot, kdot, ksdot, bound;
+  Device<float> lg, dlg, norm, g, r, delta, qdot, kdot, ksdot, product;
   Device<float> s0, z0, sT, zT, dsT, dzT, ds0, dz0;
   Device<uint16_t> S, dS, Zt, dZt;
   Device<float> Zl, end;
@@ -360,7 +360,7 @@ struct Run {
       ranges.reset(slots), units.reset(slots), dunits.reset(slots),
           peaks.reset(p.sequences * c.hk * k80::kPeaks);
     }
-    bound.reset(slots);
+    product.reset(slots * k80::product_parts(c.p, c.d));
     if (c.state) {
       const size_t n = p.sequences * c.hk * rows_of(c);
       for (auto *x : {&s0, &sT, &dsT, &ds0}) x->reset(n * c.d);
@@ -413,6 +413,16 @@ struct Run {
     a.end_local = c.state && !as_z ? end.p : nullptr;
     CK(k80::update(a, stream));
   }
+  k80::ProductArgs products() const {
+    k80::ProductArgs a;
+    if (!c.chunk) return a;
+    a.tiles = S.p;
+    if (c.normalize) a.z_tiles = Zt.p;
+    a.units = units.p;
+    if (c.state) a.initial = state(s0.p, z0.p);
+    a.out = product.p;
+    return a;
+  }
   void scan(bool reverse) {
     k80::ScanArgs a;
     a.shape = shape;
@@ -431,6 +441,7 @@ struct Run {
       a.final = reverse ? state(ds0.p, dz0.p) : state(sT.p, zT.p);
       a.end_local = end.p;
     }
+    if (reverse && c.gated) a.products = products();
     CK(k80::scan(a, stream));
   }
   void output(bool reverse) {
@@ -515,15 +526,10 @@ struct Run {
     a.r = r.p;
     a.delta = delta.p;
     a.eps = float(c.eps);
-    if (c.chunk) {
-      a.s_tiles = S.p, a.ds_tiles = dS.p;
-      if (c.normalize) a.z_tiles = Zt.p, a.dz_tiles = dZt.p;
-      a.units = units.p, a.d_units = dunits.p;
-      a.g = gates();
-      a.k_state_dot = ksdot.p;
-      if (c.state) a.initial = state(s0.p, z0.p), a.d_final = state(dsT.p, dzT.p);
-    }
-    a.boundary = bound.p;
+    a.products = products();
+    a.d_units = c.dtype == Dtype::kFloat16 ? dunits.p : nullptr;
+    a.g = gates();
+    if (c.chunk) a.k_state_dot = ksdot.p;
     a.d_log_g = stat(dlg.p, c.hk);
     CK(k80::gate_gradient(a, stream));
   }

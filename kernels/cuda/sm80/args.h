@@ -13,6 +13,7 @@
 
 #include "../chunks.h"
 #include "../ranges.h"
+#include "../tiles.h"
 #include "problem.h"
 
 namespace powerattn::cuda::sm80 {
@@ -125,6 +126,24 @@ struct UpdateArgs {
 };
 cudaError_t update(const UpdateArgs &a, cudaStream_t stream);
 
+// The products that the gradient of the gates takes from states: of each slot, <S before the chunk, dS after
+// it> and <Z, dZ> over canonical rows, in parts, a warp's sum each. Read off the scan of dS, whose carries are
+// float32; S is what the scan before left. float16: in the units of both.
+POWERATTN_HD constexpr int64_t state_parts(int degree, int d) {
+  return static_cast<int64_t>(degree == 1 ? d : tile_rows(2, d)) * d / 8 / 32;
+}
+POWERATTN_HD constexpr int64_t product_parts(int degree, int d) {  // those of Z stand last
+  return state_parts(degree, d) + (degree == 1 ? 0 : static_cast<int64_t>(d) * d / 32);
+}
+struct ProductArgs {
+  bool after = false;             // S after the chunk, of all chunks but a sequence's last (whose dS is 0)
+  const void *tiles = nullptr;    // prefix of S per slot
+  const void *z_tiles = nullptr;  // or null: no <Z, dZ>
+  const Units *units = nullptr;   // float16
+  powerattn_state initial{};      // what stands in the first slot, canonical float32, or s, z = null: zero
+  float *out = nullptr;           // [slots][product_parts]; null: no products
+};
+
 // local -> prefix in place: slot n becomes the carry before chunk n (reverse: after), carry = e^{g_end} carry +
 // local, float. States at the ends are canonical. Z: float locals in, [slot][2 d][d] high and low parts out.
 // float16: the bounds of the ranges are carried along and give the units.
@@ -142,6 +161,7 @@ struct ScanArgs {
   const Range *ranges = nullptr;     // float16: as update read them
   Units *units = nullptr;            // float16, out: of the prefixes
   Bounds *peaks = nullptr;           // float16 with an initial state: scratch [sequences * heads_kv][kPeaks]
+  ProductArgs products;              // reverse
 };
 cudaError_t scan(const ScanArgs &a, cudaStream_t stream);
 
@@ -172,8 +192,8 @@ cudaError_t delta(const DeltaArgs &a, cudaStream_t stream);
 // dlog_g_t = X + sum over tokens i >= t of the chunk (q_i . dq_i - k_i . dk_i) / p, where X = <state after the
 // chunk, its gradient>. Normalised, q_i . dq_i / p = eps r_i delta_i, with the delta that gradient() gave back.
 // The chunk's own part of X is the sum of what the state gave to k_i . dk_i / p: taken from there it cancels
-// without an error. What is left, X = e^{g_end} <state before, gradient after> + that sum, reads float32 states
-// at both ends.
+// without an error. What is left is a product of states: X = e^{g_end} <state before, gradient after> + that
+// sum.
 struct GateArgs {
   Shape shape;
   const float *q_dot = nullptr;  // [b, heads_q, t], unnormalised; null: r, delta, eps
@@ -181,18 +201,11 @@ struct GateArgs {
   const float *r = nullptr;
   const float *delta = nullptr;
   float eps = 0.f;
-  const void *s_tiles = nullptr;  // prefix of S per slot, or null: no state, X = 0
-  const void *ds_tiles = nullptr;
-  const void *z_tiles = nullptr;  // or null
-  const void *dz_tiles = nullptr;
-  const Units *units = nullptr;  // float16: of s_tiles and z_tiles
-  const Units *d_units = nullptr;
+  ProductArgs products;            // as the scan of dS got them; without `out`: no state, X = 0
+  const Units *d_units = nullptr;  // float16: of dS
   const float *g = nullptr;
   const float *k_state_dot =
-      nullptr;                // [b, heads_kv, t]; null: X whole, from the rounded states (no final gradient)
-  powerattn_state initial{};  // canonical float32, or s, z = null: zero
-  powerattn_state d_final{};
-  float *boundary = nullptr;  // scratch [slots]
+      nullptr;  // [b, heads_kv, t]; null with products of states `after` a chunk: X whole
   powerattn_tensor d_log_g{};
 };
 cudaError_t gate_gradient(const GateArgs &a, cudaStream_t stream);

@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kThreads) ranges_kernel(const __grid_constant_
         float w = fabsf(a.scale);
         if (g) w *= __expf(a.reverse ? g[t] : g_end - g[t]);
         if (a.r) w *= fabsf(a.r[at + t]);
-        const float wz = a.delta ? w * fabsf(a.delta[at + t]) : a.reverse ? 0.f : w;
+        float wz = a.reverse ? 0.f : w;
+        if (a.delta) wz = w * fabsf(a.delta[at + t]);
         const float largest = Pair<__half>::lo(most_x);
         const float feature = s.degree == 1 ? largest : largest * largest;
         most_s = fmaxf(most_s, w * fmaxf(feature, largest));
@@ -206,117 +207,6 @@ void add_norms_type(const NormArgs &a, cudaStream_t stream) {
                 a);
 }
 
-// A state as stored: tiles, or at the ends of a sequence canonical numbers; null: zero.
-struct StateView {
-  const uint4 *tiles = nullptr;
-  float unit = 1.f;  // of the tiles
-  const float *canonical = nullptr;
-  __device__ bool present() const { return tiles != nullptr || canonical != nullptr; }
-};
-
-// Columns 8 piece .. + 7 of the canonical row of features (i, j), which is `row` of tile (ib, jb).
-template <typename T>
-__device__ __forceinline__ void load_state(float (&x)[8], const StateView &s, int d, int64_t canonical,
-                                           int tile, int row, int piece, float unscale) {
-  if (s.canonical != nullptr) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] = s.canonical[canonical * d + piece * 8 + e];
-  } else {
-    const uint4 p = s.tiles[tile * (kTileRows * d / 8) + tile_element(d, row, piece * 8) / 8];
-    const uint32_t w[4] = {p.x, p.y, p.z, p.w};
-    const float factor = unscale * s.unit;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      x[2 * e] = factor * Pair<T>::lo(w[e]);
-      x[2 * e + 1] = factor * Pair<T>::hi(w[e]);
-    }
-  }
-}
-
-// e^{g_end} (<S before the chunk, dS after it> + <Z, dZ>), over canonical rows; without k_state_dot S and Z
-// after the chunk, as they are.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) boundary_kernel(const __grid_constant__ GateArgs a) {
-  __shared__ float scratch[kThreads / 32];
-  const Shape &s = a.shape;
-  const int64_t slot = blockIdx.x;
-  const Chunk chunk = s.table.chunks[slot / s.heads_kv];
-  if (chunk.length == 0) return;
-  const int head = static_cast<int>(slot % s.heads_kv), d = s.head_dim;
-  const bool whole = a.k_state_dot == nullptr, end = chunk.index + 1 == chunk.count;
-  const bool first = chunk.index == 0 && !whole;
-  const int64_t slot_before = whole ? slot + s.heads_kv : slot;
-  float sum = 0.f;
-  // What the ends have; an inner chunk has tiles.
-  const auto at_end = [&](const void *p, int64_t stride_n, int64_t stride_h) {
-    return p == nullptr ? nullptr : static_cast<const float *>(p) + chunk.sequence * stride_n + head * stride_h;
-  };
-  const int tiles = tile_count(s.degree, d), pieces = d / 8;
-  const int64_t vectors = static_cast<int64_t>(tiles) * kTileRows * pieces;
-  StateView before, after;
-  Units units, d_units;
-  if constexpr (kCounted<T>) {
-    units = a.units[slot_before];
-    d_units = a.d_units[slot];
-    before.unit = units.s;
-    after.unit = d_units.s;
-  }
-  if (first)
-    before.canonical = at_end(a.initial.s, a.initial.s_stride_n, a.initial.s_stride_h);
-  else
-    before.tiles = static_cast<const uint4 *>(a.s_tiles) + slot_before * vectors;
-  if (end)
-    after.canonical = at_end(a.d_final.s, a.d_final.s_stride_n, a.d_final.s_stride_h);
-  else
-    after.tiles = static_cast<const uint4 *>(a.ds_tiles) + slot * vectors;
-  if (before.present() && after.present()) {
-    int ib = 0, jb = 0;
-    for (int t = 0; t < tiles; ++t) {
-      for (int v = threadIdx.x; v < kTileRows * pieces; v += kThreads) {
-        const int row = v / pieces, piece = v % pieces;
-        const int i = s.degree == 1 ? t * kTileRows + row : 8 * ib + row / 8;
-        const int j = s.degree == 1 ? i : 8 * jb + row % 8;
-        if (j >= d || i > j) continue;  // padding; the other order of a diagonal tile
-        const int64_t canonical = s.degree == 1 ? i : canonical_row(d, i, j);
-        const float unscale = s.degree == 1 ? 1.f : tile_unscale(ib == jb, i == j);
-        float x[8], y[8];
-        load_state<T>(x, before, d, canonical, t, row, piece, unscale);
-        load_state<T>(y, after, d, canonical, t, row, piece, unscale);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) sum += x[e] * y[e];
-      }
-      if (++jb == d / 8) jb = ++ib;
-    }
-  }
-  const float *const z0 = at_end(a.initial.z, a.initial.z_stride_n, a.initial.z_stride_h);
-  const float *const dz1 = at_end(a.d_final.z, a.d_final.z_stride_n, a.d_final.z_stride_h);
-  if (a.z_tiles != nullptr && a.dz_tiles != nullptr && !(first && z0 == nullptr) && !(end && dz1 == nullptr)) {
-    // Parts lie d rows apart: an element and its low part are d * d elements from each other (d >= 64), or in
-    // the second half of the only tile (d = 32).
-    const int64_t z_elements = static_cast<int64_t>(2) * d * d;
-    const auto *const z = static_cast<const T *>(a.z_tiles) + slot_before * z_elements;
-    const auto *const dz = static_cast<const T *>(a.dz_tiles) + slot * z_elements;
-    for (int v = threadIdx.x; v < d * d; v += kThreads) {
-      const int i = v / d, j = v % d;
-      const int64_t high = (i / kTileRows) * kTileRows * d + tile_element(d, i % kTileRows, j);
-      const int64_t low = ((i + d) / kTileRows) * kTileRows * d + tile_element(d, (i + d) % kTileRows, j);
-      const int64_t canonical = canonical_row(d, min(i, j), max(i, j));
-      const float scale = i == j ? 1.f : 0.70710678118654752f;
-      const auto value = [&](bool canonical_end, const float *c, const T *parts, float unit) {
-        if (canonical_end) return scale * c[canonical];
-        return unit * (Pair<T>::to_float(parts[high]) + Pair<T>::to_float(parts[low]));
-      };
-      sum += value(first, z0, z, units.z) * value(end, dz1, dz, d_units.z);
-    }
-  }
-  sum = block_sum(sum, scratch);
-  if (threadIdx.x == 0) {
-    const int64_t batch = s.packed ? 0 : chunk.sequence;
-    const float *const g = a.g ? a.g + (batch * s.heads_kv + head) * s.seq_len + chunk.start : nullptr;
-    a.boundary[slot] = g && !whole ? sum * __expf(g[chunk.length - 1]) : sum;
-  }
-}
-
 // Suffix sums of one chunk and kv head, from the chunk's end, kThreads * kPerThread tokens at a time: sums of a
 // thread's own, then of the warp's, then of the warps before.
 constexpr int kPerThread = 4;
@@ -333,13 +223,26 @@ __global__ void __launch_bounds__(kThreads) gates_kernel(const __grid_constant__
   const float inverse = 1.f / static_cast<float>(s.degree);
   const int64_t row0 = (batch * s.heads_kv + head) * s.seq_len + chunk.start;
   // A sequence's first gate decays its initial state and nothing else: without one, the sum is zero.
-  const bool nothing_before = chunk.index == 0 && a.initial.s == nullptr && a.initial.z == nullptr;
+  const powerattn_state &initial = a.products.initial;
+  const bool nothing_before = chunk.index == 0 && initial.s == nullptr && initial.z == nullptr;
   float carry = 0.f;
-  if (a.s_tiles != nullptr) {
-    float own = 0.f;
+  if (a.products.out != nullptr) {
+    const int64_t stride = product_parts(s.degree, s.head_dim);
+    const int64_t states = state_parts(s.degree, s.head_dim), parts = a.products.z_tiles ? stride : states;
+    const float *const products = a.products.out + slot * stride;
+    float x = 0.f, z = 0.f;
+    for (int64_t i = thread; i < states; i += kThreads) x += products[i];
+    for (int64_t i = states + thread; i < parts; i += kThreads) z += products[i];
+    if (a.d_units != nullptr && !(a.products.after && chunk.index + 1 == chunk.count)) {
+      const Units u = a.products.units[a.products.after ? slot + s.heads_kv : slot], d_u = a.d_units[slot];
+      x = x * u.s * d_u.s;
+      z = z * u.z * d_u.z;
+    }
+    x += z;
+    if (a.g && !a.products.after) x *= __expf(a.g[row0 + chunk.length - 1]);
     if (a.k_state_dot != nullptr)
-      for (int t = thread; t < chunk.length; t += kThreads) own += a.k_state_dot[row0 + t];
-    carry = a.boundary[slot] + inverse * block_sum(own, warps);
+      for (int t = thread; t < chunk.length; t += kThreads) x += inverse * a.k_state_dot[row0 + t];
+    carry = block_sum(x, warps);
     __syncthreads();
   }
   for (int end = chunk.length; end > 0; end -= kThreads * kPerThread) {
@@ -411,10 +314,6 @@ cudaError_t rows(const RowsArgs &a, cudaStream_t stream) {
 cudaError_t gate_gradient(const GateArgs &a, cudaStream_t stream) {
   const int64_t slots = a.shape.table.num_chunks * a.shape.heads_kv;
   if (slots == 0) return cudaSuccess;
-  if (a.s_tiles != nullptr && a.shape.dtype == Dtype::kFloat16)
-    launch_kernel(boundary_kernel<__half>, static_cast<unsigned>(slots), kThreads, 0, stream, a);
-  else if (a.s_tiles != nullptr)
-    launch_kernel(boundary_kernel<__nv_bfloat16>, static_cast<unsigned>(slots), kThreads, 0, stream, a);
   launch_kernel(gates_kernel, static_cast<unsigned>(slots), kThreads, 0, stream, a);
   return cudaGetLastError();
 }

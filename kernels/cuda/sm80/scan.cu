@@ -10,7 +10,8 @@ namespace sm80 {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kAhead = 4;  // loads in flight per thread; the carry depends on none of them
+constexpr int kStages = 8;  // steps of which a thread holds 16 bytes of tiles, 16 or 32 KB a block
+constexpr int kAheadZ = 8;  // loads of Z in flight per thread; the carry depends on none of them
 
 __device__ __forceinline__ const float *gates_of(const ScanArgs &a, const Sequence &seq, int sequence,
                                                  int head) {
@@ -19,14 +20,7 @@ __device__ __forceinline__ const float *gates_of(const ScanArgs &a, const Sequen
   return a.g + (batch * a.shape.heads_kv + head) * a.shape.seq_len + seq.start;
 }
 
-// e^{g_end} of chunk n of a sequence.
-__device__ __forceinline__ float decay(const float *g, const Sequence &seq, int64_t chunk, int n) {
-  if (!g) return 1.f;
-  const int64_t end = min((n + 1) * chunk, seq.length);
-  return __expf(g[end - 1]);
-}
-
-// float16: a bound on the carry, which runs along with it: bound = e^{g_end[n]} bound + bound of local[n].
+// float16: a bound on the first carry.
 __device__ __forceinline__ Bounds first_bound(const ScanArgs &a, int64_t pair) {
   Bounds b;
   if (a.peaks != nullptr)
@@ -37,10 +31,43 @@ __device__ __forceinline__ Bounds first_bound(const ScanArgs &a, int64_t pair) {
     }
   return {1.5f * b.s, 1.5f * b.z};  // tile_scale is sqrt(2) at most
 }
-__device__ __forceinline__ void advance(Bounds *b, float decay, const Range &r) {
-  b->s = b->s * decay + r.bound_s;
-  b->z = b->z * decay + r.bound_z;
+
+__device__ __forceinline__ int chunk_at(const ScanArgs &a, const Sequence &seq, int step) {
+  return a.reverse ? seq.chunks - 1 - step : step;
 }
+// Z takes kAheadZ steps at a time, of which the first may be fewer: where the first group begins, at or below
+// 0. So what is of the last chunk alone stands once in the code.
+__device__ __forceinline__ int first_group(const Sequence &seq) {
+  return -((kAheadZ - seq.chunks % kAheadZ) % kAheadZ);
+}
+
+// The decays e^{g_end} of 32 steps, and float16 the bounds of their sums, one step a lane.
+template <typename T>
+struct Steps {
+  float decay = 1.f;
+  Bounds bounds;
+
+  Steps() = default;
+  __device__ Steps(const ScanArgs &a, const Sequence &seq, const float *g, int64_t first_slot, int base) {
+    const int step = base + static_cast<int>(threadIdx.x & 31);
+    const int n = chunk_at(a, seq, min(max(step, 0), seq.chunks - 1));
+    if (g) decay = __expf(g[min((n + 1) * a.shape.table.chunk, seq.length) - 1]);
+    if constexpr (kCounted<T>) {
+      const Range r = a.ranges[first_slot + static_cast<int64_t>(n) * a.shape.heads_kv];
+      bounds = {r.bound_s, r.bound_z};
+    }
+  }
+  __device__ float decay_of(int i) const { return __shfl_sync(0xffffffffu, decay, i); }
+  // float16: the bound on the carry runs along with it, bound = e^{g_end[n]} bound + bound of local[n]. Returns
+  // the bounds of that sum.
+  __device__ Bounds advance(Bounds *carry, int i) const {
+    const float f = decay_of(i);
+    const Bounds b = {__shfl_sync(0xffffffffu, bounds.s, i), __shfl_sync(0xffffffffu, bounds.z, i)};
+    carry->s = carry->s * f + b.s;
+    carry->z = carry->z * f + b.z;
+    return b;
+  }
+};
 
 // The largest elements of the initial states, in kPeaks parts.
 __global__ void __launch_bounds__(kThreads) peaks_kernel(const __grid_constant__ ScanArgs a, int64_t rows) {
@@ -72,8 +99,62 @@ __global__ void __launch_bounds__(kThreads) peaks_kernel(const __grid_constant__
   a.peaks[blockIdx.x] = all;
 }
 
+__device__ __forceinline__ float *product_of(const ScanArgs &a, int64_t slot) {
+  return a.products.out + slot * product_parts(a.shape.degree, a.shape.head_dim);
+}
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
+  return v;
+}
+
+// The state that the product of chunk n takes: that of a slot of the sequence, the initial one, or none where a
+// side is zero. `first`, `last`: initial state and final gradient.
+constexpr int kInitial = -1, kNone = -2;
+__device__ __forceinline__ int partner(const ScanArgs &a, const Sequence &seq, int n, const void *first,
+                                       const void *last) {
+  if (n + 1 == seq.chunks && (a.products.after || last == nullptr)) return kNone;
+  if (a.products.after) return n + 1;
+  if (n > 0) return n;
+  return first != nullptr ? kInitial : kNone;
+}
+
+// Which row and 8 columns of which tile 16 bytes of a slot hold.
+struct Place {
+  int tile = 0, row = 0, column = 0;
+  int i = 0, j = 0;  // features
+  int64_t canonical = 0;
+  float in_scale = 1.f, out_scale = 1.f;
+};
+__device__ __forceinline__ Place place_of(const Shape &s, int v) {
+  const int d = s.head_dim, pieces = d / 8;
+  Place p;
+  p.tile = v / (kTileRows * pieces);
+  const int at = v % (kTileRows * pieces);
+  if (d == 32) {
+    p.row = at / 4;
+    p.column = 8 * ((at & 3) ^ ((p.row >> 1) & 3));
+  } else {
+    p.row = (at / 8) % kTileRows;
+    p.column = at / (8 * kTileRows) * 64 + 8 * ((at & 7) ^ (p.row & 7));
+  }
+  if (s.degree == 1) {
+    p.i = p.j = p.tile * kTileRows + p.row;
+    p.canonical = p.i;
+    return p;
+  }
+  int ib, jb;
+  tile_pair(d / 8, p.tile, &ib, &jb);
+  p.i = 8 * ib + p.row / 8;
+  p.j = 8 * jb + p.row % 8;
+  p.canonical = canonical_row(d, min(p.i, p.j), max(p.i, p.j));
+  p.in_scale = tile_scale(ib == jb, p.i == p.j);
+  p.out_scale = tile_unscale(ib == jb, p.i == p.j);
+  return p;
+}
+
 // prefix[n] = carry; carry = e^{g_end[n]} carry + local[n], n ascending (reverse: descending).
-template <typename T>
+template <typename T, bool kProducts>
 __global__ void __launch_bounds__(kThreads)
     tiles_kernel(const __grid_constant__ ScanArgs a, int vectors, int blocks) {
   const Shape &s = a.shape;
@@ -82,52 +163,26 @@ __global__ void __launch_bounds__(kThreads)
   if (v >= vectors) return;
   const int sequence = static_cast<int>(pair / s.heads_kv), head = static_cast<int>(pair % s.heads_kv);
   const Sequence seq = s.table.sequences[sequence];
-  const int d = s.head_dim, pieces = d / 8;
-
-  // Which row and columns the 16 bytes at v hold.
-  const int tile = v / (kTileRows * pieces), at = v % (kTileRows * pieces);
-  int row, piece;
-  if (d == 32) {
-    row = at / 4;
-    piece = (at & 3) ^ ((row >> 1) & 3);
-  } else {
-    row = (at / 8) % kTileRows;
-    piece = at / (8 * kTileRows) * 8 + ((at & 7) ^ (row & 7));
-  }
-  int i, j;
-  int64_t canonical;
-  float in_scale = 1.f, out_scale = 1.f;
-  if (s.degree == 1) {
-    i = j = tile * kTileRows + row;
-    canonical = i;
-  } else {
-    int ib, jb;
-    tile_pair(d / 8, tile, &ib, &jb);
-    i = 8 * ib + row / 8;
-    j = 8 * jb + row % 8;
-    canonical = canonical_row(d, min(i, j), max(i, j));
-    in_scale = tile_scale(ib == jb, i == j);
-    out_scale = tile_unscale(ib == jb, i == j);
-  }
+  const int d = s.head_dim;
+  const Place at = place_of(s, v);
 
   float carry[8] = {};
   if (a.initial.s) {
     const float *p = static_cast<const float *>(a.initial.s) + sequence * a.initial.s_stride_n +
-                     head * a.initial.s_stride_h + canonical * d + piece * 8;
+                     head * a.initial.s_stride_h + at.canonical * d + at.column;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) carry[e] = in_scale * p[e];
+    for (int e = 0; e < 8; ++e) carry[e] = at.in_scale * p[e];
   }
-  const int64_t slot_vectors = static_cast<int64_t>(tile_count(s.degree, d)) * kTileRows * pieces;
-  uint4 *const local = static_cast<uint4 *>(a.tiles) +
-                       (static_cast<int64_t>(seq.first_chunk) * s.heads_kv + head) * slot_vectors + v;
-  const int64_t stride = s.heads_kv * slot_vectors;
+  const int64_t slot_vectors = static_cast<int64_t>(tile_count(s.degree, d)) * kTileRows * (d / 8);
+  const int64_t first_slot = static_cast<int64_t>(seq.first_chunk) * s.heads_kv + head;
+  const int64_t local_at = first_slot * slot_vectors + v, stride = s.heads_kv * slot_vectors;
+  uint4 *const local = static_cast<uint4 *>(a.tiles) + local_at;
   const float *const g = gates_of(a, seq, sequence, head);
   using B = Pair<T>;
   const auto packed = [&](float f) {
     return make_uint4(B::pack(f * carry[0], f * carry[1]), B::pack(f * carry[2], f * carry[3]),
                       B::pack(f * carry[4], f * carry[5]), B::pack(f * carry[6], f * carry[7]));
   };
-  const int64_t first_slot = static_cast<int64_t>(seq.first_chunk) * s.heads_kv + head;
   Bounds bound;
   if constexpr (kCounted<T>) bound = first_bound(a, pair);
   const auto inverse_unit = [&](int n) {  // of the prefix of chunk n, which the first thread writes down
@@ -136,59 +191,93 @@ __global__ void __launch_bounds__(kThreads)
     if (v == 0) a.units[first_slot + static_cast<int64_t>(n) * s.heads_kv] = u;
     return inverse_power(u.s);
   };
-  const int inner = seq.chunks - (a.end_local != nullptr && seq.chunks > 0);  // sums that stand in `tiles`
-  for (int n0 = 0; n0 < inner; n0 += kAhead) {
-    uint4 in[kAhead];
-    float f[kAhead];
-    [[maybe_unused]] Range range[kAhead];
+  // <S, dS> of this thread's numbers, dS being the carry, in the units of both; S as it stands in a slot.
+  [[maybe_unused]] const auto multiply = [&](const uint4 &tile, float inverse) {
+    const uint32_t w[4] = {tile.x, tile.y, tile.z, tile.w};
+    float sum = 0.f;
 #pragma unroll
-    for (int q = 0; q < kAhead; ++q) {
-      const int n = a.reverse ? seq.chunks - 1 - (n0 + q) : n0 + q;
-      if (n0 + q < inner) {
-        in[q] = local[n * stride];
-        f[q] = decay(g, seq, s.table.chunk, n);
-        if constexpr (kCounted<T>) range[q] = a.ranges[first_slot + static_cast<int64_t>(n) * s.heads_kv];
-      }
+    for (int e = 0; e < 4; ++e)
+      sum += B::lo(w[e]) * (inverse * carry[2 * e]) + B::hi(w[e]) * (inverse * carry[2 * e + 1]);
+    return at.out_scale * at.out_scale * sum;
+  };
+  // The same of the initial state, whose unit would be that of the first slot.
+  [[maybe_unused]] const auto multiply_initial = [&](float inverse) {
+    const powerattn_state &first = a.products.initial;
+    const float *const p = static_cast<const float *>(first.s) + sequence * first.s_stride_n +
+                           head * first.s_stride_h + at.canonical * d + at.column;
+    float unit = at.out_scale, sum = 0.f;
+    if constexpr (kCounted<T>) unit *= inverse_power(a.products.units[first_slot].s);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum += unit * p[e] * (inverse * carry[e]);
+    return sum;
+  };
+  float *const products = kProducts ? product_of(a, first_slot) + v / 32 : nullptr;
+  const int64_t product_stride = s.heads_kv * product_parts(s.degree, d);
+  // Copies run kStages - 1 steps ahead, each thread into its own pieces.
+  const int held = seq.chunks - (a.end_local != nullptr);  // chunks whose sums stand in `tiles`
+  const uint4 *const other =
+      kProducts ? static_cast<const uint4 *>(a.products.tiles) + first_slot * slot_vectors + v : nullptr;
+  // Shared memory: [kStages][local sums, S of the products][kThreads] pieces of 16 bytes.
+  constexpr uint32_t kPart = kThreads * 16, kStage = kPart * (kProducts ? 2 : 1);
+  const uint32_t own = shared_address(dynamic_shared<uint4>()) + threadIdx.x * 16;
+  const auto copy = [&](int step) {
+    const int n = chunk_at(a, seq, step);
+    const uint32_t stage = own + step % kStages * kStage;
+    if (step < held) copy16(stage, local + n * stride);
+    if constexpr (kProducts) {
+      const int with = step < seq.chunks ? partner(a, seq, n, a.products.initial.s, a.initial.s) : kNone;
+      if (with >= 0) copy16(stage + kPart, other + with * stride);
     }
+    copy_commit();
+  };
+  for (int step = 0; step < kStages - 1; ++step) copy(step);
+  Steps<T> steps;
+  for (int step = 0; step < seq.chunks; ++step) {
+    if (step % 32 == 0) steps = Steps<T>(a, seq, g, first_slot, step);
+    copy(step + kStages - 1);
+    const int n = chunk_at(a, seq, step);
+    const uint32_t stage = own + step % kStages * kStage;
+    const bool last = step == seq.chunks - 1;
+    const float inverse = inverse_unit(n);
+    copy_wait<kStages - 1>();  // the sum is read: its place takes the carry
+    local[n * stride] = packed(inverse);
+    if constexpr (kProducts) {
+      const int with = partner(a, seq, n, a.products.initial.s, a.initial.s);
+      float sum = 0.f;
+      if (at.i <= at.j && with >= 0) sum = multiply(load16(stage + kPart), inverse);
+      if (at.i <= at.j && with == kInitial) sum = multiply_initial(inverse);
+      sum = warp_sum(sum);
+      if ((threadIdx.x & 31) == 0) products[n * product_stride] = sum;
+    }
+    const float f = steps.decay_of(step % 32);
+    float unit = 1.f;  // of the local sum
+    if constexpr (kCounted<T>) unit = unit_of(steps.advance(&bound, step % 32).s);
+    if (last && a.end_local != nullptr) {
+      const float *const end =
+          a.end_local + (pair * tile_rows(s.degree, d) + at.tile * kTileRows + at.row) * d + at.column;
 #pragma unroll
-    for (int q = 0; q < kAhead; ++q) {
-      const int n = a.reverse ? seq.chunks - 1 - (n0 + q) : n0 + q;
-      if (n0 + q < inner) {
-        local[n * stride] = packed(inverse_unit(n));
-        float unit = 1.f;  // of the local sum
-        if constexpr (kCounted<T>) {
-          unit = unit_of(range[q].bound_s);
-          advance(&bound, f[q], range[q]);
-        }
-        const uint32_t w[4] = {in[q].x, in[q].y, in[q].z, in[q].w};
+      for (int e = 0; e < 8; ++e) carry[e] = carry[e] * f + end[e];
+    } else {
+      const uint4 sum = load16(stage);
+      const uint32_t w[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          carry[2 * e] = carry[2 * e] * f[q] + unit * B::lo(w[e]);
-          carry[2 * e + 1] = carry[2 * e + 1] * f[q] + unit * B::hi(w[e]);
-        }
+      for (int e = 0; e < 4; ++e) {
+        carry[2 * e] = carry[2 * e] * f + unit * B::lo(w[e]);
+        carry[2 * e + 1] = carry[2 * e + 1] * f + unit * B::hi(w[e]);
       }
     }
   }
-  if (inner < seq.chunks) {
-    const int n = a.reverse ? 0 : seq.chunks - 1;
-    const float f = decay(g, seq, s.table.chunk, n);
-    local[n * stride] = packed(inverse_unit(n));
-    const float *const end =
-        a.end_local + (pair * tile_rows(s.degree, d) + tile * kTileRows + row) * d + piece * 8;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) carry[e] = carry[e] * f + end[e];
-  }
-  if (a.final.s && i <= j) {
+  if (a.final.s && at.i <= at.j) {
     float *p = static_cast<float *>(a.final.s) + sequence * a.final.s_stride_n + head * a.final.s_stride_h +
-               canonical * d + piece * 8;
+               at.canonical * d + at.column;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) p[e] = out_scale * carry[e];
+    for (int e = 0; e < 8; ++e) p[e] = at.out_scale * carry[e];
   }
 }
 
 // The same for Z = sum w k k^T, [d][d] float; out: high and low parts, Z = high + low to 2^-17 (float16:
 // 2^-22).
-template <typename T>
+template <typename T, bool kProducts>
 __global__ void __launch_bounds__(kThreads) z_kernel(const __grid_constant__ ScanArgs a, int blocks) {
   const Shape &s = a.shape;
   const int64_t pair = blockIdx.x / blocks;
@@ -213,31 +302,60 @@ __global__ void __launch_bounds__(kThreads) z_kernel(const __grid_constant__ Sca
   const int64_t high = (i / kTileRows) * kTileRows * d + tile_element(d, i % kTileRows, j);
   const int64_t low = ((i + d) / kTileRows) * kTileRows * d + tile_element(d, (i + d) % kTileRows, j);
   const float *const g = gates_of(a, seq, sequence, head);
-  for (int n0 = 0; n0 < seq.chunks; n0 += kAhead) {
-    float in[kAhead], f[kAhead];
-    [[maybe_unused]] Range range[kAhead];
+  float *const products = kProducts ? product_of(a, first_slot) + state_parts(s.degree, d) + v / 32 : nullptr;
+  const int64_t product_stride = s.heads_kv * product_parts(s.degree, d);
+  // The product of a warp's elements, dZ being the carry, in the units of both. All of [d][d] counts: a number
+  // off the diagonal is sqrt(1/2) of the canonical one, twice.
+  [[maybe_unused]] const auto multiply = [&](int n, const T(&parts)[2], float dz) {
+    if (partner(a, seq, n, a.products.initial.z, a.initial.z) < 0) return 0.f;
+    return (Pair<T>::to_float(parts[0]) + Pair<T>::to_float(parts[1])) * dz;
+  };
+  [[maybe_unused]] const auto multiply_initial = [&](float dz) {
+    const powerattn_state &initial = a.products.initial;
+    if (partner(a, seq, 0, initial.z, a.initial.z) != kInitial) return 0.f;
+    float unit = i == j ? 1.f : 0.70710678118654752f;
+    if constexpr (kCounted<T>) unit *= inverse_power(a.products.units[first_slot].z);
+    return unit * dz *
+           static_cast<const float *>(
+               initial.z)[sequence * initial.z_stride_n + head * initial.z_stride_h + canonical];
+  };
+  const T *const other = kProducts ? static_cast<const T *>(a.products.z_tiles) + 2 * first : nullptr;
+  const int begin = first_group(seq), after = a.products.after ? 1 : 0;
+  for (int base = begin; base < seq.chunks; base += 32) {
+    const Steps<T> steps(a, seq, g, first_slot, base);
+    for (int n0 = base; n0 < min(base + 32, seq.chunks); n0 += kAheadZ) {
+      float in[kAheadZ];
+      [[maybe_unused]] T factor[kAheadZ][2];
 #pragma unroll
-    for (int q = 0; q < kAhead; ++q) {
-      const int n = a.reverse ? seq.chunks - 1 - (n0 + q) : n0 + q;
-      if (n0 + q < seq.chunks) {
+      for (int q = 0; q < kAheadZ; ++q) {
+        const int n = chunk_at(a, seq, max(n0 + q, 0));
         in[q] = local[n * stride];
-        f[q] = decay(g, seq, s.table.chunk, n);
-        if constexpr (kCounted<T>) range[q] = a.ranges[first_slot + static_cast<int64_t>(n) * s.heads_kv];
+        if constexpr (kProducts) {
+          const T *const parts = other + 2 * min(n + after, seq.chunks - 1) * stride;
+          factor[q][0] = parts[high];
+          factor[q][1] = parts[low];
+        }
       }
-    }
 #pragma unroll
-    for (int q = 0; q < kAhead; ++q) {
-      const int n = a.reverse ? seq.chunks - 1 - (n0 + q) : n0 + q;
-      if (n0 + q < seq.chunks) {
+      for (int q = 0; q < kAheadZ; ++q) {
+        if (n0 + q < 0) continue;
+        const int n = chunk_at(a, seq, n0 + q);
+        const float f = steps.decay_of(n0 + q - base);
         float counted = carry;
         if constexpr (kCounted<T>) {
           counted *= inverse_power(unit_of(bound.z));
-          advance(&bound, f[q], range[q]);
+          steps.advance(&bound, n0 + q - base);
+        }
+        if constexpr (kProducts) {
+          float sum = multiply(n, factor[q], counted);
+          if (q == kAheadZ - 1 && n0 + q == seq.chunks - 1) sum += multiply_initial(counted);
+          sum = warp_sum(sum);
+          if ((threadIdx.x & 31) == 0) products[n * product_stride] = sum;
         }
         const T top = Pair<T>::from_float(counted);
         out[2 * n * stride + high] = top;
         out[2 * n * stride + low] = Pair<T>::from_float(counted - Pair<T>::to_float(top));
-        carry = carry * f[q] + in[q];
+        carry = carry * f + in[q];
       }
     }
   }
@@ -246,17 +364,24 @@ __global__ void __launch_bounds__(kThreads) z_kernel(const __grid_constant__ Sca
         carry * (i == j ? 1.f : 1.41421356237309505f);
 }
 
-template <typename T>
+template <typename T, bool kProducts>
 cudaError_t scan_type(const ScanArgs &a, int64_t pairs, cudaStream_t stream) {
   const Shape &s = a.shape;
   const int d = s.head_dim;
   const int vectors = s.degree == 1 ? d * d / 8 : tile_rows(2, d) * d / 8;
   const int blocks = (vectors + kThreads - 1) / kThreads, z_blocks = (d * d + kThreads - 1) / kThreads;
-  launch_kernel(tiles_kernel<T>, static_cast<unsigned>(pairs * blocks), kThreads, 0, stream, a, vectors,
-                blocks);
+  const int shared = kStages * (kProducts ? 2 : 1) * kThreads * static_cast<int>(sizeof(uint4));
+  launch_kernel(tiles_kernel<T, kProducts>, static_cast<unsigned>(pairs * blocks), kThreads, shared, stream, a,
+                vectors, blocks);
   if (a.z_local != nullptr)
-    launch_kernel(z_kernel<T>, static_cast<unsigned>(pairs * z_blocks), kThreads, 0, stream, a, z_blocks);
+    launch_kernel(z_kernel<T, kProducts>, static_cast<unsigned>(pairs * z_blocks), kThreads, 0, stream, a,
+                  z_blocks);
   return cudaGetLastError();
+}
+template <typename T>
+cudaError_t scan_type(const ScanArgs &a, int64_t pairs, cudaStream_t stream) {
+  return a.products.out != nullptr ? scan_type<T, true>(a, pairs, stream)
+                                   : scan_type<T, false>(a, pairs, stream);
 }
 
 }  // namespace

@@ -71,7 +71,8 @@ __device__ __forceinline__ void tile_rows(const RowsArgs &a, const Tile &tile, i
       const int row = first + i * kStep;
       if (lane != 0 || row >= tile.length) continue;
       const int64_t token = tile.start + row, at = token_row(p, batch, p.heads_q, head, token);
-      const float r = a.row_norm.data == nullptr ? 1.f : norm[i] != 0.f ? 1.f / norm[i] : 0.f;
+      float r = 1.f;
+      if (a.row_norm.data != nullptr) r = norm[i] != 0.f ? 1.f / norm[i] : 0.f;
       const float d = a.row_norm.data == nullptr ? 0.f : delta[i];
       if (a.r) a.r[at] = r;
       if (a.delta) a.delta[at] = d;
