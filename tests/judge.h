@@ -101,7 +101,7 @@ inline void judge(const char *name, int32_t dtype, const Vector &got, const Vect
   for (const Vector *one : plain) {
     const Distance d = distance(*one, exact);
     if (!d.finite) {
-      report->problems += m.name + ": the plain implementation overflows, the case tests nothing; ";
+      report->problems += m.name + ": the plain implementation overflows, the draw tests nothing; ";
       report->empty = true;
       return;
     }
@@ -136,6 +136,7 @@ class Pool {
   }
   Report verdict() const {
     Report all;
+    if (outputs_.empty()) all.problems = "the plain implementation overflows in every draw; ";
     for (const auto &[name, s] : outputs_) {
       const auto root = [count = s.count](const Distance &sums) {
         return Distance{std::sqrt(sums.largest / count), std::sqrt(sums.rms / count), true};

@@ -37,8 +37,8 @@ struct Rates {
 };
 // Measured on an H100 and an H200 with 132 multiprocessors, at the lengths where forms cross
 // (docs/performance-log.md).
-constexpr Rates kRates64 = {600e12, 620e12, 450e12, 470e12, 480e12, 430e12};
-constexpr Rates kRates128 = {680e12, 640e12, 550e12, 580e12, 550e12, 500e12};
+constexpr Rates kRates64 = {600e12, 620e12, 460e12, 470e12, 480e12, 455e12};
+constexpr Rates kRates128 = {680e12, 740e12, 630e12, 580e12, 560e12, 530e12};
 constexpr double kBandwidth = 3.2e12, kScanBandwidth = 4.0e12;
 constexpr double kLaunch = 3e-6;
 

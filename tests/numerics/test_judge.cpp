@@ -81,6 +81,12 @@ TEST_CASE("judge: where the plain implementation overflows, nothing is tested") 
   judge("x", POWERATTN_FLOAT16, exact, exact, {&overflow}, &report);
   CHECK(report.empty);
   CHECK(report.problems != "");
+  Random random(3);
+  Pool pool;
+  pool.add(report);
+  CHECK(pool.verdict().problems != "");
+  pool.add(draw(&random, 3, 0.5));
+  CHECK(pool.verdict().problems == "");
 }
 
 TEST_CASE("judge: the rounding of the result is allowed, and only that where the plain one is exact") {
