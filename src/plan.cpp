@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
-#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <thread>
@@ -15,18 +14,10 @@
 #include "cost.h"
 #include "state_layout.h"
 #include "status.h"
+#include "text.h"
 
 namespace powerattn {
 namespace {
-
-POWERATTN_PRINTF(2, 3) void append(std::string *text, const char *format, ...) {
-  char line[512];
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(line, sizeof(line), format, arguments);
-  va_end(arguments);
-  text->append(line);
-}
 
 // "39 MB" as the literature prints it: decimal units, two or three digits.
 std::string human(uint64_t bytes) {

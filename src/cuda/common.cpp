@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/cuda/step.h"
+#include "text.h"
 
 namespace powerattn::cuda {
 
@@ -56,6 +57,14 @@ powerattn_status device_properties(int device_index, const DeviceProperties **pr
 const DeviceProperties *device_of(const Problem &p) {
   const DeviceProperties *properties = nullptr;
   return device_properties(p.device_index, &properties) == POWERATTN_OK ? properties : nullptr;
+}
+
+bool fits_shared(const Problem &p, const DeviceProperties &device, size_t bytes, std::string *why) {
+  if (device.shared_per_block >= bytes) return true;
+  why->clear();
+  append(why, "head_dim %d needs %zu bytes of shared memory per block, the device has %zu",
+         static_cast<int>(p.head_dim), bytes, device.shared_per_block);
+  return false;
 }
 
 DeviceGuard::DeviceGuard(int device_index) {

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "backend.h"
 #include "status.h"
@@ -27,6 +28,8 @@ struct DeviceProperties {
 powerattn_status device_properties(int device_index, const DeviceProperties **properties);
 // The properties of a problem's device; null where it cannot be read: then nothing is chosen.
 const DeviceProperties *device_of(const Problem &p);
+// Whether blocks that need so much shared memory run there; if not, why.
+bool fits_shared(const Problem &p, const DeviceProperties &device, size_t bytes, std::string *why);
 // The multiprocessors of the device whose rates the cost models hold.
 constexpr int kReferenceSms = 132;
 

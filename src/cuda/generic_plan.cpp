@@ -3,12 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdarg>
-#include <cstdio>
 
 #include "cost.h"
 #include "generic_step.h"
 #include "state_layout.h"
+#include "text.h"
 
 namespace powerattn::cuda::generic {
 namespace {
@@ -56,16 +55,6 @@ double backward_seconds(const Problem &p, Form form, int64_t chunk, double bandw
   const Work w = chunked_backward_work(p, chunk, 4, true);
   return 60e-6 + w.state_flops / r.backward_state + (w.flops - w.state_flops) / r.backward_attention +
          (w.io_bytes + 2 * w.state_bytes) / bandwidth;
-}
-
-void say(std::string *text, const char *format, ...) POWERATTN_PRINTF(2, 3);
-void say(std::string *text, const char *format, ...) {
-  char line[512];
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(line, sizeof(line), format, arguments);
-  va_end(arguments);
-  text->append(line);
 }
 
 bool grid_fits(const Problem &p, int64_t chunk) {
@@ -228,18 +217,18 @@ Sizes sizes(const Problem &p, const Tiling &t) {
 
 void describe(const Problem &p, const Tiling &t, std::string *text) {
   const Math math = math_of(p);
-  say(text, "  products: %s\n",
-      math == Math::kBfloat16 ? "mma bfloat16, float32 sums"
-      : math == Math::kTf32
-          ? (p.dtype == Dtype::kFloat16 ? "mma TF32 (holds every float16, with the range of float32), "
-                                          "float32 sums"
-                                        : "mma TF32 (ALLOW_TF32), float32 sums")
-          : "float32 FFMA");
-  say(text,
-      "  tiles: %d query rows (4 warps of 16) x 32 keys; state products in slabs of 32 rows, features built "
-      "in\n"
-      "         shared memory\n",
-      kRows);
+  append(text, "  products: %s\n",
+         math == Math::kBfloat16 ? "mma bfloat16, float32 sums"
+         : math == Math::kTf32
+             ? (p.dtype == Dtype::kFloat16 ? "mma TF32 (holds every float16, with the range of float32), "
+                                             "float32 sums"
+                                           : "mma TF32 (ALLOW_TF32), float32 sums")
+             : "float32 FFMA");
+  append(text,
+         "  tiles: %d query rows (4 warps of 16) x 32 keys; state products in slabs of 32 rows, features built "
+         "in\n"
+         "         shared memory\n",
+         kRows);
   if (p.rope.style != POWERATTN_ROPE_NONE)
     text->append("  prepare pass: q and k are rotated into contiguous copies in the workspace\n");
   if (math == Math::kBfloat16)
@@ -247,8 +236,8 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
   text->append("  gradients are summed in float32 copies in the workspace, then rotated back and rounded\n");
   if (with_states(p, t) && p.state_rows != kRowsOverflow) {
     const int64_t chunk = chunk_of(p, t);
-    say(text, "  chunk states: %.4g MB in the workspace (float32 sums%s)\n", chunk_state_bytes(p, chunk) * 1e-6,
-        math == Math::kBfloat16 ? ", bfloat16 operands" : "");
+    append(text, "  chunk states: %.4g MB in the workspace (float32 sums%s)\n",
+           chunk_state_bytes(p, chunk) * 1e-6, math == Math::kBfloat16 ? ", bfloat16 operands" : "");
   }
   if (p.use_state && !p.packed) describe_step(p, text);
 }

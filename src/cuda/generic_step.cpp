@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "generic_step.h"
 
-#include <cstdio>
-
 #include "kernels/cuda/step.h"
+#include "text.h"
 
 namespace powerattn::cuda {
 namespace {
@@ -39,17 +38,14 @@ size_t step_workspace(const Problem &p) { return step_workspace_bytes(p, tiling_
 
 void describe_step(const Problem &p, std::string *text) {
   const StepTiling t = tiling_of(p);
-  char line[256];
-  std::snprintf(
-      line, sizeof(line),
-      "  step: %d blocks per state (no more than fill the device), summed %s; %d-byte accesses, %d query "
-      "rows per pass\n",
-      t.splits,
-      t.splits == 1 ? "in the block"
-      : t.cluster   ? "through the cluster's shared memory"
-                    : "through the workspace by a second launch",
-      int(t.vector * size_of(p.state_dtype)), t.queries);
-  text->append(line);
+  append(text,
+         "  step: %d blocks per state (no more than fill the device), summed %s; %d-byte accesses, %d query "
+         "rows per pass\n",
+         t.splits,
+         t.splits == 1 ? "in the block"
+         : t.cluster   ? "through the cluster's shared memory"
+                       : "through the workspace by a second launch",
+         int(t.vector * size_of(p.state_dtype)), t.queries);
 }
 
 powerattn_status generic_step(const powerattn_plan &plan, const powerattn_step_args &args) {

@@ -7,13 +7,13 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
-#include <cstdio>
 
 #include "backend.h"
 #include "call.h"
 #include "kernels/cuda/chunks.h"
 #include "kernels/cuda/linear/args.h"
 #include "status.h"
+#include "text.h"
 
 namespace powerattn {
 namespace {
@@ -96,13 +96,7 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
   const cuda::DeviceProperties *const device = device_of(p);
   if (device == nullptr || device->major < 8) return no("needs compute capability 8.0 or newer");
   const size_t shared = k1::shared_bytes(p.head_dim);
-  if (device->shared_per_block < shared) {
-    char text[128];
-    std::snprintf(text, sizeof(text),
-                  "head_dim %d needs %zu bytes of shared memory per block, the device has %zu",
-                  static_cast<int>(p.head_dim), shared, device->shared_per_block);
-    return no(text);
-  }
+  if (!cuda::fits_shared(p, *device, shared, why)) return false;
   tiling->form = Form::kChunked;
   tiling->chunk = pins.chunk > 0 ? pins.chunk : automatic_chunk(p, device->sm_count);
   const Cost c = cost(p, tiling->chunk, device->sm_count);
@@ -137,16 +131,13 @@ States carve_states(const Problem &p, const Tiling &t, Carver *c) {
 struct Common {
   void *tables = nullptr;
   float *decay = nullptr;
-  uint16_t *q = nullptr, *k = nullptr;  // rotated, [b, heads, t, head_dim]
+  cuda::Rotated rotated;
 };
 Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
   Common m;
   if (p.packed) m.tables = c->take<char>(cuda::chunk_table_bytes(p, t.chunk, 0));
   m.decay = c->take<float>(cuda::chunk_bound(p, t.chunk) * p.heads_kv);
-  if (with_rope(p)) {
-    m.q = c->take<uint16_t>(p.batch * p.heads_q * p.seq_len * p.head_dim);
-    m.k = c->take<uint16_t>(p.batch * p.heads_kv * p.seq_len * p.head_dim);
-  }
+  m.rotated = cuda::carve_rotated(p, c);
   return m;
 }
 
@@ -181,20 +172,15 @@ Sizes sizes(const Problem &p, const Tiling &t) {
 }
 
 void describe(const Problem &p, const Tiling &t, std::string *text) {
-  char line[512];
-  std::snprintf(
-      line, sizeof(line),
-      "  a block of %d warps walks one chunk and head 64 tokens at a time, its state in float32 registers;\n"
-      "    mma.sync.m16n8k16, copies of the next 64 tokens in flight; %d blocks a multiprocessor\n",
-      static_cast<int>(p.head_dim) / 16, k1::resident_blocks(p.head_dim));
-  text->append(line);
-  std::snprintf(line, sizeof(line),
-                "  %" PRId64 " chunks of %" PRId64 " tokens and %" PRId64 " heads: %" PRId64 " blocks; %s\n",
-                cuda::chunk_bound(p, t.chunk), t.chunk, p.heads_q, cuda::chunk_bound(p, t.chunk) * p.heads_q,
-                in_pieces(p, t.chunk)
-                    ? "keys and values are read twice: for the float32 sums of the chunks, and for the outputs"
-                    : "whole sequences: keys and values are read once");
-  text->append(line);
+  append(text,
+         "  a block of %d warps walks one chunk and head 64 tokens at a time, its state in float32 registers;\n"
+         "    mma.sync.m16n8k16, copies of the next 64 tokens in flight; %d blocks a multiprocessor\n",
+         static_cast<int>(p.head_dim) / 16, k1::resident_blocks(p.head_dim));
+  append(text, "  %" PRId64 " chunks of %" PRId64 " tokens and %" PRId64 " heads: %" PRId64 " blocks; %s\n",
+         cuda::chunk_bound(p, t.chunk), t.chunk, p.heads_q, cuda::chunk_bound(p, t.chunk) * p.heads_q,
+         in_pieces(p, t.chunk)
+             ? "keys and values are read twice: for the float32 sums of the chunks, and for the outputs"
+             : "whole sequences: keys and values are read once");
   if (with_rope(p))
     text->append(
         "  prepare pass: q and k are rotated into contiguous copies, their gradients back from float32\n");
@@ -291,8 +277,8 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   const Common common = carve_common(p, plan.tiling, &workspace);
   const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
   call.begin(common, args.cu_seqlens, args.log_g);
-  const powerattn_tensor q = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
-  const powerattn_tensor k = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
+  const powerattn_tensor q = call.rotate(args.q, common.rotated.q, p.heads_q, args.rope_offset);
+  const powerattn_tensor k = call.rotate(args.k, common.rotated.k, p.heads_kv, args.rope_offset);
   // One chunk per sequence starts from the initial state itself.
   const bool scanned = in_pieces(p, plan.tiling.chunk) || args.final_state.s != nullptr ||
                        (args.saved != nullptr && p.use_state);
@@ -325,8 +311,8 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   const Gradients own = carve_gradients(p, plan.tiling, &workspace);
   const States states = carve_states(p, plan.tiling, args.saved != nullptr ? &saved : &workspace);
   call.begin(common, args.cu_seqlens, args.log_g);
-  const powerattn_tensor q = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
-  const powerattn_tensor k = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
+  const powerattn_tensor q = call.rotate(args.q, common.rotated.q, p.heads_q, args.rope_offset);
+  const powerattn_tensor k = call.rotate(args.k, common.rotated.k, p.heads_kv, args.rope_offset);
   const bool gates = args.d_log_g.data != nullptr;
   if (with_states(p, plan.tiling)) {
     if (args.saved == nullptr) call.states(k, args.v, args.initial_state, powerattn_state{}, states);

@@ -5,6 +5,14 @@
 
 namespace powerattn::cuda {
 
+Rotated carve_rotated(const Problem &p, Carver *c) {
+  Rotated r;
+  if (!with_rope(p)) return r;
+  r.q = c->take<uint16_t>(p.batch * p.heads_q * p.seq_len * p.head_dim);
+  r.k = c->take<uint16_t>(p.batch * p.heads_kv * p.seq_len * p.head_dim);
+  return r;
+}
+
 powerattn_tensor rotated(const Problem &p, uint16_t *copy, int64_t heads) {
   return {copy, heads * p.seq_len * p.head_dim, p.head_dim, p.seq_len * p.head_dim};
 }

@@ -5,9 +5,15 @@
 
 #include <cuda_runtime_api.h>
 
+#include "common.h"
 #include "kernels/cuda/chunks.h"
 
 namespace powerattn::cuda {
+
+struct Rotated {  // copies of q and k; null without rotary embedding
+  uint16_t *q = nullptr, *k = nullptr;
+};
+Rotated carve_rotated(const Problem &p, Carver *c);
 
 // A copy as a tensor.
 powerattn_tensor rotated(const Problem &p, uint16_t *copy, int64_t heads);

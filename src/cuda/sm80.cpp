@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
-#include <cstdio>
 
 #include "backend.h"
 #include "kernels/cuda/chunks.h"
@@ -14,6 +13,7 @@
 #include "kernels/cuda/tiles.h"
 #include "status.h"
 #include "tensor_core.h"
+#include "text.h"
 
 namespace powerattn {
 namespace {
@@ -88,13 +88,7 @@ bool choose(Op op, const Problem &p, const Pins &pins, Tiling *tiling, std::stri
   const cuda::DeviceProperties *const device = device_of(p);
   if (device == nullptr || device->major < 8) return no("needs compute capability 8.0 or newer");
   const size_t shared = k80::shared_bytes(p.head_dim);
-  if (device->shared_per_block < shared) {
-    char text[128];
-    std::snprintf(text, sizeof(text),
-                  "head_dim %d needs %zu bytes of shared memory per block, the device has %zu",
-                  static_cast<int>(p.head_dim), shared, device->shared_per_block);
-    return no(text);
-  }
+  if (!cuda::fits_shared(p, *device, shared, why)) return false;
 
   const char *no_chunks = p.degree > 2                   ? "chunked form for degrees 1 and 2 only"
                           : p.degree == 1 && p.use_state ? "no states of degree 1"
@@ -118,17 +112,14 @@ struct Common {
   void *tables = nullptr;
   float *g = nullptr;
   Sums sums;
-  uint16_t *q = nullptr, *k = nullptr;  // rotated, [b, heads, t, head_dim]
+  cuda::Rotated rotated;
 };
 Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
   Common m;
   m.tables = c->take<char>(static_cast<int64_t>(cuda::chunk_table_bytes(p, chunk_of(p, t), k80::kRowTile)));
   m.g = c->take<float>(p.batch * p.heads_kv * p.seq_len);
   m.sums = carve_sums(p, t, with_z(p), c);
-  if (with_rope(p)) {
-    m.q = c->take<uint16_t>(p.batch * p.heads_q * p.seq_len * p.head_dim);
-    m.k = c->take<uint16_t>(p.batch * p.heads_kv * p.seq_len * p.head_dim);
-  }
+  m.rotated = cuda::carve_rotated(p, c);
   return m;
 }
 
@@ -189,23 +180,19 @@ Sizes sizes(const Problem &p, const Tiling &t) {
 }
 
 void describe(const Problem &p, const Tiling &t, std::string *text) {
-  char line[512];
   const int d = static_cast<int>(p.head_dim);
-  std::snprintf(
-      line, sizeof(line),
-      "  mma.sync.m16n8k16, float32 accumulators; output and dv: 128 rows a block (4 warps of 32: each\n"
-      "    ldmatrix of a column feeds two row fragments); dq and dk: 128 rows (%s); columns by 64\n",
-      d == 128 ? "8 warps of 16: registers" : "4 warps of 32");
-  text->append(line);
+  append(text,
+         "  mma.sync.m16n8k16, float32 accumulators; output and dv: 128 rows a block (4 warps of 32: each\n"
+         "    ldmatrix of a column feeds two row fragments); dq and dk: 128 rows (%s); columns by 64\n",
+         d == 128 ? "8 warps of 16: registers" : "4 warps of 32");
   const char *const name = p.dtype == Dtype::kFloat16 ? "float16" : "bfloat16";
   if (chunked(t)) {
-    std::snprintf(line, sizeof(line),
-                  "  states: %d tiles of 64 x %d %s per chunk and head (%d padded rows), %" PRId64
-                  " chunks; local sums in %s (float32 into a final state), scan in float32, row sums "
-                  "through Z in two %s parts\n",
-                  cuda::tile_count(p.degree, d), d, name, cuda::tile_rows(p.degree, d),
-                  cuda::chunk_bound(p, t.chunk), name, name);
-    text->append(line);
+    append(text,
+           "  states: %d tiles of 64 x %d %s per chunk and head (%d padded rows), %" PRId64
+           " chunks; local sums in %s (float32 into a final state), scan in float32, row sums "
+           "through Z in two %s parts\n",
+           cuda::tile_count(p.degree, d), d, name, cuda::tile_rows(p.degree, d), cuda::chunk_bound(p, t.chunk),
+           name, name);
     if (with_units(p))
       text->append(
           "  float16 states are counted in a power of two per chunk and head, from bounds of one more pass\n");
@@ -275,8 +262,8 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
     states.z = norms.z;
   }
   call.begin(common, args.cu_seqlens, args.log_g);
-  const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
-  const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
+  const powerattn_tensor tq = call.rotate(args.q, common.rotated.q, p.heads_q, args.rope_offset);
+  const powerattn_tensor tk = call.rotate(args.k, common.rotated.k, p.heads_kv, args.rope_offset);
   if (chunked(plan.tiling)) call.states(tk, args.v, args.initial_state, args.final_state, states);
 
   k80::OutputArgs o;
@@ -319,8 +306,8 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   const Gradients own = carve_gradients(p, plan.tiling, &workspace);
   const States states = carve_states(p, plan.tiling, with_z(p), args.saved != nullptr ? &saved : &workspace);
   call.begin(common, args.cu_seqlens, args.log_g);
-  const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
-  const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
+  const powerattn_tensor tq = call.rotate(args.q, common.rotated.q, p.heads_q, args.rope_offset);
+  const powerattn_tensor tk = call.rotate(args.k, common.rotated.k, p.heads_kv, args.rope_offset);
   if (p.normalize) {
     k80::RowsArgs r;
     r.shape = call.shape80;

@@ -184,8 +184,8 @@ powerattn_status forward(const powerattn_plan &plan, const powerattn_forward_arg
   const States states = carve_states(p, plan.tiling, with_z(p), args.saved != nullptr ? &saved : &workspace);
   call.place(common, args.log_g);
   call.begin(args.cu_seqlens, args.log_g, nullptr, {}, {});
-  const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
-  const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
+  const powerattn_tensor tq = call.rotate(args.q, common.rotated.q, p.heads_q, args.rope_offset);
+  const powerattn_tensor tk = call.rotate(args.k, common.rotated.k, p.heads_kv, args.rope_offset);
   if (chunked(plan.tiling)) call.states(tk, args.v, args.initial_state, args.final_state, states);
 
   k90::OutputArgs o;
@@ -231,8 +231,8 @@ powerattn_status backward(const powerattn_plan &plan, const powerattn_backward_a
   const bool adds_dots = one_pass && p.head_dim == 128 && args.d_log_g.data != nullptr;
   call.begin(args.cu_seqlens, args.log_g, &rows, {own.turns, one_pass ? k90::turns_of(p, plan.tiling) : 0},
              {own.q_dot, adds_dots ? p.batch * p.heads_q * p.seq_len : 0});
-  const powerattn_tensor tq = call.rotate(args.q, common.q, p.heads_q, args.rope_offset);
-  const powerattn_tensor tk = call.rotate(args.k, common.k, p.heads_kv, args.rope_offset);
+  const powerattn_tensor tq = call.rotate(args.q, common.rotated.q, p.heads_q, args.rope_offset);
+  const powerattn_tensor tk = call.rotate(args.k, common.rotated.k, p.heads_kv, args.rope_offset);
   if (p.normalize) {
     k80::DeltaArgs d = call.delta_args(args, tq, tk, own.delta);
     d.g64 = call.gate;

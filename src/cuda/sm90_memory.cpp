@@ -27,10 +27,7 @@ Common carve_common(const Problem &p, const Tiling &t, Carver *c) {
     m.weight = c->take<float>(rows);
   }
   m.sums = carve_sums(p, t, with_z(p), c);
-  if (with_rope(p)) {
-    m.q = c->take<uint16_t>(p.batch * p.heads_q * p.seq_len * p.head_dim);
-    m.k = c->take<uint16_t>(rows * p.head_dim);
-  }
+  m.rotated = carve_rotated(p, c);
   return m;
 }
 

@@ -23,7 +23,7 @@ struct Common {
   double *gate = nullptr;  // sums inside a chunk
   float *g = nullptr, *weight = nullptr;
   Sums sums;
-  uint16_t *q = nullptr, *k = nullptr;  // rotated, [b, heads, t, head_dim]
+  Rotated rotated;
 };
 struct Gradients {
   float *r = nullptr, *delta = nullptr, *q_dot = nullptr, *k_dot = nullptr, *products = nullptr;

@@ -3,10 +3,10 @@
 
 #include <algorithm>
 #include <cinttypes>
-#include <cstdio>
 
 #include "kernels/cuda/chunks.h"
 #include "kernels/cuda/tiles.h"
+#include "text.h"
 
 namespace powerattn::cuda::sm90 {
 namespace {
@@ -132,7 +132,6 @@ bool choose(const Features &features, Op op, const Problem &p, const Pins &pins,
 }
 
 void describe(const Problem &p, const Tiling &t, std::string *text) {
-  char line[512];
   if (const std::string unmeasured = missing(p, kMeasured); !unmeasured.empty())
     text->append("  NOT YET RUN ON A DEVICE: " + unmeasured + "; checked in emulation only\n");
   const bool wide = p.head_dim == 128;
@@ -165,11 +164,10 @@ void describe(const Problem &p, const Tiling &t, std::string *text) {
                           "      chunk, 64 tokens a stage; 6 stages x 24 KB (k, v, weighted scalars of k; with "
                           "states 5 x 32 KB)\n"
                           "      + 32 KB = 179 KB\n");
-    std::snprintf(line, sizeof(line),
-                  "  states: %d tiles of 64 x %d %s per chunk and head, %" PRId64
-                  " chunks; sums in float32, kept as %s, scan in float32; row sums through Z in two parts\n",
-                  tile_count(p.degree, d), d, name, chunk_bound(p, t.chunk), name);
-    text->append(line);
+    append(text,
+           "  states: %d tiles of 64 x %d %s per chunk and head, %" PRId64
+           " chunks; sums in float32, kept as %s, scan in float32; row sums through Z in two parts\n",
+           tile_count(p.degree, d), d, name, chunk_bound(p, t.chunk), name);
   }
   describe_costs(p, cost, text);
   if (with_rope(p))

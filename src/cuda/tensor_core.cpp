@@ -2,6 +2,7 @@
 #include "tensor_core.h"
 
 #include "kernels/cuda/tiles.h"
+#include "text.h"
 
 namespace powerattn::cuda {
 
@@ -25,11 +26,7 @@ void describe_costs(const Problem &p, CostOf cost, std::string *text) {
   if (p.max_seq_len == 0 || p.degree > 2) return;
   const DeviceProperties *const device = device_of(p);
   const int sms = device != nullptr ? device->sm_count : kReferenceSms;
-  char line[128];
-  const auto add = [&](const Cost &c) {
-    std::snprintf(line, sizeof(line), " %.3g", (c.forward + c.backward) * 1e3);
-    text->append(line);
-  };
+  const auto add = [&](const Cost &c) { append(text, " %.3g", (c.forward + c.backward) * 1e3); };
   text->append("  predicted forward + backward, ms: attention form");
   add(cost(p, 0, sms));
   for (const int64_t chunk : {256, 512, 1024, 2048}) {

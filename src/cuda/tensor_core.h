@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
-#include <cstdio>
 #include <string>
 
 #include "call.h"
