@@ -9,8 +9,8 @@ set(rules
   "kernels/common/:include/ kernels/common/"
   "kernels/cpu/:include/ kernels/common/ kernels/cpu/"
   "kernels/cuda/:include/ kernels/common/ kernels/cuda/"
-  "src/cpu/:include/ kernels/common/ kernels/cpu/ src/cpu/ src/backend.h src/status.h src/cost.h src/state_layout.h"
-  "src/cuda/:include/ kernels/common/ kernels/cuda/ src/cuda/ src/backend.h src/status.h src/cost.h src/state_layout.h"
+  "src/cpu/:include/ kernels/common/ kernels/cpu/ src/cpu/ src/backend.h src/status.h src/text.h src/cost.h src/state_layout.h"
+  "src/cuda/:include/ kernels/common/ kernels/cuda/ src/cuda/ src/backend.h src/status.h src/text.h src/cost.h src/state_layout.h"
   "src/:include/ kernels/common/ src/[a-z_]+\\.h")
 
 set(errors "")
