@@ -26,8 +26,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
     const T *const dy = row_pointer<T>(a.d_y, batch, tile.start + row, head);
     float sum = 0.f;
     for (int e = lane; e < s.head_dim; e += 32) sum += Pair<T>::to_float(y[e]) * Pair<T>::to_float(dy[e]);
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    sum = warp_sum(sum);
     if (lane == 0) {
       const int64_t at = (batch * s.heads_q + head) * s.seq_len + tile.start + row;
       a.delta[at] = sum;
@@ -38,8 +37,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
 
 // Sum of a float over the block, in a fixed order.
 __device__ __forceinline__ float block_sum(float v, float *scratch) {
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
+  v = warp_sum(v);
   if ((threadIdx.x & 31) == 0) scratch[threadIdx.x / 32] = v;
   __syncthreads();
   float sum = 0.f;
@@ -187,8 +185,7 @@ __global__ void __launch_bounds__(kThreads) add_norms_kernel(const __grid_consta
     const T *const q = row_pointer<T>(a.q, batch, tile.start + row, head);
     float sum = 0.f;
     for (int e = lane; e < s.head_dim; e += 32) sum += Pair<T>::to_float(q[e]) * z[e];
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    sum = warp_sum(sum);
     if (lane == 0) {
       if (a.g) sum *= __expf(a.g[(batch * s.heads_kv + head_kv) * s.seq_len + tile.start + row]);
       *row_pointer<float>(a.row_norm, batch, tile.start + row, head) += a.scale * sum;

@@ -102,11 +102,6 @@ __global__ void __launch_bounds__(kThreads) peaks_kernel(const __grid_constant__
 __device__ __forceinline__ float *product_of(const ScanArgs &a, int64_t slot) {
   return a.products.out + slot * product_parts(a.shape.degree, a.shape.head_dim);
 }
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(0xffffffffu, v, d);
-  return v;
-}
 
 // The state that the product of chunk n takes: that of a slot of the sequence, the initial one, or none where a
 // side is zero. `first`, `last`: initial state and final gradient.
